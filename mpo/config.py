@@ -35,10 +35,9 @@ class ModelConfig(Section):
     """Branch, tag or commit of a hub id."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Dtype of parameters in forward and backward. Under bfloat16 the optimizer still steps an fp32 master copy."""
-    attention: Literal["auto", "flash_attention_2", "flex_attention", "eager", "packed_sdpa"] = "auto"
-    """`packed_sdpa` runs PyTorch's SDPA sequence by sequence: no mask, no padding, any device, no soft-capped attention.
-    `auto`: flash_attention_2 on a GPU where it is installed, else packed_sdpa; for soft-capped attention (Gemma-2)
-    flash_attention_2, else flex_attention on a GPU, else eager."""
+    attention: Literal["auto", "flash_attention_2", "flex_attention", "eager", "packed"] = "auto"
+    """`packed` runs attention sequence by sequence with PyTorch's SDPA: no mask, no padding, any model, any device.
+    `auto`: flash_attention_2 on a GPU where it is installed, else packed."""
     activation_checkpointing: bool = False
     """Recompute each block in backward: less memory for about a third more compute."""
     trust_remote_code: bool = False
@@ -160,14 +159,12 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Reads, overrides and checks a configuration.
 
     Args:
-        path: YAML file.
+        path: YAML file, or the bare name of a recipe that ships with the package, such as `demo`.
         overrides: `section.field=value` strings; the value is parsed as YAML.
     Raises:
         UserError: the file is missing or no YAML mapping, an override is malformed, or a field is unknown or has a wrong value.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"No configuration file at {path}. Give the path of a YAML file, e.g. mpo/recipes/demo.yaml.")
+    path = _find(Path(path))
     try:
         tree = OmegaConf.load(path)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
@@ -187,6 +184,15 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     except ValidationError as error:
         raise UserError(_explain(path, error)) from error
     return _resolve_paths(config, path.parent)
+
+
+def _find(path: Path) -> Path:
+    if path.is_file():
+        return path
+    shipped = {p.stem: p for p in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
+    if str(path) in shipped:
+        return shipped[str(path)]
+    raise UserError(f"No configuration file at {path}. Give the path of a YAML file, or a shipped recipe: {', '.join(shipped)}.")
 
 
 def _explain(path: Path, error: ValidationError) -> str:

@@ -1,0 +1,6 @@
+"""`python -m mpo`."""
+
+from mpo.cli import run
+
+if __name__ == "__main__":
+    run()

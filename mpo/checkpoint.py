@@ -1,0 +1,96 @@
+"""Checkpoints to go on from, and the finished model as a Hugging Face folder.
+
+A checkpoint is written under a name ending in `.incomplete` and renamed when every rank has finished, so that a folder `step-00000040` is
+always whole. DeepSpeed writes and reads its own (pickled) files in there: go on only from checkpoints that you trust.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import deepspeed
+import deepspeed.comm as dist
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mpo.distributed import is_main, on_main
+from mpo.errors import UserError
+from mpo.files import new_folder, read_json, write_json
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint: `step` optimizer steps were done."""
+
+    folder: Path
+    step: int
+    world_size: int
+    zero_stage: int
+
+
+def newest(checkpoints: Path) -> Checkpoint | None:
+    """The newest whole checkpoint in the folder, or None."""
+    names = sorted(p.name for p in checkpoints.glob("step-*") if re.fullmatch(r"step-\d{8}", p.name))
+    if not names:
+        return None
+    folder = checkpoints / names[-1]
+    state = read_json(folder / "state.json")
+    return Checkpoint(folder, state["step"], state["world_size"], state["zero_stage"])
+
+
+def save(engine: deepspeed.DeepSpeedEngine, checkpoints: Path, step: int, zero_stage: int, keep: int) -> None:
+    """Writes a checkpoint after `step` optimizer steps and removes all but the newest `keep`. Called by all ranks."""
+    name = f"step-{step:08d}"
+    incomplete = checkpoints / f"{name}.incomplete"
+    on_main(lambda: shutil.rmtree(incomplete, ignore_errors=True))
+    engine.save_checkpoint(
+        str(checkpoints), tag=incomplete.name, client_state={"mpo": {"step": step}}, save_latest=False
+    )
+    dist.barrier()
+
+    def finish() -> None:
+        state = {"step": step, "world_size": dist.get_world_size(), "zero_stage": zero_stage}
+        write_json(incomplete / "state.json", state)
+        shutil.rmtree(checkpoints / name, ignore_errors=True)
+        os.replace(incomplete, checkpoints / name)
+        for old in sorted(p for p in checkpoints.glob("step-*") if re.fullmatch(r"step-\d{8}", p.name))[:-keep]:
+            shutil.rmtree(old)
+
+    on_main(finish)
+
+
+def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, zero_stage: int) -> int:
+    """Restores weights and optimizer state and returns the number of steps done.
+
+    Raises:
+        UserError: the checkpoint was written by another number of ranks or another ZeRO stage.
+    """
+    world = dist.get_world_size()
+    if (checkpoint.world_size, checkpoint.zero_stage) != (world, zero_stage):
+        raise UserError(
+            f"{checkpoint.folder} was written by {checkpoint.world_size} rank(s) under ZeRO-{checkpoint.zero_stage}; this is {world} "
+            f"rank(s) under ZeRO-{zero_stage}. Go on with the same number of ranks and stage, or train into another output_dir."
+        )
+    path, state = engine.load_checkpoint(str(checkpoint.folder.parent), tag=checkpoint.folder.name)
+    if path is None or state is None:
+        raise UserError(f"DeepSpeed could not load {checkpoint.folder}. Delete that folder to go on from the one before it.")
+    return state["mpo"]["step"]
+
+
+def export(engine: deepspeed.DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase, folder: Path, zero_stage: int) -> None:
+    """Writes the model as safetensors with its config and tokenizer; `from_pretrained` opens the folder. Called by all ranks."""
+    model: PreTrainedModel = engine.module
+    state = _consolidated_state_dict(engine) if zero_stage == 3 else None
+    if is_main():
+        with new_folder(folder) as temporary:
+            model.save_pretrained(temporary, state_dict=state)
+            tokenizer.save_pretrained(temporary)
+    dist.barrier()
+
+
+def _consolidated_state_dict(engine: deepspeed.DeepSpeedEngine) -> dict | None:
+    """The whole weights on rank 0's CPU under ZeRO-3, in their own dtype. DeepSpeed has no public call that does not pickle them."""
+    return engine._zero3_consolidated_16bit_state_dict()

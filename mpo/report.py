@@ -1,0 +1,118 @@
+"""What a run achieved: a table per language, as numbers, as JSON and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mpo.output_folder import read_metrics
+from mpo.scoring import Gaps
+from mpo.tokenizing import Example
+
+
+def summarise(examples: Sequence[Example], before: Gaps, after: Gaps, beta: float) -> dict[str, Any]:
+    """The result of a run on the measured rows.
+
+    All gaps are in nats per token. Per language and over all rows (`all`):
+        n                 rows
+        target_gap        mean reward gap of the target pairs, before and after
+        dominant_gap      mean reward gap of their dominant pairs, before and after
+        distance          mean |beta * target gap - dominant gap before|, what L1 brings down, before and after
+        sign_accuracy     share of target pairs whose chosen response is the likelier one, before and after
+    `l2`: mean squared change of the dominant pooled hidden states; `l2_relative`: the same over their mean square before.
+    """
+    languages = sorted({e.language for e in examples})
+
+    def row(places: list[int]) -> dict[str, Any]:
+        def pair(of: Any) -> dict[str, float]:
+            return {"before": float(of(before)), "after": float(of(after))}
+
+        return {
+            "n": len(places),
+            "target_gap": pair(lambda g: g.target[places].mean()),
+            "dominant_gap": pair(lambda g: g.dominant[places].mean()),
+            "distance": pair(lambda g: (beta * g.target[places] - before.dominant[places]).abs().mean()),
+            "sign_accuracy": pair(lambda g: (g.target[places] > 0).float().mean()),
+        }
+
+    change = (after.pooled - before.pooled).square().mean()
+    return {
+        "beta": beta,
+        "languages": {
+            language: row([i for i, e in enumerate(examples) if e.language == language]) for language in languages
+        },
+        "all": row(list(range(len(examples)))),
+        "l2": float(change),
+        "l2_relative": float(change / before.pooled.square().mean()),
+    }
+
+
+def print_table(result: dict[str, Any], console: Console) -> None:
+    """The result per language; every pair of numbers is before -> after."""
+    table = Table(title=f"Reward gaps on the measured rows, before → after (nats per token, beta {result['beta']:g})")
+    table.add_column("language")
+    for name in ("rows", "target gap", "dominant gap", "distance", "sign accuracy"):
+        table.add_column(name, justify="right")
+
+    def pair(values: dict[str, float], style: str) -> str:
+        return f"{values['before']:{style}} → {values['after']:{style}}"
+
+    rows = [*result["languages"].items(), ("all", result["all"])]
+    for place, (language, row) in enumerate(rows):
+        table.add_row(
+            language,
+            str(row["n"]),
+            pair(row["target_gap"], "+.3f"),
+            pair(row["dominant_gap"], "+.3f"),
+            pair(row["distance"], ".3f"),
+            pair(row["sign_accuracy"], ".0%"),
+            end_section=place == len(rows) - 2,
+        )
+    console.print(table)
+    console.print(
+        f"Dominant representation: L2 {result['l2']:.2e}, {result['l2_relative']:.2%} of its mean square.", markup=False
+    )
+
+
+def plot(metrics: Path, result: dict[str, Any], path: Path) -> None:
+    """Writes a PNG: the loss curves on the left, gaps and distances per language on the right."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = read_metrics(metrics)
+    figure, (curves, gaps, distances) = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+
+    steps = [row["step"] for row in rows]
+    for name, label in (("loss", "loss"), ("l1", "L1 (gap)"), ("l2", "L2 (retention)")):
+        curves.plot(steps, [row[name] for row in rows], label=label, linewidth=2 if name == "loss" else 1.2)
+    curves.set(xlabel="optimizer step", ylabel="loss", title="Training loss", yscale="log")
+    curves.legend()
+
+    languages = list(result["languages"])
+    places = torch.arange(len(languages)).numpy()
+    colours = {"before": "#b8bfc9", "after": "#1f77b4"}
+    for axis, quantity, title in (
+        (gaps, "target_gap", "Reward gap per language"),
+        (distances, "distance", "Distance to the dominant gap"),
+    ):
+        for shift, moment in ((-0.2, "before"), (0.2, "after")):
+            heights = [result["languages"][language][quantity][moment] for language in languages]
+            axis.bar(places + shift, heights, 0.4, label=moment, color=colours[moment])
+        axis.set_xticks(places, languages)
+        axis.set(ylabel="nats per token", title=title)
+        axis.axhline(0, color="black", linewidth=0.8)
+    for moment, style in (("before", ":"), ("after", "-")):
+        gaps.axhline(
+            result["all"]["dominant_gap"][moment], color="#d62728", linestyle=style, label=f"dominant {moment}"
+        )
+    gaps.legend()
+    distances.legend()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

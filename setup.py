@@ -1,0 +1,48 @@
+"""Packaging of mpo-kernels: the packages `mpo_kernels` (needs torch and triton) and `mpo` (needs the extra `train`)."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+TRAIN = [
+    "deepspeed>=0.19.8",  # first release with managed_gradient_accumulation=false on every ZeRO stage used here
+    "gguf>=0.10",  # reads the demo model
+    "matplotlib>=3.7",
+    "omegaconf>=2.3",
+    "py3langid>=0.3",
+    "pydantic>=2.7",
+    "rich>=13.7",
+    "safetensors>=0.4.3",
+    "sentencepiece>=0.2",  # the demo model's tokenizer is rebuilt from the GGUF file
+    "transformers>=5.0",
+    "typer>=0.12",
+]
+TEST = ["hypothesis>=6.100", "mypy>=1.10", "pytest>=8.0", "ruff>=0.6", "types-PyYAML"]
+
+setup(
+    name="mpo-kernels",
+    version="0.1.0",
+    description="Fused Triton kernels and a DeepSpeed trainer for MPO, multilingual reward gap optimization",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["triton", "kernels", "preference optimization", "safety", "multilingual", "deepspeed"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    python_requires=">=3.10",
+    packages=find_packages(include=["mpo", "mpo.*", "mpo_kernels", "mpo_kernels.*"]),
+    package_data={"mpo": ["py.typed", "recipes/*.yaml", "recipes/demo/*"], "mpo_kernels": ["py.typed"]},
+    install_requires=["torch>=2.6", "triton>=3.2; platform_system == 'Linux'"],
+    extras_require={"train": TRAIN, "test": TEST, "bench": []},
+    entry_points={"console_scripts": ["mpo=mpo.cli:run"]},
+)

@@ -1,0 +1,148 @@
+"""The bound forward against the Hugging Face forward of one sequence at a time, in float64."""
+
+import pytest
+import torch
+from tiny import ARCHITECTURES, build_model, save_model
+
+from mpo import attention
+from mpo.batching import MPOBatch, pack, pack_for_scoring
+from mpo.config import LossConfig, ModelConfig
+from mpo.errors import UserError
+from mpo.model import bind_mpo_forward, check_model, load_model
+from mpo.tokenizing import TokenizedResponse
+
+VOCAB = 61
+SHAPES = [(3, 4), (9, 1), (1, 8), (5, 5)]
+
+
+def some_sequences(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        TokenizedResponse(tuple(torch.randint(2, VOCAB, (start + n,), generator=generator).tolist()), start)
+        for start, n in SHAPES
+    ]
+
+
+def model_of(architecture, implementation=attention.NAME):
+    model = build_model(architecture, VOCAB)
+    model.set_attn_implementation(implementation)
+    return model
+
+
+def plain_scores(architecture, sequences, pool="response"):
+    """Mean log-probabilities and pooled states of each sequence on its own, with the model's own eager forward in float64."""
+    model = model_of(architecture, "eager").double()
+    logps, pooled = [], []
+    for sequence in sequences:
+        ids = torch.tensor([sequence.input_ids])
+        with torch.no_grad():
+            hidden = model.model(ids, use_cache=False).last_hidden_state[0]
+            log_probs = model(ids, use_cache=False).logits[0].log_softmax(-1)
+        start = sequence.response_start
+        logps.append(log_probs[start - 1 : -1].gather(1, ids[0, start:, None]).mean())
+        pooled.append(hidden[start if pool == "response" else 0 :].mean(0))
+    return torch.stack(logps), torch.stack(pooled)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("implementation", [attention.NAME, "eager"])
+def test_packed_scores_equal_separate_ones(architecture, implementation):
+    sequences = some_sequences()
+    model = bind_mpo_forward(model_of(architecture, implementation), LossConfig())
+    with torch.no_grad():
+        scores = model(batch=pack_for_scoring(sequences, "response"))
+    logps, pooled = plain_scores(architecture, sequences)
+    torch.testing.assert_close(scores.mean_logp.double(), logps, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(scores.pooled.double(), pooled, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_a_neighbour_changes_nothing(architecture):
+    sequences, others = some_sequences(), some_sequences(seed=1)
+    model = bind_mpo_forward(model_of(architecture), LossConfig())
+    with torch.no_grad():
+        one = model(batch=pack_for_scoring(sequences, "all"))
+        two = model(batch=pack_for_scoring([others[0], *sequences[1:3], others[3]], "all"))
+    torch.testing.assert_close(one.mean_logp[1:3], two.mean_logp[1:3], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(one.pooled[1:3], two.pooled[1:3], rtol=1e-5, atol=1e-6)
+    assert (one.mean_logp[0] - two.mean_logp[0]).abs() > 1e-3
+
+
+def mpo_batch(sequences, weights=(1.0,), pool="response"):
+    """One pair: sequences 0 and 1 are the target's, 2 and 3 the dominant ones."""
+    generator = torch.Generator().manual_seed(3)
+    return MPOBatch(
+        packed=pack(sequences, scored=[0, 1], pooled=[2, 3], pool=pool),
+        reference_gap=torch.tensor([0.7]),
+        pair_weights=torch.tensor(weights),
+        pooled_reference=torch.randn(2, 32, generator=generator),
+        pooled_weights=torch.tensor([weights[0] / 2] * 2),
+        languages=("sw",),
+    )
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied", "gemma2", "qwen2"])
+@pytest.mark.parametrize("head", ["linear", "logits"])
+@pytest.mark.parametrize("pool", ["response", "all"])
+def test_loss_and_gradients_equal_plain_autograd(architecture, head, pool):
+    sequences, options = some_sequences(), LossConfig(beta=1.5, retention_weight=0.3, head=head, pool=pool)
+    batch = mpo_batch(sequences, pool=pool)
+    model = bind_mpo_forward(model_of(architecture), options)
+    output = model(batch=batch)
+    output.loss.backward()
+
+    oracle = model_of(architecture, "eager").double()
+    terms = []
+    for sequence in sequences:
+        ids, start = torch.tensor([sequence.input_ids]), sequence.response_start
+        hidden = oracle.model(ids, use_cache=False).last_hidden_state[0]
+        log_probs = oracle(ids, use_cache=False).logits[0].log_softmax(-1)
+        logp = log_probs[start - 1 : -1].gather(1, ids[0, start:, None]).mean()
+        terms.append((logp, hidden[start if pool == "response" else 0 :].mean(0)))
+    gap = terms[0][0] - terms[1][0]
+    l1 = (1.5 * gap - 0.7) ** 2
+    l2 = torch.stack([(terms[2 + i][1] - batch.pooled_reference[i]).square().mean() for i in range(2)]).mean()
+    (l1 + 0.3 * l2).backward()
+
+    torch.testing.assert_close(output.loss.double(), l1 + 0.3 * l2, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output.l2.double(), l2, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output.reward_gap[0].double(), gap, rtol=1e-4, atol=1e-5)
+    for (name, ours), theirs in zip(model.named_parameters(), oracle.parameters(), strict=True):
+        error = (ours.grad.double() - theirs.grad).norm() / theirs.grad.norm()
+        assert error < 2e-4, (name, error)
+
+
+def test_a_filler_pair_adds_nothing_but_reaches_every_parameter():
+    model = bind_mpo_forward(model_of("llama"), LossConfig())
+    output = model(batch=mpo_batch(some_sequences(), weights=(0.0,)))
+    output.loss.backward()
+    assert output.loss == 0 and output.l1.sum() == 0 and output.l2 == 0
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+def test_activation_checkpointing_changes_nothing(tmp_path, tokenizer):
+    folder = save_model(tmp_path / "model", tokenizer)
+    gradients = []
+    for checkpointing in (False, True):
+        config = ModelConfig(path=str(folder), dtype="float32", activation_checkpointing=checkpointing)
+        model = bind_mpo_forward(load_model(config), LossConfig()).train()
+        model(batch=mpo_batch(some_sequences())).loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_refused_models(tmp_path, tokenizer):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="is no Hugging Face model folder: it has no config.json"):
+        check_model(ModelConfig(path=str(tmp_path / "empty")))
+    with pytest.raises(UserError, match="neither a model folder nor a hub id"):
+        check_model(ModelConfig(path=str(tmp_path / "nowhere")))
+    (tmp_path / "gpt2").mkdir()
+    (tmp_path / "gpt2" / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(UserError, match="is of type 'gpt2'; supported are gemma"):
+        check_model(ModelConfig(path=str(tmp_path / "gpt2")))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    with pytest.raises(UserError, match="neither a model folder nor a hub id"):
+        check_model(ModelConfig(path=str(tmp_path / "broken")))

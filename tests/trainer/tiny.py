@@ -1,0 +1,93 @@
+"""Tiny models with random weights, built from the real config classes and saved as real folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+
+COMMON = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+ARCHITECTURES = {
+    "llama": (transformers.LlamaConfig, {"tie_word_embeddings": False}),
+    "llama-tied": (transformers.LlamaConfig, {"tie_word_embeddings": True}),
+    "qwen2": (transformers.Qwen2Config, {}),
+    "qwen3": (transformers.Qwen3Config, {"head_dim": 8}),
+    "mistral": (transformers.MistralConfig, {"sliding_window": None}),
+    "mistral-sliding": (transformers.MistralConfig, {"sliding_window": 5}),
+    "gemma": (transformers.GemmaConfig, {"head_dim": 8}),
+    "gemma2": (
+        transformers.Gemma2Config,
+        {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 5, "final_logit_softcapping": 3.0},
+    ),
+    "gemma3": (transformers.Gemma3TextConfig, {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 5}),
+}
+
+
+def build_model(architecture: str, vocab_size: int, seed: int = 0) -> transformers.PreTrainedModel:
+    """A random model whose logits are not near-uniform, so that mistakes show."""
+    config_class, options = ARCHITECTURES[architecture]
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config_class(vocab_size=vocab_size, **{**COMMON, **options}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4)
+    return model.eval()
+
+
+def save_model(folder: Path, tokenizer, architecture: str = "llama") -> Path:
+    """Writes a model folder with tokenizer, as a user would have one."""
+    build_model(architecture, len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def native_rows(dominants: int = 3, languages: tuple[str, ...] = ("sw", "zh")) -> list[dict]:
+    """Rows in the native format: each dominant pair once per language."""
+
+    def pair(mark: str, i: int) -> dict:
+        return {
+            "prompt": [{"role": "user", "content": f"{mark} question number {i}?"}],
+            "chosen": f"{mark} no, {'rather not ' * (i % 3 + 1)}.",
+            "rejected": f"{mark} sure, number {i} it is.",
+        }
+
+    return [
+        {"language": language, "dominant": pair("en", i), "target": pair(language, i)}
+        for i in range(dominants)
+        for language in languages
+    ]
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def mpo_command(*arguments: str, ranks: int = 1, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess:
+    """Runs `python -m mpo ...` as a user would, with `ranks` processes of torch's launcher for more than one."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
+    return subprocess.run(
+        [sys.executable, *launcher, "-m", "mpo", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=env,
+        check=False,
+    )
