@@ -46,9 +46,7 @@ def save(engine: deepspeed.DeepSpeedEngine, checkpoints: Path, step: int, zero_s
     name = f"step-{step:08d}"
     incomplete = checkpoints / f"{name}.incomplete"
     on_main(lambda: shutil.rmtree(incomplete, ignore_errors=True))
-    engine.save_checkpoint(
-        str(checkpoints), tag=incomplete.name, client_state={"mpo": {"step": step}}, save_latest=False
-    )
+    engine.save_checkpoint(str(checkpoints), tag=incomplete.name, client_state={"mpo": {"step": step}}, save_latest=False)
     dist.barrier()
 
     def finish() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -60,7 +60,7 @@ class DataConfig(Section):
     max_length: int = Field(default=1024, ge=2)
     """Tokens kept of one prompt + response; the response is cut at the end. At least one of its tokens must remain."""
     on_bad_row: Literal["error", "drop"] = "error"
-    """`error` stops at the first bad row with its place and reason; `drop` leaves bad rows out and reports counts by reason."""
+    """`error` refuses the run and lists bad rows with place and reason; `drop` leaves bad rows out and reports counts by reason."""
 
 
 class LossConfig(Section):
@@ -169,6 +169,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         tree = OmegaConf.load(path)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path} is no readable YAML: {error}") from error
+    if not isinstance(tree, DictConfig):
+        raise UserError(f"{path} holds no mapping of sections such as 'model:' and 'data:'.")
     for override in overrides or []:
         if "=" not in override or override.startswith("="):
             raise UserError(f"Override {override!r} is not of the form section.field=value, e.g. loss.beta=1.5.")
@@ -177,8 +179,6 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         values = OmegaConf.to_container(tree, resolve=True)
     except (OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path} with overrides {list(overrides or [])} does not resolve: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds {type(values).__name__}, not a mapping of sections such as 'model:' and 'data:'.")
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
@@ -227,8 +227,6 @@ def _resolve_paths(config: Config, folder: Path) -> Config:
         beside = folder / name
         return str(beside) if not Path(name).is_absolute() and beside.exists() else name
 
-    data = config.data.model_copy(
-        update={"train": tuple(map(resolve, config.data.train)), "eval": tuple(map(resolve, config.data.eval))}
-    )
+    data = config.data.model_copy(update={"train": tuple(map(resolve, config.data.train)), "eval": tuple(map(resolve, config.data.eval))})
     model = config.model.model_copy(update={"path": resolve(config.model.path)})
     return config.model_copy(update={"data": data, "model": model})

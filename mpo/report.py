@@ -43,9 +43,7 @@ def summarise(examples: Sequence[Example], before: Gaps, after: Gaps, beta: floa
     change = (after.pooled - before.pooled).square().mean()
     return {
         "beta": beta,
-        "languages": {
-            language: row([i for i, e in enumerate(examples) if e.language == language]) for language in languages
-        },
+        "languages": {language: row([i for i, e in enumerate(examples) if e.language == language]) for language in languages},
         "all": row(list(range(len(examples)))),
         "l2": float(change),
         "l2_relative": float(change / before.pooled.square().mean()),
@@ -74,9 +72,7 @@ def print_table(result: dict[str, Any], console: Console) -> None:
             end_section=place == len(rows) - 2,
         )
     console.print(table)
-    console.print(
-        f"Dominant representation: L2 {result['l2']:.2e}, {result['l2_relative']:.2%} of its mean square.", markup=False
-    )
+    console.print(f"Dominant representation: L2 {result['l2']:.2e}, {result['l2_relative']:.2%} of its mean square.", markup=False)
 
 
 def plot(metrics: Path, result: dict[str, Any], path: Path) -> None:
@@ -109,9 +105,7 @@ def plot(metrics: Path, result: dict[str, Any], path: Path) -> None:
         axis.set(ylabel="nats per token", title=title)
         axis.axhline(0, color="black", linewidth=0.8)
     for moment, style in (("before", ":"), ("after", "-")):
-        gaps.axhline(
-            result["all"]["dominant_gap"][moment], color="#d62728", linestyle=style, label=f"dominant {moment}"
-        )
+        gaps.axhline(result["all"]["dominant_gap"][moment], color="#d62728", linestyle=style, label=f"dominant {moment}")
     gaps.legend()
     distances.legend()
     figure.savefig(path, dpi=130)

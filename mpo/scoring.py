@@ -88,9 +88,7 @@ def distinct_sequences(examples: Sequence[Example]) -> list[TokenizedResponse]:
     """All sequences of the examples, each once, in order of appearance."""
     return list(
         dict.fromkeys(
-            sequence
-            for e in examples
-            for sequence in (e.target_chosen, e.target_rejected, e.dominant_chosen, e.dominant_rejected)
+            sequence for e in examples for sequence in (e.target_chosen, e.target_rejected, e.dominant_chosen, e.dominant_rejected)
         )
     )
 

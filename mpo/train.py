@@ -55,9 +55,7 @@ def train(config: Config) -> dict[str, Any]:
     check_model(model_config)
     tokenizer = load_tokenizer(model_config)
     examples, dropped = _read_examples(config.data.train, tokenizer, config)
-    held_out, dropped_held_out = (
-        _read_examples(config.data.eval, tokenizer, config) if config.data.eval else (examples, [])
-    )
+    held_out, dropped_held_out = _read_examples(config.data.eval, tokenizer, config) if config.data.eval else (examples, [])
     measured = _evenly_spaced(held_out, config.data.eval_rows_per_language)
     folder = OutputFolder(Path(config.output_dir))
     on_main(lambda: folder.open(config, reference.digest(distinct_sequences([*examples, *measured]))))
@@ -140,9 +138,7 @@ def train(config: Config) -> dict[str, Any]:
             if due or stop:
                 checkpoint.save(engine, folder.checkpoints, step + 1, config.zero.stage, config.checkpoint.keep)
             if stop:
-                raise Interrupted(
-                    f"Stopped after step {step + 1} of {schedule.steps}. The same command goes on from {folder.checkpoints}."
-                )
+                raise Interrupted(f"Stopped after step {step + 1} of {schedule.steps}. The same command goes on from {folder.checkpoints}.")
 
     with progress.task("Gaps after training", len(distinct_sequences(measured))) as advance:
         after = measure_gaps(engine, measured, pool=config.loss.pool, device=device, advance=advance)
@@ -158,9 +154,7 @@ def train(config: Config) -> dict[str, Any]:
     return result
 
 
-def _read_examples(
-    files: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: Config
-) -> tuple[list[Example], list[BadRow]]:
+def _read_examples(files: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: Config) -> tuple[list[Example], list[BadRow]]:
     rows, unreadable = load_rows(files, config.data)
     examples, untokenizable = tokenize_rows(rows, tokenizer, config.data)
     return examples, unreadable + untokenizable
@@ -229,9 +223,7 @@ def _self_check(
         )
 
 
-def make_batch(
-    examples: Sequence[Example], weights: Sequence[float], store: ReferenceStore, config: Config
-) -> MPOBatch:
+def make_batch(examples: Sequence[Example], weights: Sequence[float], store: ReferenceStore, config: Config) -> MPOBatch:
     """Packs weighted pairs: target chosen, target rejected, then each distinct dominant sequence once.
 
     L2 of a pair is the mean over its two dominant sequences, so each counts half of the weights of the pairs that share it.

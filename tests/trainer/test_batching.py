@@ -10,9 +10,7 @@ from hypothesis import strategies as st
 from mpo.batching import Schedule, order_of_rows, pack, pack_for_scoring
 from mpo.tokenizing import TokenizedResponse
 
-SEQUENCES = st.lists(
-    st.integers(1, 6).flatmap(lambda start: st.tuples(st.just(start), st.integers(1, 5))), min_size=1, max_size=6
-)
+SEQUENCES = st.lists(st.integers(1, 6).flatmap(lambda start: st.tuples(st.just(start), st.integers(1, 5))), min_size=1, max_size=6)
 
 
 def sequences_of(shapes):

@@ -17,10 +17,7 @@ SHAPES = [(3, 4), (9, 1), (1, 8), (5, 5)]
 
 def some_sequences(seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return [
-        TokenizedResponse(tuple(torch.randint(2, VOCAB, (start + n,), generator=generator).tolist()), start)
-        for start, n in SHAPES
-    ]
+    return [TokenizedResponse(tuple(torch.randint(2, VOCAB, (start + n,), generator=generator).tolist()), start) for start, n in SHAPES]
 
 
 def model_of(architecture, implementation=attention.NAME):

@@ -68,9 +68,7 @@ def native_rows(dominants: int = 3, languages: tuple[str, ...] = ("sw", "zh")) -
         }
 
     return [
-        {"language": language, "dominant": pair("en", i), "target": pair(language, i)}
-        for i in range(dominants)
-        for language in languages
+        {"language": language, "dominant": pair("en", i), "target": pair(language, i)} for i in range(dominants) for language in languages
     ]
 
 

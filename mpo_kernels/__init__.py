@@ -1,0 +1,24 @@
+"""Fused loss kernels for MPO, multilingual reward gap optimization (arXiv 2505.16869). Needs torch and triton only."""
+
+from mpo_kernels.functional import (
+    MPOLossOutput,
+    linear_mpo_loss,
+    linear_token_logprobs,
+    mean_pool,
+    mpo_loss,
+    retention_loss,
+    token_logprobs,
+)
+from mpo_kernels.nn import LinearMPOLoss, MPOLoss
+
+__all__ = [
+    "LinearMPOLoss",
+    "MPOLoss",
+    "MPOLossOutput",
+    "linear_mpo_loss",
+    "linear_token_logprobs",
+    "mean_pool",
+    "mpo_loss",
+    "retention_loss",
+    "token_logprobs",
+]

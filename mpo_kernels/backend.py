@@ -1,0 +1,34 @@
+"""Which implementation computes: Triton where it drives the tensor's device, else PyTorch."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from types import ModuleType
+
+import torch
+
+from mpo_kernels import twin
+
+TRITON_DEVICES = ("cuda", "xpu")
+"""Device types that Triton drives; ROCm tensors are of type `cuda` too."""
+
+
+def backend_for(tensor: torch.Tensor) -> ModuleType:
+    """The module of device functions for this tensor: `mpo_kernels.kernels` (Triton) or `mpo_kernels.twin` (PyTorch).
+
+    The environment variable MPO_KERNELS_BACKEND = auto | triton | torch forces one. It is read at every call.
+
+    Raises:
+        ValueError: the variable has another value, or triton is forced for float64.
+    """
+    choice = os.environ.get("MPO_KERNELS_BACKEND", "auto")
+    if choice not in ("auto", "triton", "torch"):
+        raise ValueError(f"MPO_KERNELS_BACKEND is {choice!r}; it can be auto, triton or torch.")
+    if choice == "torch" or tensor.dtype == torch.float64:
+        return twin
+    if choice == "triton" or (tensor.device.type in TRITON_DEVICES and importlib.util.find_spec("triton") is not None):
+        from mpo_kernels import kernels  # not at the top: triton is not there on every platform
+
+        return kernels
+    return twin

@@ -1,0 +1,134 @@
+"""From log-probabilities of tokens to the loss of pairs: tiny, deterministic, and the only device place of the loss formula.
+
+With avg the mean over a sequence's scored rows, chosen sequence p and rejected sequence P + p:
+
+    RG_p = avg_p - avg_{P+p}        e_p = beta * RG_p - RG_ref_p        loss_p = w_p * e_p^2        dloss_p/dRG_p = 2 * beta * w_p * e_p
+    dRG_p/dlogp_row = +1/|y_p| on chosen rows, -1/|y_{P+p}| on rejected rows
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK = 1024
+"""Rows of a sequence that one program reads at a time."""
+
+
+@triton.jit
+def _sequence_sum(logp_ptr, labels_ptr, start, end, ignore_index, BLOCK: tl.constexpr):
+    """Sum of a sequence's log-probabilities and the number of its scored rows, always added in the same order."""
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    count = tl.zeros([BLOCK], dtype=tl.float32)
+    for first in range(start, end, BLOCK):
+        rows = first + tl.arange(0, BLOCK)
+        inside = rows < end
+        label = tl.load(labels_ptr + rows, mask=inside, other=ignore_index)
+        total += tl.load(logp_ptr + rows, mask=inside, other=0.0)
+        count += tl.where(label != ignore_index, 1.0, 0.0)
+    return tl.sum(total, axis=0), tl.sum(count, axis=0)
+
+
+@triton.jit
+def _bounds(cu_seqlens_ptr, sequence, N):
+    """Rows [start, end) of a sequence, clamped: wrong offsets may give wrong numbers but never leave the tensors."""
+    start = tl.load(cu_seqlens_ptr + sequence)
+    end = tl.load(cu_seqlens_ptr + sequence + 1)
+    return tl.maximum(start, 0), tl.minimum(end, N)
+
+
+@triton.jit
+def _pair_kernel(
+    logp_ptr,  # (N,) float32, 0 for ignored rows
+    labels_ptr,  # (N,) int64
+    cu_seqlens_ptr,  # (2P + 1,) int32
+    reference_gap_ptr,  # (P,) float32
+    weights_ptr,  # (P,) float32, not read unless HAS_WEIGHTS
+    means_ptr,  # (2P,) float32 out
+    counts_ptr,  # (2P,) float32 out
+    gap_ptr,  # (P,) float32 out
+    loss_ptr,  # (P,) float32 out
+    gap_grad_ptr,  # (P,) float32 out: dloss/dRG
+    N,
+    P,
+    beta,
+    ignore_index,
+    HAS_WEIGHTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    pair = tl.program_id(0)
+    start, end = _bounds(cu_seqlens_ptr, pair, N)
+    chosen_sum, chosen_count = _sequence_sum(logp_ptr, labels_ptr, start, end, ignore_index, BLOCK)
+    start, end = _bounds(cu_seqlens_ptr, P + pair, N)
+    rejected_sum, rejected_count = _sequence_sum(logp_ptr, labels_ptr, start, end, ignore_index, BLOCK)
+    chosen = chosen_sum / chosen_count
+    rejected = rejected_sum / rejected_count
+    gap = chosen - rejected
+    error = beta * gap - tl.load(reference_gap_ptr + pair)
+    weight = 1.0
+    if HAS_WEIGHTS:
+        weight = tl.load(weights_ptr + pair)
+    tl.store(means_ptr + pair, chosen)
+    tl.store(means_ptr + P + pair, rejected)
+    tl.store(counts_ptr + pair, chosen_count)
+    tl.store(counts_ptr + P + pair, rejected_count)
+    tl.store(gap_ptr + pair, gap)
+    tl.store(loss_ptr + pair, weight * error * error)
+    tl.store(gap_grad_ptr + pair, 2.0 * beta * weight * error)
+
+
+@triton.jit
+def _row_grad_kernel(
+    gap_grad_ptr,  # (P,) float32: dL/dRG
+    counts_ptr,  # (2P,) float32
+    labels_ptr,  # (N,) int64
+    cu_seqlens_ptr,  # (2P + 1,) int32
+    row_grad_ptr,  # (N,) float32 out
+    N,
+    P,
+    ignore_index,
+    BLOCK: tl.constexpr,
+):
+    sequence = tl.program_id(0)
+    is_chosen = sequence < P
+    pair = tl.where(is_chosen, sequence, sequence - P)
+    grad = tl.where(is_chosen, 1.0, -1.0) * tl.load(gap_grad_ptr + pair) / tl.load(counts_ptr + sequence)
+    start, end = _bounds(cu_seqlens_ptr, sequence, N)
+    for first in range(start, end, BLOCK):
+        rows = first + tl.arange(0, BLOCK)
+        inside = rows < end
+        label = tl.load(labels_ptr + rows, mask=inside, other=ignore_index)
+        tl.store(row_grad_ptr + rows, tl.where(label != ignore_index, grad, 0.0), mask=inside)
+
+
+def pair_loss(
+    logp: torch.Tensor,
+    labels: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    reference_gap: torch.Tensor,
+    pair_weights: torch.Tensor | None,
+    *,
+    beta: float,
+    ignore_index: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(N,) log-probs -> sequence means (2P,), scored counts (2P,), gaps (P,), weighted losses (P,), dloss/dgap (P,), all float32."""
+    P = reference_gap.numel()
+    means, counts = (torch.empty(2 * P, dtype=torch.float32, device=logp.device) for _ in range(2))
+    gap, loss, gap_grad = (torch.empty(P, dtype=torch.float32, device=logp.device) for _ in range(3))
+    _pair_kernel[(P,)](
+        logp, labels, cu_seqlens, reference_gap, pair_weights, means, counts, gap, loss, gap_grad,
+        logp.numel(), P, float(beta), ignore_index,
+        HAS_WEIGHTS=pair_weights is not None, BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip
+    return means, counts, gap, loss, gap_grad
+
+
+def row_grads(
+    gap_grad: torch.Tensor, counts: torch.Tensor, labels: torch.Tensor, cu_seqlens: torch.Tensor, *, ignore_index: int
+) -> torch.Tensor:
+    """dL/dRG (P,) -> dL/dlogp of every row (N,) float32, 0 for ignored rows."""
+    row_grad = torch.zeros(labels.numel(), dtype=torch.float32, device=labels.device)
+    P = gap_grad.numel()
+    _row_grad_kernel[(2 * P,)](gap_grad, counts, labels, cu_seqlens, row_grad, row_grad.numel(), P, ignore_index, BLOCK=BLOCK, num_warps=4)
+    return row_grad

@@ -1,0 +1,110 @@
+"""Mean over the rows of each sequence in fp32, and its transpose."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from mpo_kernels.kernels.pair import _bounds
+
+
+@triton.jit
+def _pool_kernel(
+    hidden_ptr,  # (N, D) any float
+    mask_ptr,  # (N,) uint8, not read unless HAS_MASK
+    cu_seqlens_ptr,  # (S + 1,) int32
+    pooled_ptr,  # (S, D) float32 out
+    counts_ptr,  # (S,) float32 out
+    N,
+    D,
+    stride_n,
+    blocks,  # blocks of columns per sequence
+    HAS_MASK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    sequence = program // blocks
+    columns = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < D
+    start, end = _bounds(cu_seqlens_ptr, sequence, N)
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    count = 0.0
+    row_ptr = hidden_ptr + start.to(tl.int64) * stride_n + columns
+    for row in range(start, end):
+        keep = 1.0
+        if HAS_MASK:
+            keep = tl.load(mask_ptr + row).to(tl.float32)
+        # A row that is not pooled is not read, so what padding holds (even NaN) cannot matter.
+        total += tl.load(row_ptr, mask=inside & (keep != 0.0), other=0.0).to(tl.float32)
+        count += keep
+        row_ptr += stride_n
+    tl.store(pooled_ptr + sequence.to(tl.int64) * D + columns, total / count, mask=inside)
+    if program % blocks == 0:
+        tl.store(counts_ptr + sequence, count)
+
+
+@triton.jit
+def _unpool_kernel(
+    grad_pooled_ptr,  # (S, D) float32
+    mask_ptr,  # (N,) uint8, not read unless HAS_MASK
+    cu_seqlens_ptr,  # (S + 1,) int32
+    counts_ptr,  # (S,) float32
+    grad_ptr,  # (N, D) out, contiguous
+    N,
+    D,
+    blocks,
+    HAS_MASK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    sequence = program // blocks
+    columns = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < D
+    grad = tl.load(grad_pooled_ptr + sequence.to(tl.int64) * D + columns, mask=inside, other=0.0)
+    grad = grad / tl.load(counts_ptr + sequence)
+    start, end = _bounds(cu_seqlens_ptr, sequence, N)
+    row_ptr = grad_ptr + start.to(tl.int64) * D + columns
+    for row in range(start, end):
+        value = grad
+        if HAS_MASK:
+            value = tl.where(tl.load(mask_ptr + row) != 0, grad, 0.0)
+        tl.store(row_ptr, value.to(grad_ptr.dtype.element_ty), mask=inside)
+        row_ptr += D
+
+
+def pool(hidden: torch.Tensor, mask: torch.Tensor | None, cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """hidden (N, D), mask (N,) uint8 or None, cu_seqlens (S + 1,) int32 -> means (S, D) and row counts (S,), float32."""
+    S, D = cu_seqlens.numel() - 1, hidden.shape[1]
+    pooled = torch.empty(S, D, dtype=torch.float32, device=hidden.device)
+    counts = torch.empty(S, dtype=torch.float32, device=hidden.device)
+    block, blocks = _blocks(D)
+    _pool_kernel[(S * blocks,)](
+        hidden,
+        mask,
+        cu_seqlens,
+        pooled,
+        counts,
+        hidden.shape[0],
+        D,
+        hidden.stride(0),
+        blocks,
+        HAS_MASK=mask is not None,
+        BLOCK=block,
+        num_warps=4,
+    )
+    return pooled, counts
+
+
+def unpool(grad_pooled: torch.Tensor, mask: torch.Tensor | None, cu_seqlens: torch.Tensor, counts: torch.Tensor, out: torch.Tensor) -> None:
+    """Writes the gradient of the pooled rows into `out` (N, D), contiguous; 0 on rows that are not pooled."""
+    S, D = grad_pooled.shape
+    block, blocks = _blocks(D)
+    _unpool_kernel[(S * blocks,)](
+        grad_pooled, mask, cu_seqlens, counts, out, out.shape[0], D, blocks, HAS_MASK=mask is not None, BLOCK=block, num_warps=4
+    )
+
+
+def _blocks(D: int) -> tuple[int, int]:
+    block = min(512, triton.next_power_of_2(D))
+    return block, triton.cdiv(D, block)

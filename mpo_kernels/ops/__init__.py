@@ -1,0 +1,1 @@
+"""Autograd functions over the device functions of a backend."""

@@ -1,0 +1,147 @@
+"""What the public functions accept. Every message says what was given and what is needed.
+
+Checks of shapes, dtypes, devices and host values are always made. Checks that read tensor data are made where that costs no host sync, that is for
+CPU tensors, and elsewhere only with validate=True.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_float(name: str, tensor: torch.Tensor) -> None:
+    """Refuses dtypes that the kernels do not compute with."""
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"{name} must be a tensor, not {type(tensor).__name__}.")
+    if tensor.dtype not in FLOATS:
+        raise ValueError(f"{name} has dtype {tensor.dtype}; needed is one of float32, bfloat16, float16 (float64 on the torch backend).")
+
+
+def check_options(logit_scale: float, softcap: float | None, beta: float = 1.0, reduction: str = "mean") -> None:
+    """Refuses scalars that are tensors (a hidden sync), not finite, or out of range."""
+    for name, value in (("logit_scale", logit_scale), ("softcap", softcap), ("beta", beta)):
+        if value is None and name == "softcap":
+            continue
+        if isinstance(value, torch.Tensor) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite Python number, not {value!r}.")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap is {softcap}; it must be positive, or None for no cap.")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction is {reduction!r}; it can be 'mean', 'sum' or 'none'.")
+
+
+def check_rows(name: str, rows: torch.Tensor, labels: torch.Tensor, *, host_labels_ok: bool = False) -> None:
+    """rows (..., X) and labels (...) fit together. `host_labels_ok`: labels may stay on the CPU."""
+    check_float(name, rows)
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"labels have dtype {labels.dtype}; needed is int64 (or int32).")
+    if rows.ndim < 2 or rows.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(rows.shape)} and labels {tuple(labels.shape)}; labels must have the shape of {name} without its last "
+            "dimension, and labels[t] is the token that position t predicts (already shifted)."
+        )
+    if rows.shape[-1] == 0:
+        raise ValueError(f"{name} has shape {tuple(rows.shape)}: its last dimension is empty.")
+    if labels.device != rows.device and not (host_labels_ok and labels.device.type == "cpu"):
+        raise ValueError(f"labels are on {labels.device} and {name} on {rows.device}; move them to one device.")
+
+
+def check_head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """hidden (..., D), weight (V, D), bias (V,) fit together."""
+    check_float("weight", weight)
+    if type(weight).__name__ == "DTensor" or weight.numel() == 0:
+        kind = "a DTensor" if type(weight).__name__ == "DTensor" else f"of shape {tuple(weight.shape)}"
+        raise ValueError(
+            f"weight is {kind}: its data are partitioned (ZeRO-3, FSDP). Call the loss inside the head module's forward, where the hooks "
+            "have gathered the weight."
+        )
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; needed is (V, {hidden.shape[-1]}) for hidden {tuple(hidden.shape)}.")
+    if bias is not None and bias.shape != (weight.shape[0],):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; needed is ({weight.shape[0]},), one value per row of weight.")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and (tensor.dtype, tensor.device) != (hidden.dtype, hidden.device):
+            raise ValueError(f"{name} is {tensor.dtype} on {tensor.device} and hidden {hidden.dtype} on {hidden.device}; they must agree.")
+
+
+def check_layout(rows: torch.Tensor, cu_seqlens: torch.Tensor | None, what: str, *, pairs: bool) -> int:
+    """The number of sequences. `rows` is (S, T, X) without cu_seqlens, (N, X) with it; `pairs` demands an even number."""
+    if cu_seqlens is None:
+        if rows.ndim != 3:
+            raise ValueError(
+                f"{what} has shape {tuple(rows.shape)}; the dense layout is [sequences, T, {what} size]. For packed rows [N, ...] give "
+                "cu_seqlens."
+            )
+        sequences = rows.shape[0]
+    else:
+        if rows.ndim != 2:
+            raise ValueError(f"{what} has shape {tuple(rows.shape)}; with cu_seqlens the packed layout is [N, {what} size].")
+        if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32:
+            raise ValueError(f"cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}; needed is int32 of shape (sequences + 1,).")
+        if cu_seqlens.device != rows.device and cu_seqlens.device.type != "cpu":
+            raise ValueError(f"cu_seqlens is on {cu_seqlens.device} and {what} on {rows.device}; use that device or the CPU.")
+        sequences = cu_seqlens.numel() - 1
+    if sequences < 1:
+        raise ValueError(f"{what} holds no sequence.")
+    if pairs and sequences % 2:
+        raise ValueError(
+            f"{sequences} sequences cannot be pairs; needed are 2P sequences, the P chosen ones first, then the P rejected ones in the same "
+            "order."
+        )
+    return sequences
+
+
+def check_per(name: str, tensor: torch.Tensor, count: int, unit: str, device: torch.device) -> None:
+    """A vector with one float per pair or sequence."""
+    if not isinstance(tensor, torch.Tensor) or tensor.shape != (count,) or not tensor.is_floating_point():
+        given = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+        raise ValueError(f"{name} is {given}; needed is a float tensor of shape ({count},), one value per {unit}.")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}; move it to {device}.")
+
+
+def check_cu_seqlens_values(cu_seqlens: torch.Tensor, rows: int) -> None:
+    """Reads cu_seqlens: from 0 to the number of rows, never falling."""
+    if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != rows or bool((cu_seqlens.diff() < 0).any()):
+        raise ValueError(f"cu_seqlens is {_short(cu_seqlens)}; it must rise from 0 to the number of rows, {rows}, without falling.")
+
+
+def check_label_values(labels: torch.Tensor, vocab: int, ignore_index: int) -> None:
+    """Reads labels: each is in [0, vocab) or ignore_index."""
+    bad = torch.nonzero((labels != ignore_index) & ((labels < 0) | (labels >= vocab)))
+    if bad.numel():
+        place = tuple(bad[0].tolist())
+        raise ValueError(
+            f"labels{list(place)} is {int(labels[place])}; labels must be in [0, {vocab}) or the ignore_index {ignore_index} "
+            f"({bad.shape[0]} are not)."
+        )
+
+
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Reads a small vector: no NaN, no infinity."""
+    bad = torch.nonzero(~tensor.isfinite())
+    if bad.numel():
+        raise ValueError(f"{name}[{int(bad[0])}] is {float(tensor[int(bad[0])])}; all values must be finite.")
+
+
+def check_no_empty_sequence(counts: torch.Tensor, pairs: bool) -> None:
+    """counts (S,): every sequence has a scored (or pooled) position."""
+    empty = torch.nonzero(counts == 0)
+    if empty.numel():
+        sequence = int(empty[0])
+        half = counts.numel() // 2
+        side = f" ({'chosen' if sequence < half else 'rejected'} of pair {sequence % half})" if pairs else ""
+        raise ValueError(
+            f"Sequence {sequence}{side} has no {'scored' if pairs else 'pooled'} position, so its mean is undefined. Drop it, or keep at least "
+            "one position."
+        )
+
+
+def _short(tensor: torch.Tensor) -> str:
+    values: list[Any] = tensor.tolist()
+    return str(values if len(values) <= 8 else [*values[:4], "...", *values[-3:]])
