@@ -32,12 +32,15 @@ def _pool_kernel(
     count = 0.0
     row_ptr = hidden_ptr + start.to(tl.int64) * stride_n + columns
     for row in range(start, end):
-        keep = 1.0
+        read = inside
         if HAS_MASK:
-            keep = tl.load(mask_ptr + row).to(tl.float32)
-        # A row that is not pooled is not read, so what padding holds (even NaN) cannot matter.
-        total += tl.load(row_ptr, mask=inside & (keep != 0.0), other=0.0).to(tl.float32)
-        count += keep
+            # A row that is not pooled is not read, so what padding holds (even NaN) cannot matter.
+            pooled = tl.load(mask_ptr + row)  # 0 or 1
+            read = inside & (pooled != 0)
+            count += pooled.to(tl.float32)
+        else:
+            count += 1.0
+        total += tl.load(row_ptr, mask=read, other=0.0).to(tl.float32)
         row_ptr += stride_n
     tl.store(pooled_ptr + sequence.to(tl.int64) * D + columns, total / count, mask=inside)
     if program % blocks == 0:
