@@ -36,7 +36,7 @@ def _pool_kernel(
         if HAS_MASK:
             # A row that is not pooled is not read, so what padding holds (even NaN) cannot matter.
             pooled = tl.load(mask_ptr + row)  # 0 or 1
-            read = inside & (pooled != 0)
+            read = columns < tl.where(pooled != 0, D, 0)
             count += pooled.to(tl.float32)
         else:
             count += 1.0
