@@ -50,7 +50,7 @@ def train(config: Config) -> dict[str, Any]:
     progress = Progress(enabled=is_main())
 
     # Everything that can be refused is refused before the weights are loaded.
-    model_path = on_main(lambda: resolve_model(config.model.path, progress=progress.log))
+    model_path = on_main(lambda: resolve_model(config.model.path, progress.log))
     model_config = config.model.model_copy(update={"path": model_path})
     check_model(model_config)
     tokenizer = load_tokenizer(model_config)
