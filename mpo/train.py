@@ -50,6 +50,7 @@ def train(config: Config) -> dict[str, Any]:
     progress = Progress(enabled=is_main())
 
     # Everything that can be refused is refused before the weights are loaded.
+    settings = deepspeed_settings(config)
     model_path = on_main(lambda: resolve_model(config.model.path, progress.log))
     model_config = config.model.model_copy(update={"path": model_path})
     check_model(model_config)
@@ -71,7 +72,6 @@ def train(config: Config) -> dict[str, Any]:
         max_steps=config.train.max_steps,
     )
     progress.header(config, examples, measured, dropped, schedule, dist.get_world_size())
-    settings = deepspeed_settings(config)
     keep_alive = HfDeepSpeedConfig(settings) if config.zero.stage == 3 else None  # from_pretrained looks for it
     model = bind_mpo_forward(load_model(model_config), config.loss)
     engine, guard = build_engine(model, config, settings)

@@ -26,7 +26,7 @@ def project(tmp_path_factory, tokenizer):
         "output_dir": str(root / "run"),
         "model": {"path": "model", "dtype": "float32"},
         "data": {"train": ["train.jsonl"], "eval": ["eval.jsonl"], "max_length": 256},
-        "train": {"epochs": 2, "pairs_per_step": 3, "pairs_per_micro_batch": 2, "learning_rate": 2e-3, "seed": 5},
+        "train": {"epochs": 2, "pairs_per_step": 3, "pairs_per_micro_batch": 2, "learning_rate": 3e-4, "seed": 5},
         "zero": {"stage": 0},
     }
     (root / "run.yaml").write_text(yaml.safe_dump(configuration))
@@ -42,7 +42,8 @@ def run(project, name, *overrides, ranks=1, expect=0, **environment):
 
 
 def losses(out):
-    return torch.tensor([[row["loss"], row["l1"], row["l2"], *row["gap"].values()] for row in read_metrics(out / "metrics.jsonl")])
+    rows = read_metrics(out / "metrics.jsonl")
+    return torch.tensor([[row["loss"], row["l1"], row["l2"], row["gap"].get("sw", 0), row["gap"].get("zh", 0)] for row in rows])
 
 
 def weights(out):
@@ -66,7 +67,6 @@ def test_a_run_leaves_everything_it_promises(baseline, project):
 
     result = json.loads((out / "result.json").read_text())
     assert set(result["languages"]) == {"sw", "zh"} and result["all"]["n"] == 4
-    assert result["all"]["distance"]["after"] < result["all"]["distance"]["before"]
     assert (out / "result.png").read_bytes().startswith(b"\x89PNG")
     assert "Reward gaps on the measured rows" in process.stdout and "step 6/6" in process.stdout
 
@@ -135,6 +135,8 @@ def interrupt(project, out, after_step, number, *overrides):
 def test_sigterm_saves_and_the_same_command_goes_on_to_the_same_end(project):
     options = ["zero.stage=2", "train.epochs=20"]
     whole, _ = run(project, "whole", *options)
+    distance = json.loads((whole / "result.json").read_text())["all"]["distance"]
+    assert distance["after"] < 0.5 * distance["before"]  # it learns
     out = project / "stopped"
     code, text = interrupt(project, out, 5, signal.SIGTERM, *options)
     assert code == 130 and "The same command goes on" in text, text
@@ -154,7 +156,7 @@ def test_sigkill_leaves_the_previous_checkpoint(project):
     assert code == -signal.SIGKILL
     run(project, "killed", *options)
     assert [row["step"] for row in read_metrics(out / "metrics.jsonl")] == list(range(1, 55))
-    assert len([p for p in (out / "checkpoints").iterdir() if not p.name.endswith(".incomplete")]) == 1
+    assert len(list((out / "checkpoints").glob("step-????????"))) == 1
     whole = project / "whole"
     if whole.exists():
         assert torch.equal(losses(out), losses(whole))
