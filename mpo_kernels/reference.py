@@ -12,6 +12,8 @@ Functions take the layouts of `mpo_kernels` (dense [2P, T, ...] or packed [N, ..
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 
@@ -35,7 +37,7 @@ def sequence_means(token_logps, labels, *, cu_seqlens=None, ignore_index=-100):
     if cu_seqlens is None:
         return token_logps.sum(1) / scored.sum(1)
     bounds = cu_seqlens.tolist()
-    return torch.stack([token_logps[a:b].sum() / scored[a:b].sum() for a, b in zip(bounds, bounds[1:], strict=False)])
+    return torch.stack([token_logps[a:b].sum() / scored[a:b].sum() for a, b in pairwise(bounds)])
 
 
 def mpo_loss(
@@ -80,7 +82,7 @@ def mean_pool(hidden, *, mask=None, cu_seqlens=None):
         masks = [None] * len(sequences) if mask is None else list(mask)
     else:
         bounds = cu_seqlens.tolist()
-        slices = [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+        slices = [slice(a, b) for a, b in pairwise(bounds)]
         sequences = [hidden[s] for s in slices]
         masks = [None if mask is None else mask[s] for s in slices]
     return torch.stack([h.mean(0) if m is None else h[m].mean(0) for h, m in zip(sequences, masks, strict=True)])

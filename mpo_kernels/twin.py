@@ -6,6 +6,9 @@ Float64 input is computed in float64, everything else in float32.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import pairwise
+
 import torch
 
 ROWS_BYTES = 4 << 20
@@ -15,31 +18,32 @@ ROWS_BYTES = 4 << 20
 def logprob_stats(
     logits: torch.Tensor, labels: torch.Tensor, *, ignore_index: int, logit_scale: float, softcap: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """logits (B, T, V), labels (B * T,) int64 -> log-probability and log-sum-exp of each row, both (B * T,)."""
+    """logits (B, T, V), labels (B * T,) int64 -> log-probabilities (B * T,) and normalizers (B * T, 2) (peak, total)."""
     B, T, V = logits.shape
     dtype = _computing_dtype(logits)
     logp = torch.zeros(B * T, dtype=dtype, device=logits.device)
-    lse = torch.zeros_like(logp)
-    scored = labels != ignore_index
-    known = (labels >= 0) & (labels < V)
-    for batch, first, last in _row_blocks(B, T, V, dtype):
-        rows = slice(batch * T + first, batch * T + last)
-        keep = scored[rows]
-        block, wanted, ok = _kept(logits[batch, first:last], keep), labels[rows][keep], known[rows][keep]
-        if not block.shape[0]:
-            continue
+    normalizer = torch.ones(B * T, 2, dtype=dtype, device=logits.device)
+    for rows, block, keep in _scored_blocks(logits, labels, ignore_index, dtype):
+        wanted = labels[rows][keep]
+        known = (wanted >= 0) & (wanted < V)
+        at_label = wanted.where(known, 0)[:, None]
         z = _final_logits(block, dtype, logit_scale, softcap)  # (rows, V)
-        block_lse = torch.logsumexp(z, -1)
-        picked = z.gather(1, wanted.where(ok, 0)[:, None])[:, 0].where(ok, float("nan"))
-        logp[rows] = logp[rows].masked_scatter(keep, picked - block_lse)
-        lse[rows] = lse[rows].masked_scatter(keep, block_lse)
-    return logp, lse
+        peak = z.amax(-1, keepdim=True)
+        shifted = z.gather(1, at_label) - peak
+        powers = torch.sub(z, peak, out=None if z is block else z).exp_()  # (rows, V)
+        # The label is kept out of the sum, so that p -> 1 keeps its digits.
+        others = powers.scatter_(1, at_label, 0).sum(-1, keepdim=True)
+        gap = others.log() - shifted
+        logp[rows] = logp[rows].masked_scatter(keep, -torch.logaddexp(gap, torch.zeros_like(gap))[:, 0].where(known, float("nan")))
+        normalizer[rows] = normalizer[rows].masked_scatter(keep[:, None], torch.cat([peak, others + shifted.exp()], 1))
+    return logp, normalizer
 
 
 def logprob_grad(
     logits: torch.Tensor,
     labels: torch.Tensor,
-    lse: torch.Tensor,
+    logp: torch.Tensor,
+    normalizer: torch.Tensor,
     row_grad: torch.Tensor,
     out: torch.Tensor,
     *,
@@ -48,33 +52,24 @@ def logprob_grad(
     softcap: float | None,
 ) -> None:
     """Writes dL/dlogits into `out` (B, T, V), which may be `logits` itself; row_grad (B * T,) is dL/dlogp."""
-    B, T, V = logits.shape
-    dtype = _computing_dtype(logits)
-    scored = labels != ignore_index
-    for batch, first, last in _row_blocks(B, T, V, dtype):
-        rows = slice(batch * T + first, batch * T + last)
-        target = out[batch, first:last]
-        keep = scored[rows]
-        whole = bool(keep.all())
-        if not whole:
-            target.masked_fill_(~keep[:, None], 0)
-            if not keep.any():
-                continue
-        block, wanted = _kept(logits[batch, first:last], keep), labels[rows][keep].clamp(0, V - 1)[:, None]
-        upstream = row_grad[rows][keep].to(dtype)[:, None]
-        # Where the result has the computing dtype it is computed where it goes; the inputs of a block are read before they are overwritten.
-        buffer = target if whole and target.dtype == dtype else None
+    dtype, T = _computing_dtype(logits), logits.shape[1]
+    out.masked_fill_((labels == ignore_index).view(out.shape[:2])[..., None], 0)
+    for rows, block, keep in _scored_blocks(logits, labels, ignore_index, dtype):
+        batch, first = divmod(rows.start, T)
+        target = out[batch, first : first + rows.stop - rows.start]
+        slope = row_grad[rows][keep].to(dtype)[:, None] * logit_scale
+        peak, total = normalizer[rows][keep].split(1, dim=1)
+        at_label = labels[rows][keep].clamp(0, logits.shape[2] - 1)[:, None]
+        not_label = slope * -torch.expm1(logp[rows][keep][:, None])
+        # Where the result has the computing dtype it is computed where it goes.
+        buffer = target if target.dtype == dtype and target.shape == block.shape else None
         if softcap is None:
-            z = torch.mul(block, logit_scale, out=buffer) if logit_scale != 1.0 else block
-            grad = torch.sub(z, lse[rows][keep][:, None], out=buffer).exp_().mul_(-upstream)
-            grad.scatter_add_(1, wanted, upstream)
+            z = block if logit_scale == 1.0 else torch.mul(block.to(dtype), logit_scale, out=buffer)
+            grad = torch.sub(z, peak, out=buffer).exp_().mul_(-slope / total).scatter_(1, at_label, not_label)
         else:
             t = torch.mul(block.to(dtype), logit_scale / softcap).tanh_()
-            grad = torch.sub(t * softcap, lse[rows][keep][:, None]).exp_().mul_(-upstream)
-            grad.scatter_add_(1, wanted, upstream)
+            grad = torch.mul(t, softcap).sub_(peak).exp_().mul_(-slope / total).scatter_(1, at_label, not_label)
             grad.mul_(t.square_().neg_().add_(1))
-        if logit_scale != 1.0:
-            grad.mul_(logit_scale)
         if grad is not target:
             target[keep] = grad.to(target.dtype)
 
@@ -136,14 +131,24 @@ def _final_logits(block: torch.Tensor, dtype: torch.dtype, logit_scale: float, s
     return z if logit_scale == 1.0 else z * logit_scale
 
 
-def _kept(block: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    return block if bool(keep.all()) else block[keep]
+def _scored_blocks(
+    logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, dtype: torch.dtype
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """(rows, logits of the scored ones among them, which of them are scored), in blocks of rows that stay in cache.
 
-
-def _row_blocks(B: int, T: int, V: int, dtype: torch.dtype):
-    """(batch, first, last) of blocks of rows within one batch entry, so that any pair of outer strides is a plain slice."""
-    rows = max(1, ROWS_BYTES // (V * dtype.itemsize))
-    return [(batch, first, min(first + rows, T)) for batch in range(B) for first in range(0, T, rows)]
+    A block lies within one batch entry, so any pair of outer strides is a plain slice, and a block that is all scored is not copied.
+    """
+    B, T, V = logits.shape
+    size = max(1, ROWS_BYTES // (V * dtype.itemsize))
+    for batch in range(B):
+        for first in range(0, T, size):
+            last = min(first + size, T)
+            rows = slice(batch * T + first, batch * T + last)
+            keep = labels[rows] != ignore_index
+            if bool(keep.all()):
+                yield rows, logits[batch, first:last], keep
+            elif bool(keep.any()):
+                yield rows, logits[batch, first:last][keep], keep
 
 
 def _computing_dtype(tensor: torch.Tensor) -> torch.dtype:
@@ -156,4 +161,4 @@ def _sequence_of_row(cu_seqlens: torch.Tensor, rows: int) -> torch.Tensor:
 
 def _slices(cu_seqlens: torch.Tensor) -> list[slice]:
     bounds = cu_seqlens.tolist()
-    return [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [slice(a, b) for a, b in pairwise(bounds)]

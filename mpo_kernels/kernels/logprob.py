@@ -1,12 +1,14 @@
 """Log-probabilities of labels and their gradient: the two kernels that touch every logit.
 
-With final logits z, lse = log sum exp z, and the upstream gradient g of a row's log-probability:
+With final logits z, label y, peak m = max z, total = sum exp(z - m) and the upstream gradient g of a row's log-probability:
 
-    logp  = z[label] - lse                                        one read of the row
-    dL/du = g * (onehot(label) - exp(z - lse)) * dz/du            one read and one write
+    logp  = -log(1 + sum over j != y of exp(z_j - z_y))                      one read of the row
+    dL/du = g * dz/du * (1 - p_y at the label, -p_j elsewhere)               one read and one write
+    p_j = exp(z_j - m) / total        1 - p_y = -expm1(logp)
     z = cap * tanh(scale * u / cap)  ->  dz/du = scale * (1 - (z / cap)^2)
 
-An ignored row reads nothing in either kernel. Bytes per bf16 logit: 2 forward, 4 backward.
+The label is kept out of the sum, so a label with p_y -> 1 keeps its digits in logp and in 1 - p_y; m and total are kept apart, so large logits
+lose none to the rounding of a log-sum-exp. An ignored row reads nothing in either kernel. Bytes per bf16 logit: 2 forward, 4 backward.
 """
 
 from __future__ import annotations
@@ -26,11 +28,27 @@ def _tanh(x):
 
 
 @triton.jit
+def _log1p(x):
+    # For 0 <= x <= 1, to full relative precision (Kahan): the rounding of 1 + x cancels in the quotient.
+    u = 1.0 + x
+    return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@triton.jit
+def _minus_expm1(x):
+    # 1 - exp(x) for x <= 0, to full relative precision (Kahan).
+    e = tl.exp(x)
+    careful = (e != 1.0) & (e > 0.0)
+    quotient = (1.0 - e) * (x / tl.log(tl.where(careful, e, 0.5)))
+    return tl.where(careful, quotient, tl.where(e == 1.0, -x, 1.0))
+
+
+@triton.jit
 def _logprob_stats_kernel(
     logits_ptr,  # (B, T, V) any float, last dimension contiguous
     labels_ptr,  # (B * T,) int64
     logp_ptr,  # (B * T,) float32 out: 0 for ignored rows, NaN for labels outside [0, V)
-    lse_ptr,  # (B * T,) float32 out: 0 for ignored rows
+    normalizer_ptr,  # (B * T, 2) float32 out: peak and total, not written for ignored rows
     T,
     V,
     stride_b,
@@ -47,40 +65,44 @@ def _logprob_stats_kernel(
     label = tl.load(labels_ptr + row)
     if label == ignore_index:
         tl.store(logp_ptr + row, 0.0)
-        tl.store(lse_ptr + row, 0.0)
     else:
         row_ptr = logits_ptr + (row // T) * stride_b + (row % T) * stride_t
-        peak = -float("inf")
+        peak = -float("inf")  # of the other columns
         total = 0.0
         for start in range(0, V, BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            inside = columns < V
-            u = tl.load(row_ptr + columns, mask=inside, other=-float("inf")).to(tl.float32)  # (BLOCK,)
+            others = (columns < V) & (columns != label)
+            u = tl.load(row_ptr + columns, mask=columns < V, other=-float("inf")).to(tl.float32)  # (BLOCK,)
             if HAS_SCALE:
                 u = u * logit_scale
             if HAS_SOFTCAP:
                 u = softcap * _tanh(u * inverse_softcap)
-            z = tl.where(inside, u, -float("inf"))  # after the cap, or padding would become -cap
+            z = tl.where(others, u, -float("inf"))  # after the cap, or padding would become -cap
             new_peak = tl.maximum(peak, tl.max(z, axis=0))
             shift = tl.where(new_peak == -float("inf"), 0.0, new_peak)  # a block of -inf must not make inf - inf
             total = total * tl.exp(peak - shift) + tl.sum(tl.exp(z - shift), axis=0)
             peak = new_peak
-        lse = peak + tl.log(total)
         known = (label >= 0) & (label < V)
-        u = tl.load(row_ptr + label, mask=known, other=float("nan")).to(tl.float32)
+        z_label = tl.load(row_ptr + label, mask=known, other=float("nan")).to(tl.float32)
         if HAS_SCALE:
-            u = u * logit_scale
+            z_label = z_label * logit_scale
         if HAS_SOFTCAP:
-            u = softcap * _tanh(u * inverse_softcap)
-        tl.store(logp_ptr + row, u - lse)
-        tl.store(lse_ptr + row, lse)
+            z_label = softcap * _tanh(z_label * inverse_softcap)
+        # logp = -log(1 + exp(d)), d = log of the other columns' sum relative to the label. Both branches of |d| stay finite.
+        d = (peak - z_label) + tl.log(total)
+        d = tl.where(total == 0.0, -float("inf"), d)  # a vocabulary of one token
+        tl.store(logp_ptr + row, -(tl.where(d > 0.0, d, 0.0) + _log1p(tl.exp(-tl.abs(d)))))
+        new_peak = tl.maximum(peak, z_label)
+        tl.store(normalizer_ptr + 2 * row, new_peak)
+        tl.store(normalizer_ptr + 2 * row + 1, total * tl.exp(peak - new_peak) + tl.exp(z_label - new_peak))
 
 
 @triton.jit
 def _logprob_grad_kernel(
     logits_ptr,  # (B, T, V)
     labels_ptr,  # (B * T,) int64
-    lse_ptr,  # (B * T,) float32
+    logp_ptr,  # (B * T,) float32
+    normalizer_ptr,  # (B * T, 2) float32
     row_grad_ptr,  # (B * T,) float32: dL/dlogp of each row, not read for ignored rows
     grad_ptr,  # (B, T, V) out, may be logits_ptr
     T,
@@ -110,41 +132,43 @@ def _logprob_grad_kernel(
     if label == ignore_index:
         tl.store(out_ptr, tl.zeros([BLOCK], dtype=grad_ptr.dtype.element_ty), mask=inside)
     else:
-        lse = tl.load(lse_ptr + row)
-        upstream = tl.load(row_grad_ptr + row)
+        peak = tl.load(normalizer_ptr + 2 * row)
+        slope = tl.load(row_grad_ptr + row)
+        inverse_total = 1.0 / tl.load(normalizer_ptr + 2 * row + 1)
+        not_label = _minus_expm1(tl.load(logp_ptr + row))
         u = tl.load(logits_ptr + batch * stride_b + position * stride_t + columns, mask=inside, other=0.0).to(tl.float32)
-        slope = upstream
         if HAS_SCALE:
             u = u * logit_scale
             slope = slope * logit_scale
         if HAS_SOFTCAP:
             t = _tanh(u * inverse_softcap)
-            u = softcap * t
-            grad = slope * (1.0 - t * t) * (tl.where(columns == label, 1.0, 0.0) - tl.exp(u - lse))
+            z = softcap * t
+            grad = slope * (1.0 - t * t) * tl.where(columns == label, not_label, -tl.exp(z - peak) * inverse_total)
         else:
-            grad = slope * (tl.where(columns == label, 1.0, 0.0) - tl.exp(u - lse))
+            grad = slope * tl.where(columns == label, not_label, -tl.exp(u - peak) * inverse_total)
         tl.store(out_ptr, grad.to(grad_ptr.dtype.element_ty), mask=inside)
 
 
 def logprob_stats(
     logits: torch.Tensor, labels: torch.Tensor, *, ignore_index: int, logit_scale: float, softcap: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """logits (B, T, V), labels (B * T,) int64 -> log-probability and log-sum-exp of each row, both (B * T,) float32."""
+    """logits (B, T, V), labels (B * T,) int64 -> log-probabilities (B * T,) and normalizers (B * T, 2) (peak, total), both float32."""
     B, T, V = logits.shape
     logp = torch.empty(B * T, dtype=torch.float32, device=logits.device)
-    lse = torch.empty_like(logp)
+    normalizer = torch.empty(B * T, 2, dtype=torch.float32, device=logits.device)
     if B * T:
         _logprob_stats_kernel[(B * T,)](
-            logits, labels, logp, lse, T, V, logits.stride(0), logits.stride(1), ignore_index,
+            logits, labels, logp, normalizer, T, V, logits.stride(0), logits.stride(1), ignore_index,
             *_softcap_arguments(logit_scale, softcap), **_tile(V),
         )  # fmt: skip
-    return logp, lse
+    return logp, normalizer
 
 
 def logprob_grad(
     logits: torch.Tensor,
     labels: torch.Tensor,
-    lse: torch.Tensor,
+    logp: torch.Tensor,
+    normalizer: torch.Tensor,
     row_grad: torch.Tensor,
     out: torch.Tensor,
     *,
@@ -158,8 +182,8 @@ def logprob_grad(
     blocks = triton.cdiv(V, tile["BLOCK"])
     if B * T:
         _logprob_grad_kernel[(B * T * blocks,)](
-            logits, labels, lse, row_grad, out, T, V, blocks, logits.stride(0), logits.stride(1), out.stride(0), out.stride(1),
-            ignore_index, *_softcap_arguments(logit_scale, softcap), **tile,
+            logits, labels, logp, normalizer, row_grad, out, T, V, blocks, logits.stride(0), logits.stride(1),
+            out.stride(0), out.stride(1), ignore_index, *_softcap_arguments(logit_scale, softcap), **tile,
         )  # fmt: skip
 
 

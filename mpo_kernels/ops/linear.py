@@ -43,7 +43,7 @@ class _HeadGradients:
             torch.mm(grad_logits, self._weight, out=grad_hidden[rows])
         if self.weight is not None:
             if self.weight.dtype == grad_logits.dtype:
-                self.weight.addmm_(grad_logits.T, hidden)
+                torch.addmm(self.weight, grad_logits.T, hidden, out=self.weight)
             else:
                 self.weight.add_(grad_logits.T @ hidden)
         if self.bias is not None:
@@ -98,14 +98,12 @@ class LinearPairLoss(torch.autograd.Function):
 
             # A pair larger than the budget is scored piece by piece, and its pieces' logits are computed again for the gradient.
             pieces = split_rows(0, chunk.rows, max(budget, 1))
-            logps, lses = [], []
+            stats = []
             for a, b in pieces:
                 logits = _logits(chunk_hidden[a:b], weight, bias)
-                logp, lse = backend.logprob_stats(logits, chunk_labels[a:b], **options.as_kwargs())
-                logps.append(logp)
-                lses.append(lse)
+                stats.append(backend.logprob_stats(logits, chunk_labels[a:b], **options.as_kwargs()))
             means, scored, gap, loss, gap_grad = backend.pair_loss(
-                torch.cat(logps), chunk_labels, cu_seqlens, reference_gap[pairs], weights, beta=beta, ignore_index=options.ignore_index
+                torch.cat([logp for logp, _ in stats]), chunk_labels, cu_seqlens, reference_gap[pairs], weights, beta=beta, ignore_index=options.ignore_index
             )
             losses.append(loss)
             gaps.append(gap)
@@ -115,10 +113,10 @@ class LinearPairLoss(torch.autograd.Function):
                 continue
             row_grad = backend.row_grads(gap_grad, scored, chunk_labels, cu_seqlens, ignore_index=options.ignore_index)
             chunk_grad = torch.empty_like(chunk_hidden) if needs[0] else None
-            for (a, b), lse in zip(pieces, lses, strict=True):
+            for (a, b), (logp, normalizer) in zip(pieces, stats, strict=True):
                 if len(pieces) > 1:
                     logits = _logits(chunk_hidden[a:b], weight, bias)
-                backend.logprob_grad(logits, chunk_labels[a:b], lse, row_grad[a:b], logits, **options.as_kwargs())
+                backend.logprob_grad(logits, chunk_labels[a:b], logp, normalizer, row_grad[a:b], logits, **options.as_kwargs())
                 gradients.add(slice(a, b), logits[0], chunk_hidden[a:b], chunk_grad)
             if chunk_grad is not None and gradients.hidden is not None:
                 split = halves[0].stop - halves[0].start
@@ -137,7 +135,7 @@ class LinearPairLoss(torch.autograd.Function):
 
 
 class LinearTokenLogprobs(torch.autograd.Function):
-    """hidden (M, D), labels (M,) -> log-probabilities (M,). Keeps two numbers a row; backward computes the logits again."""
+    """hidden (M, D), labels (M,) -> log-probabilities (M,). Keeps three numbers a row; backward computes the logits again."""
 
     @staticmethod
     def forward(
@@ -153,20 +151,22 @@ class LinearTokenLogprobs(torch.autograd.Function):
         budget = rows_per_chunk(weight.shape[0], hidden.dtype.itemsize, chunk_bytes)
         ctx.pieces = split_rows(0, hidden.shape[0], budget)
         stats = [backend.logprob_stats(_logits(hidden[a:b], weight, bias), labels[a:b], **options.as_kwargs()) for a, b in ctx.pieces]
-        empty = hidden.new_empty(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
-        ctx.save_for_backward(hidden, weight, bias, labels, torch.cat([empty, *(lse for _, lse in stats)]))
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        logp = torch.cat([hidden.new_empty(0, dtype=dtype), *(logp for logp, _ in stats)])
+        normalizer = torch.cat([hidden.new_empty(0, 2, dtype=dtype), *(normalizer for _, normalizer in stats)])
+        ctx.save_for_backward(hidden, weight, bias, labels, logp, normalizer)
         ctx.options = options
-        return torch.cat([empty, *(logp for logp, _ in stats)])
+        return logp
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logp: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight, bias, labels, lse = ctx.saved_tensors
+        hidden, weight, bias, labels, logp, normalizer = ctx.saved_tensors
         backend, row_grad = backend_for(hidden), grad_logp.contiguous()
         gradients = _HeadGradients(hidden, weight, bias, ctx.needs_input_grad[:3])
         for a, b in ctx.pieces:
             logits = _logits(hidden[a:b], weight, bias)
-            backend.logprob_grad(logits, labels[a:b], lse[a:b], row_grad[a:b], logits, **ctx.options.as_kwargs())
+            backend.logprob_grad(logits, labels[a:b], logp[a:b], normalizer[a:b], row_grad[a:b], logits, **ctx.options.as_kwargs())
             gradients.add(slice(a, b), logits[0], hidden[a:b], gradients.hidden)
         weight_grad = None if gradients.weight is None else gradients.weight.to(weight.dtype)
         bias_grad = None if gradients.bias is None or bias is None else gradients.bias.to(bias.dtype)

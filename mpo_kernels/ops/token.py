@@ -34,8 +34,8 @@ class TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, options: HeadOptions, inplace_backward: bool) -> torch.Tensor:
-        logp, lse = backend_for(logits).logprob_stats(logits, labels, **options.as_kwargs())
-        ctx.save_for_backward(logits, labels, lse)
+        logp, normalizer = backend_for(logits).logprob_stats(logits, labels, **options.as_kwargs())
+        ctx.save_for_backward(logits, labels, logp, normalizer)
         ctx.options, ctx.inplace_backward, ctx.overwritten = options, inplace_backward, False
         return logp
 
@@ -47,9 +47,10 @@ class TokenLogprobs(torch.autograd.Function):
                 "The logits were overwritten by their gradient in an earlier backward pass (inplace_backward=True), so a second one "
                 "cannot be computed. Call with inplace_backward=False to use retain_graph=True."
             )
-        logits, labels, lse = ctx.saved_tensors
+        logits, labels, logp, normalizer = ctx.saved_tensors
         grad = logits if ctx.inplace_backward else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        backend_for(logits).logprob_grad(logits, labels, lse, grad_logp.contiguous(), grad, **ctx.options.as_kwargs())
+        backend_for(logits).logprob_grad(
+            logits, labels, logp, normalizer, grad_logp.contiguous(), grad, **ctx.options.as_kwargs())
         if ctx.inplace_backward:
             ctx.overwritten = True
             torch.autograd.graph.increment_version(logits)  # kernels write behind autograd's back

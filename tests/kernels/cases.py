@@ -1,0 +1,55 @@
+"""Inputs of the kernel tests, and the distance to the oracle."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+# Triton's interpreter cuts bf16 off instead of rounding it, which is about twice the error; compiled code rounds.
+ROUNDING = 2.6 if INTERPRETED else 1.25
+
+REGIMES = ("normal", "flat", "peaked", "unlikely", "huge", "equal", "columns_of_minus_inf")
+
+
+def regime(name: str, shape: tuple[int, ...], labels: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """float32 logits (..., V) of a kind that is hard in its own way."""
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(shape, generator=generator)
+    at_label = labels.clamp_min(0)[..., None]
+    if name == "flat":
+        return z * 1e-3
+    if name == "peaked":  # the label takes nearly all of the probability
+        return z.scatter(-1, at_label, 30.0)
+    if name == "unlikely":  # probability about e^-60
+        return z.scatter(-1, at_label, -60.0)
+    if name == "huge":
+        return torch.where(z > 0, 1e4, -1e4) + z
+    if name == "equal":
+        return torch.full(shape, 3.25)
+    if name == "columns_of_minus_inf" and shape[-1] > 2:
+        return z.masked_fill(torch.arange(shape[-1]) % 3 == 2, float("-inf")).scatter(-1, at_label, 0.5)
+    return z * 3
+
+
+def labels_of(shape: tuple[int, ...], vocab: int, seed: int = 0, mask: str = "some") -> torch.Tensor:
+    """int64 labels; mask: none, some positions ignored, or all but one of each sequence."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    labels = torch.randint(0, vocab, shape, generator=generator)
+    if mask == "some":
+        ignored = torch.rand(shape, generator=generator) < 0.4
+        ignored[..., -1] = False
+        labels[ignored] = -100
+    elif mask == "all_but_one":
+        labels[..., :-1] = -100
+    return labels
+
+
+def relative_error(ours: torch.Tensor | None, theirs: torch.Tensor | None) -> float:
+    """Relative L2 distance; exact agreement of two zero tensors is 0."""
+    assert ours is not None and theirs is not None
+    assert ours.shape == theirs.shape
+    difference = (ours.double() - theirs.double()).norm()
+    return 0.0 if difference == 0 else float(difference / theirs.double().norm().clamp_min(1e-30))

@@ -1,0 +1,202 @@
+"""linear_mpo_loss and linear_token_logprobs from hidden states, against the float64 oracle; their FLOPs and their memory."""
+
+import pytest
+import torch
+from cases import labels_of, relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import mpo_kernels
+from mpo_kernels import reference
+from mpo_kernels.planning import Chunk, plan_pairs, rows_per_chunk, split_rows
+
+P, T, D, V = 3, 9, 24, 211
+GAP = torch.tensor([0.3, -0.2, 0.8])
+ONE_CHUNK_PER_PAIR = 1  # a budget of one byte still gives 128 rows
+ERROR = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # of the GEMMs' rounded inputs and outputs
+
+
+def inputs(dtype=torch.float32, seed=0, tokens=T, pairs=P):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(2 * pairs, tokens, D, generator=generator).to(dtype)
+    weight = torch.randn(V, D, generator=generator).mul_(0.4).to(dtype)
+    bias = torch.randn(V, generator=generator).to(dtype)
+    return hidden, weight, bias, labels_of((2 * pairs, tokens), V, seed)
+
+
+def gradients(loss_of, tensors, upstream=1.7):
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    loss = loss_of(*leaves)
+    loss.backward(torch.as_tensor(upstream, dtype=loss.dtype).expand_as(loss))
+    return loss.detach(), [t.grad for t in leaves]
+
+
+@pytest.mark.parametrize("dtype", list(ERROR))
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("chunk_bytes", [None, ONE_CHUNK_PER_PAIR])
+def test_loss_and_gradients(dtype, reduction, chunk_bytes):
+    hidden, weight, bias, labels = inputs(dtype)
+    options = {"beta": 1.2, "reduction": reduction, "pair_weights": torch.tensor([1.0, 0.5, 0.0])}
+    loss, ours = gradients(
+        lambda h, w, b: mpo_kernels.linear_mpo_loss(h, w, labels, GAP, bias=b, chunk_bytes=chunk_bytes, **options).loss,
+        (hidden, weight, bias),
+    )
+    options["pair_weights"] = options["pair_weights"].double()
+    expected, theirs = gradients(
+        lambda h, w, b: reference.linear_mpo_loss(h, w, labels, GAP.double(), bias=b, **options)[0],
+        (hidden.double(), weight.double(), bias.double()),
+    )
+    torch.testing.assert_close(loss.double(), expected, rtol=ERROR[dtype] * 10, atol=ERROR[dtype])
+    for got, want in zip(ours, theirs, strict=True):
+        assert got.dtype == dtype and relative_error(got, want) < ERROR[dtype]
+
+
+@pytest.mark.parametrize("options", [{"softcap": 3.0}, {"softcap": 3.0, "logit_scale": 0.5}, {"logit_scale": 2.0}], ids=str)
+def test_softcap_and_scale(options):
+    hidden, weight, _, labels = inputs()
+    _, ours = gradients(lambda h, w: mpo_kernels.linear_mpo_loss(h, w, labels, GAP, **options).loss, (hidden, weight))
+    _, theirs = gradients(
+        lambda h, w: reference.linear_mpo_loss(h, w, labels, GAP.double(), **options)[0], (hidden.double(), weight.double())
+    )
+    assert max(map(relative_error, ours, theirs)) < 1e-5
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    lengths=st.integers(1, 3).flatmap(lambda p: st.lists(st.integers(1, 12), min_size=2 * p, max_size=2 * p)),
+    budget=st.integers(1, 30),
+    seed=st.integers(0, 99),
+)
+def test_chunks_do_not_change_the_result(lengths, budget, seed):
+    """Packed sequences of any lengths, and budgets smaller than a pair, than a sequence, and larger than all."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, pairs = sum(lengths), len(lengths) // 2
+    hidden = torch.randn(rows, D, generator=generator)
+    weight = torch.randn(V, D, generator=generator)
+    labels = torch.randint(0, V, (rows,), generator=generator)
+    gap = torch.randn(pairs, generator=generator)
+    offsets = torch.tensor([0, *lengths]).cumsum(0).int()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mpo_kernels.planning.ROW_MULTIPLE", 1)
+        loss, ours = gradients(
+            lambda h, w: mpo_kernels.linear_mpo_loss(h, w, labels, gap, cu_seqlens=offsets, chunk_bytes=budget * V * 4).loss, (hidden, weight)
+        )
+    expected, theirs = gradients(
+        lambda h, w: reference.linear_mpo_loss(h, w, labels, gap.double(), cu_seqlens=offsets)[0], (hidden.double(), weight.double())
+    )
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-5)
+    assert max(map(relative_error, ours, theirs)) < 2e-5
+
+
+def test_outputs_follow_the_order_of_pairs():
+    hidden, weight, _, labels = inputs()
+    ours = mpo_kernels.linear_mpo_loss(hidden, weight, labels, GAP)
+    theirs = reference.linear_mpo_loss(hidden.double(), weight.double(), labels, GAP.double())
+    for got, want in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_retain_graph_scales_the_same_gradients_again():
+    hidden, weight, _, labels = inputs()
+    hidden.requires_grad_()
+    loss = mpo_kernels.linear_mpo_loss(hidden, weight, labels, GAP).loss
+    one = torch.autograd.grad(loss, hidden, retain_graph=True)[0]
+    two = torch.autograd.grad(loss * 3, hidden)[0]
+    torch.testing.assert_close(two, one * 3)
+
+
+def test_backward_does_not_need_the_weight():
+    """ZeRO-3 partitions the head's weight after its forward: its data may be gone, and its gradient must come all the same."""
+    hidden, weight, _, labels = inputs()
+    head = torch.nn.Parameter(weight.clone())
+    loss = mpo_kernels.linear_mpo_loss(hidden, head, labels, GAP).loss
+    head.data.fill_(float("nan"))
+    loss.backward()
+    _, (want,) = gradients(lambda w: mpo_kernels.linear_mpo_loss(hidden, w, labels, GAP).loss, (weight,), 1.0)
+    torch.testing.assert_close(head.grad, want)
+
+
+@pytest.mark.parametrize(
+    ("trained", "gemms"), [(("hidden", "weight"), 3), (("hidden",), 2), (("weight",), 2), ((), 1)], ids=["both", "frozen head", "frozen hidden", "none"]
+)
+def test_flops_are_the_least_possible(trained, gemms):
+    """2 x scored rows x D x V for each GEMM that the mathematics needs, however many positions there are."""
+    hidden, weight, _, labels = inputs()
+    hidden.requires_grad_("hidden" in trained)
+    weight.requires_grad_("weight" in trained)
+    with FlopCounterMode(display=False) as counter:
+        loss = mpo_kernels.linear_mpo_loss(hidden, weight, labels, GAP).loss
+        if trained:
+            loss.backward()
+    assert counter.get_total_flops() == gemms * 2 * int((labels != -100).sum()) * D * V
+
+
+def test_no_gradient_work_under_no_grad():
+    hidden, weight, _, labels = inputs()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        mpo_kernels.linear_mpo_loss(hidden.requires_grad_(), weight.requires_grad_(), labels, GAP)
+        mpo_kernels.linear_token_logprobs(hidden, weight, labels)
+    assert counter.get_total_flops() == 2 * 2 * int((labels != -100).sum()) * D * V
+
+
+class LargestTensors(TorchDispatchMode):
+    """Sizes in bytes of the tensors that operations return anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.sizes.append(tensor.untyped_storage().nbytes())
+        return result
+
+
+def test_the_logits_never_exist_as_a_whole():
+    hidden, weight, _, labels = inputs(tokens=200)
+    rows = int((labels != -100).sum())
+    with LargestTensors() as seen:
+        mpo_kernels.linear_mpo_loss(hidden.requires_grad_(), weight.requires_grad_(), labels, GAP, chunk_bytes=1).loss.backward()
+    assert rows > 4 * 128
+    assert max(seen.sizes) <= max(128 * V * 4, hidden.numel() * 4)
+
+
+def test_token_logprobs_and_their_gradients():
+    hidden, weight, bias, labels = inputs()
+    upstream = torch.randn(labels.shape, generator=torch.Generator().manual_seed(3))
+    got, ours = gradients(
+        lambda h, w, b: mpo_kernels.linear_token_logprobs(h, w, labels, bias=b, softcap=4.0, chunk_bytes=1), (hidden, weight, bias), upstream
+    )
+    want, theirs = gradients(
+        lambda h, w, b: reference.linear_token_logprobs(h, w, labels, bias=b, softcap=4.0),
+        (hidden.double(), weight.double(), bias.double()),
+        upstream.double(),
+    )
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    assert (got <= 1e-6).all()
+    assert max(map(relative_error, ours, theirs)) < 1e-5
+
+
+def test_plan_packs_whole_pairs_in_order():
+    assert plan_pairs([3, 1, 9, 2, 2, 9], 8) == [Chunk(0, 2, 8), Chunk(2, 3, 18)]
+    assert split_rows(0, 10, 4) == [(0, 4), (4, 8), (8, 10)]
+
+
+@given(lengths=st.lists(st.tuples(st.integers(1, 50), st.integers(1, 50)), min_size=1, max_size=30), budget=st.integers(1, 200))
+def test_plan_covers_every_pair_once_within_the_budget(lengths, budget):
+    flat = [a for a, _ in lengths] + [b for _, b in lengths]
+    chunks = plan_pairs(flat, budget)
+    assert [p for c in chunks for p in range(c.first, c.last)] == list(range(len(lengths)))
+    for c in chunks:
+        assert c.rows == sum(sum(lengths[p]) for p in range(c.first, c.last))
+        assert c.rows <= budget or c.last - c.first == 1
+
+
+@pytest.mark.parametrize(("vocab", "rows"), [(128256, 2048), (262144, 1024), (1000, 268416)])
+def test_rows_per_chunk_do_not_collapse(vocab, rows):
+    assert rows_per_chunk(vocab, 2) == rows
+    assert rows_per_chunk(10**9, 4) == 128

@@ -1,0 +1,89 @@
+"""Every refused call and what its caller is told."""
+
+import pytest
+import torch
+
+import mpo_kernels
+from mpo_kernels import linear_mpo_loss, linear_token_logprobs, mean_pool, mpo_loss, retention_loss, token_logprobs
+
+LOGITS = torch.zeros(4, 3, 7)
+LABELS = torch.ones(4, 3, dtype=torch.int64)
+GAP = torch.zeros(2)
+HIDDEN, WEIGHT = torch.zeros(4, 3, 5), torch.zeros(7, 5)
+PACKED = torch.tensor([0, 3, 6, 9, 12], dtype=torch.int32)
+EMPTY = LABELS.clone().index_fill_(0, torch.tensor([2]), -100)
+
+
+def bad_label(value):
+    labels = LABELS.clone()
+    labels[1, 2] = value
+    return labels
+
+
+REFUSED = [
+    (lambda: token_logprobs(LOGITS.long(), LABELS), "logits has dtype torch.int64; needed is one of"),
+    (lambda: token_logprobs([1.0], LABELS), "logits must be a tensor, not list"),
+    (lambda: token_logprobs(LOGITS, LABELS.float()), "labels have dtype torch.float32; needed is int64"),
+    (lambda: token_logprobs(LOGITS, LABELS[:, :2]), r"logits has shape \(4, 3, 7\) and labels \(4, 2\)"),
+    (lambda: token_logprobs(LOGITS[..., :0], LABELS), "its last dimension is empty"),
+    (lambda: token_logprobs(LOGITS, LABELS.to("meta")), "labels are on meta and logits on cpu"),
+    (lambda: token_logprobs(LOGITS, bad_label(7)), r"labels\[1, 2\] is 7; labels must be in \[0, 7\) or the ignore_index -100"),
+    (lambda: token_logprobs(LOGITS, bad_label(-1)), r"labels\[1, 2\] is -1"),
+    (lambda: token_logprobs(LOGITS, LABELS, softcap=0.0), "softcap is 0.0; it must be positive"),
+    (lambda: token_logprobs(LOGITS, LABELS, softcap=torch.tensor(3.0)), "softcap must be a finite Python number"),
+    (lambda: token_logprobs(LOGITS, LABELS, logit_scale=float("inf")), "logit_scale must be a finite Python number, not inf"),
+    (lambda: token_logprobs(LOGITS.clone().requires_grad_(), LABELS, inplace_backward=True), "are a leaf"),
+    (lambda: token_logprobs(LOGITS.mT, torch.ones(4, 7).long(), inplace_backward=True), "last stride is 1"),
+    (lambda: mpo_loss(LOGITS, LABELS, GAP, beta=None), "beta must be a finite Python number, not None"),
+    (lambda: mpo_loss(LOGITS, LABELS, GAP, reduction="batchmean"), "reduction is 'batchmean'; it can be 'mean', 'sum' or 'none'"),
+    (lambda: mpo_loss(LOGITS[:3], LABELS[:3], GAP), "3 sequences cannot be pairs"),
+    (lambda: mpo_loss(LOGITS[:0], LABELS[:0], GAP), "holds no sequence"),
+    (lambda: mpo_loss(LOGITS[0], LABELS[0], GAP), "For packed rows"),
+    (lambda: mpo_loss(LOGITS, LABELS, torch.zeros(3)), r"reference_gap is torch.float32 \(3,\); needed is a float tensor of shape \(2,\)"),
+    (lambda: mpo_loss(LOGITS, LABELS, 0.5), "reference_gap is float; needed"),
+    (lambda: mpo_loss(LOGITS, LABELS, torch.tensor([0.0, float("nan")])), r"reference_gap\[1\] is nan"),
+    (lambda: mpo_loss(LOGITS, LABELS, GAP, pair_weights=torch.ones(4)), "pair_weights is"),
+    (lambda: mpo_loss(LOGITS, LABELS, GAP, pair_weights=torch.tensor([1.0, float("inf")])), r"pair_weights\[1\] is inf"),
+    (lambda: mpo_loss(LOGITS, EMPTY, GAP), r"Sequence 2 \(rejected of pair 0\) has no scored position"),
+    (lambda: mpo_loss(LOGITS, LABELS, GAP, cu_seqlens=PACKED), "with cu_seqlens the packed layout is"),
+    (lambda: mpo_loss(LOGITS.view(12, 7), LABELS.view(12), GAP, cu_seqlens=PACKED.long()), "needed is int32"),
+    (lambda: mpo_loss(LOGITS.view(12, 7), LABELS.view(12), GAP, cu_seqlens=PACKED + 1), "must rise from 0 to the number of rows, 12"),
+    (lambda: mpo_loss(LOGITS.view(12, 7), LABELS.view(12), GAP, cu_seqlens=PACKED[[0, 2, 1, 3, 4]]), "without falling"),
+    (lambda: linear_mpo_loss(HIDDEN, WEIGHT[:, :4], LABELS, GAP), r"weight has shape \(7, 4\); needed is \(V, 5\)"),
+    (lambda: linear_mpo_loss(HIDDEN, torch.zeros(0), LABELS, GAP), r"partitioned \(ZeRO-3, FSDP\). Call the loss inside the head"),
+    (lambda: linear_mpo_loss(HIDDEN, WEIGHT.bfloat16(), LABELS, GAP), "weight is torch.bfloat16 on cpu and hidden torch.float32"),
+    (lambda: linear_mpo_loss(HIDDEN, WEIGHT, LABELS, GAP, bias=torch.zeros(6)), r"bias has shape \(6,\); needed is \(7,\)"),
+    (lambda: linear_mpo_loss(HIDDEN, WEIGHT, EMPTY, GAP), "has no scored position"),
+    (lambda: linear_mpo_loss(HIDDEN, WEIGHT, bad_label(9), GAP), r"labels\[5\] is 9"),
+    (lambda: linear_token_logprobs(HIDDEN, WEIGHT, bad_label(9)), r"labels\[5\] is 9"),
+    (lambda: mean_pool(HIDDEN, mask=torch.ones(4, 3)), "mask is torch.float32"),
+    (lambda: mean_pool(HIDDEN, mask=torch.zeros(4, 3, dtype=torch.bool)), "Sequence 0 has no pooled position"),
+    (lambda: mean_pool(HIDDEN[0]), "For packed rows"),
+    (lambda: retention_loss(HIDDEN, torch.zeros(4, 6)), r"reference is torch.float32 \(4, 6\)"),
+    (lambda: retention_loss(HIDDEN, torch.zeros(4, 5), sequence_weights=torch.ones(3)), "one value per sequence"),
+    (lambda: retention_loss(HIDDEN, torch.zeros(4, 5), reduction="max"), "reduction is 'max'"),
+]
+
+
+@pytest.mark.parametrize("place", range(len(REFUSED)))
+def test_refused(place):
+    call, message = REFUSED[place]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_unknown_backend(monkeypatch):
+    monkeypatch.setenv("MPO_KERNELS_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="MPO_KERNELS_BACKEND is 'cuda'; it can be auto, triton or torch"):
+        token_logprobs(LOGITS, LABELS)
+
+
+def test_modules_hold_their_options():
+    loss = mpo_kernels.MPOLoss(beta=1.5, softcap=30.0)
+    assert "beta=1.5" in repr(loss) and "softcap=30.0" in repr(loss)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 3, 7, generator=generator)
+    torch.testing.assert_close(loss(logits, LABELS, GAP), mpo_loss(logits, LABELS, GAP, beta=1.5, softcap=30.0))
+    hidden, weight = torch.randn(4, 3, 5, generator=generator), torch.randn(7, 5, generator=generator)
+    linear = mpo_kernels.LinearMPOLoss(beta=0.5)
+    torch.testing.assert_close(linear(hidden, weight, LABELS, GAP), linear_mpo_loss(hidden, weight, LABELS, GAP, beta=0.5))
