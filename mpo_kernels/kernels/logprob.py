@@ -29,18 +29,31 @@ def _tanh(x):
 
 @triton.jit
 def _log1p(x):
-    # For 0 <= x <= 1, to full relative precision (Kahan): the rounding of 1 + x cancels in the quotient.
-    u = 1.0 + x
-    return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
+    # log(1 + x) for 0 <= x <= 1 to full relative precision: 2 atanh(s) with s = x / (2 + x) <= 1/3, whose series needs eight terms in fp32.
+    s = x / (2.0 + x)
+    q = s * s
+    series = 1.0 / 15.0
+    series = series * q + 1.0 / 13.0
+    series = series * q + 1.0 / 11.0
+    series = series * q + 1.0 / 9.0
+    series = series * q + 1.0 / 7.0
+    series = series * q + 1.0 / 5.0
+    series = series * q + 1.0 / 3.0
+    return 2.0 * s * (series * q + 1.0)
 
 
 @triton.jit
-def _minus_expm1(x):
-    # 1 - exp(x) for x <= 0, to full relative precision (Kahan).
-    e = tl.exp(x)
-    careful = (e != 1.0) & (e > 0.0)
-    quotient = (1.0 - e) * (x / tl.log(tl.where(careful, e, 0.5)))
-    return tl.where(careful, quotient, tl.where(e == 1.0, -x, 1.0))
+def _one_minus_exp(x):
+    # 1 - exp(x) for x <= 0 to full relative precision: near 0, where the difference would cancel, by the series of exp.
+    series = 1.0 / 40320.0
+    series = series * x + 1.0 / 5040.0
+    series = series * x + 1.0 / 720.0
+    series = series * x + 1.0 / 120.0
+    series = series * x + 1.0 / 24.0
+    series = series * x + 1.0 / 6.0
+    series = series * x + 0.5
+    series = series * x + 1.0
+    return tl.where(x > -0.5, -x * series, 1.0 - tl.exp(x))
 
 
 @triton.jit
@@ -135,7 +148,7 @@ def _logprob_grad_kernel(
         peak = tl.load(normalizer_ptr + 2 * row)
         slope = tl.load(row_grad_ptr + row)
         inverse_total = 1.0 / tl.load(normalizer_ptr + 2 * row + 1)
-        not_label = _minus_expm1(tl.load(logp_ptr + row))
+        not_label = _one_minus_exp(tl.load(logp_ptr + row))
         u = tl.load(logits_ptr + batch * stride_b + position * stride_t + columns, mask=inside, other=0.0).to(tl.float32)
         if HAS_SCALE:
             u = u * logit_scale

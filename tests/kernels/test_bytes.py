@@ -1,0 +1,79 @@
+"""Exact bytes that the kernels move, and their bounds, counted in the interpreter. Run by `test_interpreter.py`."""
+
+import pytest
+import torch
+from cases import INTERPRETED, labels_of, regime
+
+if not INTERPRETED:
+    pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
+
+import triton
+import triton.language as tl
+from meter import Meter
+
+import mpo_kernels
+
+P, T = 2, 6
+
+
+def run(vocab, mask, inplace=False, packed=False):
+    labels = labels_of((2 * P, T), vocab, mask=mask)
+    logits = regime("normal", (2 * P, T, vocab), labels).bfloat16()
+    layout = {}
+    if packed:
+        logits, labels = logits.view(-1, vocab), labels.view(-1)
+        layout = {"cu_seqlens": torch.arange(0, 2 * P * T + 1, T, dtype=torch.int32)}
+    working = logits.clone().requires_grad_() * 1
+    with Meter() as forward:
+        loss = mpo_kernels.mpo_loss(working, labels, torch.zeros(P), inplace_backward=inplace, **layout).loss
+    with Meter() as backward:
+        loss.backward()
+    assert not forward.out_of_bounds and not backward.out_of_bounds
+    return forward, backward, int((labels != -100).sum()), labels.numel()
+
+
+@pytest.mark.parametrize("vocab", [1000, 8192, 8197, 20011])
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_at_most_six_bytes_per_bf16_logit(vocab, inplace, packed):
+    forward, backward, _, rows = run(vocab, "none", inplace, packed)
+    total = sum((m.loaded.total() + m.stored.total() for m in (forward, backward)))
+    assert 6 <= total / (rows * vocab) <= (6.05 if vocab >= 8192 else 6.2)
+
+
+def test_ignored_rows_are_not_read():
+    forward, backward, scored, rows = run(20011, "some")
+    assert forward.loaded["logits_ptr"] == (20011 + 1) * 2 * scored  # a row, and its label's logit once more
+    assert backward.loaded["logits_ptr"] == 20011 * 2 * scored
+    assert backward.stored["grad_ptr"] == 20011 * 2 * rows  # their gradient is 0 and must be written
+    assert forward.stored["logits_ptr"] == backward.stored["logits_ptr"] == 0
+
+
+def test_pooling_reads_pooled_rows_once():
+    hidden, mask = torch.randn(3, 5, 70), torch.zeros(3, 5, dtype=torch.bool)
+    mask[:, 1:3] = True
+    with Meter() as meter:
+        mpo_kernels.mean_pool(hidden, mask=mask)
+    assert meter.loaded["hidden_ptr"] == 3 * 2 * 70 * 4 and not meter.out_of_bounds
+
+
+def test_wrong_labels_and_offsets_never_leave_the_tensors():
+    logits = torch.randn(12, 33)
+    labels = torch.randint(0, 33, (12,))
+    labels[3], labels[7] = 33, 2**40
+    offsets = torch.tensor([-7, 3, 6, 9, 400], dtype=torch.int32)
+    with Meter() as meter:
+        mpo_kernels.mpo_loss(logits.requires_grad_(), labels, torch.zeros(2), cu_seqlens=offsets, validate=False).loss.backward()
+    assert not meter.out_of_bounds
+
+
+def test_the_meter_sees_an_access_out_of_bounds():
+    @triton.jit
+    def _overrun_kernel(x_ptr, n, BLOCK: tl.constexpr):
+        columns = tl.arange(0, BLOCK)
+        tl.store(x_ptr + columns, tl.load(x_ptr + columns, mask=columns < n) + 1, mask=columns < n)
+
+    x = torch.zeros(16)[:6]
+    with Meter() as meter:
+        _overrun_kernel[(1,)](x, 8, BLOCK=8)
+    assert len(meter.out_of_bounds) == 2 and meter.loaded["x_ptr"] == 24
