@@ -17,8 +17,11 @@ import torch
 import triton
 import triton.language as tl
 
-MAX_BLOCK = 8192
-"""Columns per block: 32 elements a thread at 8 warps, i.e. four 128-bit loads of bf16 in flight, without spills."""
+STATS_BLOCK = 8192
+"""Columns per step of the statistics: 32 elements a thread at 8 warps, i.e. four 128-bit loads of bf16 in flight, without spills."""
+
+GRAD_BLOCK = 4096
+"""Columns per program of the gradient. Half of that: where an odd vocabulary forbids vector access, addresses take twice the registers."""
 
 
 @triton.jit
@@ -172,7 +175,7 @@ def logprob_stats(
     if B * T:
         _logprob_stats_kernel[(B * T,)](
             logits, labels, logp, normalizer, T, V, logits.stride(0), logits.stride(1), ignore_index,
-            *_softcap_arguments(logit_scale, softcap), **_tile(V),
+            *_softcap_arguments(logit_scale, softcap), **_tile(V, STATS_BLOCK),
         )  # fmt: skip
     return logp, normalizer
 
@@ -191,7 +194,7 @@ def logprob_grad(
 ) -> None:
     """Writes dL/dlogits into `out` (B, T, V), which may be `logits` itself; row_grad (B * T,) float32 is dL/dlogp."""
     B, T, V = logits.shape
-    tile = _tile(V)
+    tile = _tile(V, GRAD_BLOCK)
     blocks = triton.cdiv(V, tile["BLOCK"])
     if B * T:
         _logprob_grad_kernel[(B * T * blocks,)](
@@ -206,6 +209,6 @@ def _softcap_arguments(logit_scale: float, softcap: float | None) -> tuple:
     return float(logit_scale), cap, 1.0 / cap, logit_scale != 1.0, softcap is not None
 
 
-def _tile(V: int) -> dict[str, int]:
-    block = min(MAX_BLOCK, triton.next_power_of_2(V))
+def _tile(V: int, most: int) -> dict[str, int]:
+    block = min(most, triton.next_power_of_2(V))
     return {"BLOCK": block, "num_warps": 8 if block >= 4096 else 4}
