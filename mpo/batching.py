@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -70,13 +70,16 @@ def pack(
     offsets = [0]
     for sequence in sequences:
         offsets.append(offsets[-1] + len(sequence.input_ids))
-    scored_rows, labels, scored_cu = [], [], [0]
+    scored_rows: list[int] = []
+    labels: list[int] = []
+    scored_cu = [0]
     for i in scored:
         start, end = sequences[i].response_start, len(sequences[i].input_ids)
         scored_rows.extend(range(offsets[i] + start - 1, offsets[i] + end - 1))
         labels.extend(sequences[i].input_ids[start:end])
         scored_cu.append(len(scored_rows))
-    pooled_rows, pooled_cu = [], [0]
+    pooled_rows: list[int] = []
+    pooled_cu = [0]
     for i in pooled:
         start = sequences[i].response_start if pool == "response" else 0
         pooled_rows.extend(range(offsets[i] + start, offsets[i + 1]))
@@ -145,7 +148,7 @@ class Schedule:
         """
         positions = self.positions(step)
         share = math.ceil(len(positions) / world)
-        mine = list(positions[rank * share : (rank + 1) * share])
+        mine: list[int | None] = list(positions[rank * share : (rank + 1) * share])
         size = self.pairs_per_micro_batch
         for start in range(0, share, size):
             yield mine[start : start + size] or [None]
@@ -153,7 +156,7 @@ class Schedule:
 
 def _to_device(batch, device: torch.device):
     """The same dataclass with every tensor on `device`."""
-    moved = {}
+    moved: dict[str, Any] = {}
     for field in fields(batch):
         value = getattr(batch, field.name)
         if isinstance(value, torch.Tensor):

@@ -166,7 +166,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """
     path = _find(Path(path))
     try:
-        tree = OmegaConf.load(path)
+        tree: Any = OmegaConf.load(path)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path} is no readable YAML: {error}") from error
     if not isinstance(tree, DictConfig):

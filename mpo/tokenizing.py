@@ -1,6 +1,7 @@
 """From rows of text to token ids with the position where the response begins.
 
-The chat template's own ids are used as they are; no text is encoded twice, so no second BOS can appear. The prompt's ids must be a prefix of the
+The chat template's own ids are used as they are; no text is encoded twice, so no second BOS can appear. The prompt's ids must be a prefix
+of the
 whole conversation's ids. Scored are the response and the end-of-turn token, not what some templates write after it (a newline).
 """
 
@@ -49,7 +50,8 @@ def tokenize_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, confi
     """
     if not tokenizer.chat_template:
         raise UserError(
-            f"The tokenizer of {tokenizer.name_or_path or 'the model'} has no chat template. Use the instruction-tuned model, or save a template "
+            f"The tokenizer of {tokenizer.name_or_path or 'the model'} has no chat template. Use the instruction-tuned model, "
+            "or save a template "
             "into the model folder as chat_template.jinja."
         )
     encoder = _Encoder(tokenizer, config.max_length)
@@ -98,11 +100,12 @@ class _Encoder:
         prompt = self._ids(conversation, add_generation_prompt=True)
         whole = self._ids([*conversation, {"role": "assistant", "content": getattr(pair, kind)}], add_generation_prompt=False)
         if whole[: len(prompt)] != prompt:
+            at = len(prompt)
             raise UserError(
-                "The chat template is not prefix-stable: the ids of a prompt are not the beginning of the ids of prompt and response, so where the "
-                f"response begins is unknown. Prompt ends with {self._tokenizer.decode(prompt[-8:])!r}, the conversation has "
-                f"{self._tokenizer.decode(whole[max(0, len(prompt) - 8) : len(prompt)])!r} there. Use a template whose generation prompt is what "
-                "it writes before an answer."
+                "The chat template is not prefix-stable: the ids of a prompt are not the beginning of the ids of prompt and response, so "
+                f"where the response begins is unknown. The prompt ends with {self._tokenizer.decode(prompt[-8:])!r}, the conversation has "
+                f"{self._tokenizer.decode(whole[max(0, at - 8) : at])!r} there. Use a template whose generation prompt is what it writes "
+                "before an answer."
             )
         end = self._end_of_turn(whole, len(prompt))
         cut = min(end, self._max_length)

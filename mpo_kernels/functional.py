@@ -1,7 +1,10 @@
-"""The public functions. Shapes: P pairs, S = 2P sequences (the P chosen first, then the P rejected), T positions, N rows, V tokens, D hidden.
+"""The public functions. Shapes: P pairs, S = 2P sequences (the P chosen first, then the P rejected), T positions, N rows, V tokens, D
+hidden.
 
-Layouts: dense `[2P, T, ...]`, or packed `[N, ...]` with `cu_seqlens`, int32 (2P + 1,), the offsets of the sequences. `labels[t]` is the token that
-position t predicts (already shifted); positions whose label is `ignore_index` are not scored. Formulas are numbered in `mpo_kernels.reference`.
+Layouts: dense `[2P, T, ...]`, or packed `[N, ...]` with `cu_seqlens`, int32 (2P + 1,), the offsets of the sequences. `labels[t]` is the
+token that
+position t predicts (already shifted); positions whose label is `ignore_index` are not scored. Formulas are numbered in
+`mpo_kernels.reference`.
 """
 
 from __future__ import annotations
@@ -90,7 +93,8 @@ def mpo_loss(
         pair_weights: (P,) float, multiplies each pair's squared error; 0 makes a filler pair.
         cu_seqlens: int32 (2P + 1,) for the packed layout, on the CPU or the device of `logits`.
         reduction: "mean" (the sum over P, whatever the weights), "sum" or "none".
-        inplace_backward, validate: see `token_logprobs`. Validation also refuses a sequence without a scored token, which otherwise gives NaN.
+        inplace_backward, validate: see `token_logprobs`. Validation also refuses a sequence without a scored token, which otherwise gives
+        NaN.
     Raises:
         ValueError: shapes, dtypes, devices or values do not fit.
     """
@@ -122,7 +126,8 @@ def linear_token_logprobs(
 ) -> torch.Tensor:
     """`token_logprobs` of the logits hidden @ weight^T + bias, which exist only a chunk of rows at a time.
 
-    Only scored rows reach the head. Under no_grad one GEMM and two numbers per token; otherwise backward recomputes the logits (four GEMMs).
+    Only scored rows reach the head. Under no_grad one GEMM and two numbers per token; otherwise backward recomputes the logits (four
+    GEMMs).
 
     Args:
         hidden: (..., D) float. weight: (V, D), bias: (V,), of the same dtype and device.
@@ -165,14 +170,18 @@ def linear_mpo_loss(
 ) -> MPOLossOutput:
     """`mpo_loss` of the logits hidden @ weight^T + bias; the [tokens, vocab] logits never exist as a whole.
 
-    Only scored rows reach the head, in chunks of whole pairs. The gradients of hidden, weight and bias are computed in the forward pass with three GEMMs
-    per chunk (one under no_grad, two when the weight or the hidden states are frozen) and scaled in backward, which needs neither the weight nor
-    the hidden states. The weight's gradient is summed over chunks in fp32. reduction="none" goes through `linear_token_logprobs` instead, since a sum
+    Only scored rows reach the head, in chunks of whole pairs. The gradients of hidden, weight and bias are computed in the forward pass
+    with three GEMMs
+    per chunk (one under no_grad, two when the weight or the hidden states are frozen) and scaled in backward, which needs neither the
+    weight nor
+    the hidden states. The weight's gradient is summed over chunks in fp32. reduction="none" goes through `linear_token_logprobs` instead,
+    since a sum
     over pairs cannot be taken apart in backward.
 
     Args:
         hidden: dense (2P, T, D) or packed (N, D). weight: (V, D), bias: (V,), of the same dtype and device.
-        labels: (2P, T) or (N,) int64, on the device of `hidden` or on the CPU. CPU labels (and cu_seqlens) need no host sync; labels on a GPU are
+        labels: (2P, T) or (N,) int64, on the device of `hidden` or on the CPU. CPU labels (and cu_seqlens) need no host sync; labels on a
+        GPU are
             read back once, to know which rows are scored.
         chunk_bytes: bytes of logits that exist at once, 512 MiB by default; at least 128 rows. A single pair that is larger is computed in
             pieces, whose logits are then computed twice.
@@ -293,7 +302,8 @@ def _three_dimensional(logits: torch.Tensor, inplace_backward: bool) -> torch.Te
     """(..., V) -> (B, T, V) without a copy where strides allow: a dense pair of outer dimensions keeps its two strides."""
     if inplace_backward and logits.is_leaf and logits.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            "inplace_backward=True would overwrite logits that are a leaf (a parameter or an input you hold) with their gradient. Use it on the "
+            "inplace_backward=True would overwrite logits that are a leaf (a parameter or an input you hold) with their "
+            "gradient. Use it on the "
             "output of a head, or pass inplace_backward=False."
         )
     view = logits if logits.ndim == 3 else logits.unsqueeze(0) if logits.ndim == 2 else logits.flatten(0, -2).unsqueeze(0)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from mpo_kernels.functional import MPOLossOutput, linear_mpo_loss, mpo_loss
 
 
 class _Options(torch.nn.Module):
-    def __init__(self, **options: object) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__()
         self.options = options
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 DEFAULT_CHUNK_BYTES = 512 << 20
-"""Logits that exist at once. Each chunk streams the weight and its gradient once more, so small chunks are slow; more than this gains nothing."""
+"""Logits that exist at once. Each chunk streams the weight and its gradient once more, so small chunks are slow; more than this gains
+nothing."""
 
 ROW_MULTIPLE = 128
 """Rows of a full chunk are a multiple of this, which GEMM tiles divide."""

@@ -1,6 +1,7 @@
 """What the public functions accept. Every message says what was given and what is needed.
 
-Checks of shapes, dtypes, devices and host values are always made. Checks that read tensor data are made where that costs no host sync, that is for
+Checks of shapes, dtypes, devices and host values are always made. Checks that read tensor data are made where that costs no host sync,
+that is for
 CPU tensors, and elsewhere only with validate=True.
 """
 
@@ -90,7 +91,8 @@ def check_layout(rows: torch.Tensor, cu_seqlens: torch.Tensor | None, what: str,
         raise ValueError(f"{what} holds no sequence.")
     if pairs and sequences % 2:
         raise ValueError(
-            f"{sequences} sequences cannot be pairs; needed are 2P sequences, the P chosen ones first, then the P rejected ones in the same "
+            f"{sequences} sequences cannot be pairs; needed are 2P sequences, the P chosen ones first, then the P rejected ones "
+            "in the same "
             "order."
         )
     return sequences
@@ -136,9 +138,9 @@ def check_no_empty_sequence(counts: torch.Tensor, pairs: bool) -> None:
         sequence = int(empty[0])
         half = counts.numel() // 2
         side = f" ({'chosen' if sequence < half else 'rejected'} of pair {sequence % half})" if pairs else ""
+        kind = "scored" if pairs else "pooled"
         raise ValueError(
-            f"Sequence {sequence}{side} has no {'scored' if pairs else 'pooled'} position, so its mean is undefined. Drop it, or keep at least "
-            "one position."
+            f"Sequence {sequence}{side} has no {kind} position, so its mean is undefined. Drop it, or keep at least one position."
         )
 
 

@@ -7,7 +7,8 @@ With final logits z, label y, peak m = max z, total = sum exp(z - m) and the ups
     p_j = exp(z_j - m) / total        1 - p_y = -expm1(logp)
     z = cap * tanh(scale * u / cap)  ->  dz/du = scale * (1 - (z / cap)^2)
 
-The label is kept out of the sum, so a label with p_y -> 1 keeps its digits in logp and in 1 - p_y; m and total are kept apart, so large logits
+The label is kept out of the sum, so a label with p_y -> 1 keeps its digits in logp and in 1 - p_y; m and total are kept apart, so large
+logits
 lose none to the rounding of a log-sum-exp. An ignored row reads nothing in either kernel. Bytes per bf16 logit: 2 forward, 4 backward.
 """
 
@@ -136,7 +137,8 @@ def _logprob_grad_kernel(
     HAS_SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # One program per block of one row: every block is independent, so few rows still fill the GPU. Grid on axis 0, which has no 65,535 limit.
+    # One program per block of one row: every block is independent, so few rows still fill the GPU. Grid on axis 0, which has no 65,535
+    # limit.
     program = tl.program_id(0).to(tl.int64)
     row = program // blocks
     columns = (program % blocks).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)

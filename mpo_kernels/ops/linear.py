@@ -5,7 +5,8 @@ With G = onehot - softmax and the gradient c_i of row i's log-probability, row f
     dH = diag(c) G W        dW = (diag(c) G)^T H        db = sum over rows of diag(c) G
 
 c is known as soon as a pair's gap is, so a chunk of whole pairs does: logits GEMM, statistics, pair loss, gradient in the place of the
-logits, dH GEMM, dW GEMM. Three GEMMs, nothing recomputed. The gradients are computed in the forward pass and only scaled in backward; backward
+logits, dH GEMM, dW GEMM. Three GEMMs, nothing recomputed. The gradients are computed in the forward pass and only scaled in backward;
+backward
 needs neither the weight's data (ZeRO-3 may have partitioned it by then) nor the hidden states.
 """
 
@@ -103,7 +104,13 @@ class LinearPairLoss(torch.autograd.Function):
                 logits = _logits(chunk_hidden[a:b], weight, bias)
                 stats.append(backend.logprob_stats(logits, chunk_labels[a:b], **options.as_kwargs()))
             means, scored, gap, loss, gap_grad = backend.pair_loss(
-                torch.cat([logp for logp, _ in stats]), chunk_labels, cu_seqlens, reference_gap[pairs], weights, beta=beta, ignore_index=options.ignore_index
+                torch.cat([logp for logp, _ in stats]),
+                chunk_labels,
+                cu_seqlens,
+                reference_gap[pairs],
+                weights,
+                beta=beta,
+                ignore_index=options.ignore_index,
             )
             losses.append(loss)
             gaps.append(gap)

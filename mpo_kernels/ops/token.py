@@ -49,8 +49,7 @@ class TokenLogprobs(torch.autograd.Function):
             )
         logits, labels, logp, normalizer = ctx.saved_tensors
         grad = logits if ctx.inplace_backward else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        backend_for(logits).logprob_grad(
-            logits, labels, logp, normalizer, grad_logp.contiguous(), grad, **ctx.options.as_kwargs())
+        backend_for(logits).logprob_grad(logits, labels, logp, normalizer, grad_logp.contiguous(), grad, **ctx.options.as_kwargs())
         if ctx.inplace_backward:
             ctx.overwritten = True
             torch.autograd.graph.increment_version(logits)  # kernels write behind autograd's back

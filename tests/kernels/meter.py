@@ -4,7 +4,8 @@
     meter.loaded["logits_ptr"], meter.stored["grad_ptr"]        bytes of unmasked lanes; lanes that share an address count once
     meter.out_of_bounds                                         descriptions; must be empty
 
-Bounds are those of the tensors passed as arguments. The interpreter's builder is what every load and store goes through, so it is what is wrapped.
+Bounds are those of the tensors passed as arguments. The interpreter's builder is what every load and store goes through, so it is what is
+wrapped.
 """
 
 from __future__ import annotations

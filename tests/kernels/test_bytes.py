@@ -37,7 +37,7 @@ def run(vocab, mask, inplace=False, packed=False):
 @pytest.mark.parametrize("packed", [False, True])
 def test_at_most_six_bytes_per_bf16_logit(vocab, inplace, packed):
     forward, backward, _, rows = run(vocab, "none", inplace, packed)
-    total = sum((m.loaded.total() + m.stored.total() for m in (forward, backward)))
+    total = sum(m.loaded.total() + m.stored.total() for m in (forward, backward))
     assert 6 <= total / (rows * vocab) <= (6.05 if vocab >= 8192 else 6.2)
 
 

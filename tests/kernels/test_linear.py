@@ -81,7 +81,8 @@ def test_chunks_do_not_change_the_result(lengths, budget, seed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mpo_kernels.planning.ROW_MULTIPLE", 1)
         loss, ours = gradients(
-            lambda h, w: mpo_kernels.linear_mpo_loss(h, w, labels, gap, cu_seqlens=offsets, chunk_bytes=budget * V * 4).loss, (hidden, weight)
+            lambda h, w: mpo_kernels.linear_mpo_loss(h, w, labels, gap, cu_seqlens=offsets, chunk_bytes=budget * V * 4).loss,
+            (hidden, weight),
         )
     expected, theirs = gradients(
         lambda h, w: reference.linear_mpo_loss(h, w, labels, gap.double(), cu_seqlens=offsets)[0], (hidden.double(), weight.double())
@@ -119,7 +120,9 @@ def test_backward_does_not_need_the_weight():
 
 
 @pytest.mark.parametrize(
-    ("trained", "gemms"), [(("hidden", "weight"), 3), (("hidden",), 2), (("weight",), 2), ((), 1)], ids=["both", "frozen head", "frozen hidden", "none"]
+    ("trained", "gemms"),
+    [(("hidden", "weight"), 3), (("hidden",), 2), (("weight",), 2), ((), 1)],
+    ids=["both", "frozen head", "frozen hidden", "none"],
 )
 def test_flops_are_the_least_possible(trained, gemms):
     """2 x scored rows x D x V for each GEMM that the mathematics needs, however many positions there are."""
@@ -169,7 +172,9 @@ def test_token_logprobs_and_their_gradients():
     hidden, weight, bias, labels = inputs()
     upstream = torch.randn(labels.shape, generator=torch.Generator().manual_seed(3))
     got, ours = gradients(
-        lambda h, w, b: mpo_kernels.linear_token_logprobs(h, w, labels, bias=b, softcap=4.0, chunk_bytes=1), (hidden, weight, bias), upstream
+        lambda h, w, b: mpo_kernels.linear_token_logprobs(h, w, labels, bias=b, softcap=4.0, chunk_bytes=1),
+        (hidden, weight, bias),
+        upstream,
     )
     want, theirs = gradients(
         lambda h, w, b: reference.linear_token_logprobs(h, w, labels, bias=b, softcap=4.0),
