@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import deepspeed
 import deepspeed.comm as dist
 import torch
+import transformers
 from deepspeed.accelerator import get_accelerator
 
 from mpo.errors import UserError
@@ -21,6 +23,8 @@ T = TypeVar("T")
 def start() -> torch.device:
     """Joins the process group of the launcher, or makes one of a single process. Returns this rank's device."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not (is_main() and sys.stderr.isatty()):
+        transformers.utils.logging.disable_progress_bar()  # one bar, and none in a log
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -46,15 +50,21 @@ def is_main() -> bool:
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """Runs `work` on rank 0 while the others wait; every rank gets its result, or its UserError."""
-    outcome: list = [None, None]
+    """Runs `work` on rank 0 while the others wait, and gives its result to every rank, which may not share its file system.
+
+    What it raises is raised on rank 0; the other ranks raise UserError with the same words, so that none of them waits for ever.
+    """
+    result, failure = None, None
     if is_main():
         try:
-            outcome[0] = work()
-        except UserError as error:
-            outcome[1] = str(error)
+            result = work()
+        except Exception as error:
+            failure = error
+    outcome: list[Any] = [result, None if failure is None else str(failure) or type(failure).__name__]
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(outcome, src=0)
+    if failure is not None:
+        raise failure
     if outcome[1] is not None:
         raise UserError(outcome[1])
     return outcome[0]

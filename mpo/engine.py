@@ -64,6 +64,7 @@ def build_engine(model: PreTrainedModel, config: Config, settings: dict[str, Any
         optimizer = torch.optim.AdamW(parameters, **options)
     guard = OptimizerGuard(optimizer, config.zero.stage)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    engine.train()  # from_pretrained leaves the model in evaluation mode, where activation checkpointing is off
     return engine, guard
 
 

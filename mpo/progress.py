@@ -26,6 +26,8 @@ class Progress:
 
     def __init__(self, enabled: bool) -> None:
         self.console = Console(quiet=not enabled, highlight=False)
+        if not self.console.is_terminal:
+            self.console.width = 140  # a log has no edge; the table should not be folded
 
     def log(self, line: str) -> None:
         """Prints a line."""

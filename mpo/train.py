@@ -51,7 +51,7 @@ def train(config: Config) -> dict[str, Any]:
 
     # Everything that can be refused is refused before the weights are loaded.
     settings = deepspeed_settings(config)
-    model_path = on_main(lambda: resolve_model(config.model.path, progress.log))
+    model_path = resolve_model(config.model.path, progress.log)  # on every rank: nodes have caches of their own
     model_config = config.model.model_copy(update={"path": model_path})
     check_model(model_config)
     tokenizer = load_tokenizer(model_config)
@@ -78,14 +78,15 @@ def train(config: Config) -> dict[str, Any]:
     del keep_alive
 
     store = _open_reference_store(engine, tokenizer, model_path, examples, config, folder, device, progress)
-    before = folder.load_gaps_before()
+    before = on_main(folder.load_gaps_before)
     if before is None:
         with progress.task("Gaps before training", len(distinct_sequences(measured))) as advance:
             before = measure_gaps(engine, measured, pool=config.loss.pool, device=device, advance=advance)
-        on_main(lambda: folder.save_gaps_before(before))
+        measured_before = before
+        on_main(lambda: folder.save_gaps_before(measured_before))
 
     first_step = 0
-    latest = checkpoint.newest(folder.checkpoints)
+    latest = on_main(lambda: checkpoint.newest(folder.checkpoints))
     if latest is not None:
         first_step = checkpoint.load(engine, latest, config.zero.stage)
         progress.log(f"Going on from {latest.folder} ({first_step} of {schedule.steps} steps done)")
@@ -184,12 +185,13 @@ def _open_reference_store(
 ) -> ReferenceStore:
     """The run's reference store, built on first use."""
     manifest = on_main(lambda: reference.identity(engine.module, tokenizer, model_path, examples, config.loss.pool))
-    store = reference.load(folder.reference, manifest, examples)
+    store = on_main(lambda: reference.load(folder.reference, manifest, examples))
     if store is None:
         sequences = len(reference.dominant_sequences(examples))
         with progress.task("Reference store", sequences) as advance:
             store = reference.build(engine, examples, pool=config.loss.pool, device=device, advance=advance)
-        on_main(lambda: reference.save(store, folder.reference, manifest))
+        built = store
+        on_main(lambda: reference.save(built, folder.reference, manifest))
     return store
 
 
