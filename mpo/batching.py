@@ -35,7 +35,8 @@ class PackedSequences:
     pooled_cu_seqlens: torch.Tensor  # (S'' + 1,) int32 offsets of each pooled sequence in `pooled_rows`
 
     def to(self, device: torch.device) -> PackedSequences:
-        return _to_device(self, device)
+        """On `device`, but for the labels and their offsets: the head plans its chunks from them, which must not wait for a GPU."""
+        return replace(_to_device(self, device), labels=self.labels, scored_cu_seqlens=self.scored_cu_seqlens)
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,6 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"The model at {config.path} could not be loaded with {chosen} attention: {error}") from error
-    model.config.use_cache = False
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
@@ -116,7 +115,7 @@ def bind_mpo_forward(model: PreTrainedModel, loss: LossConfig) -> PreTrainedMode
         options = dict(pairs, beta=loss.beta, reduction="none", **head_options)
         if loss.head == "logits":
             logits = torch.nn.functional.linear(hidden, self.weight, self.bias)  # (M, V)
-            return mpo_loss(logits, labels, inplace_backward=logits.requires_grad, **options)
+            return mpo_loss(logits, labels.to(logits.device, non_blocking=True), inplace_backward=logits.requires_grad, **options)
         return linear_mpo_loss(hidden, self.weight, labels, bias=self.bias, chunk_bytes=loss.chunk_bytes, **options)
 
     def forward(self: PreTrainedModel, *, batch: MPOBatch | PackedSequences) -> MPOForward | Scores:

@@ -38,7 +38,7 @@ def test_round_trip(tmp_path):
 
 def test_a_store_of_something_else_is_refused_with_what_differs(tmp_path):
     reference.save(store_of([example()]), tmp_path / "reference", {"format": 1, "weights": "abc", "dtype": "float32"})
-    with pytest.raises(UserError, match="dtype: float32 stored, bfloat16 now.*delete"):
+    with pytest.raises(UserError, match=r"dtype: float32 stored, bfloat16 now.*delete"):
         reference.load(tmp_path / "reference", {"format": 1, "weights": "abc", "dtype": "bfloat16"}, [example()])
     (tmp_path / "reference" / "manifest.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):

@@ -109,6 +109,21 @@ def test_same_losses_and_weights_however_the_work_is_split(baseline, project, na
         assert (ours[key] - theirs[key]).norm() < 2e-3 * theirs[key].norm()
 
 
+def test_tied_embeddings_and_soft_caps_under_every_stage(project, tokenizer):
+    """Gemma-2: the head is the embedding, logits and attention are soft-capped, and ZeRO-3 partitions all of it."""
+    folder = save_model(project / "gemma2", tokenizer, "gemma2")
+    plain, _ = run(project, "gemma-z0", f"model.path={folder}")
+    for stage, ranks in ((2, 2), (3, 2)):
+        settings = "zero.deepspeed={zero_optimization: {stage3_param_persistence_threshold: 0}}" if stage == 3 else "loss.beta=1.0"
+        out, _ = run(project, f"gemma-z{stage}", f"model.path={folder}", f"zero.stage={stage}", settings, ranks=ranks)
+        torch.testing.assert_close(losses(out), losses(plain), rtol=2e-3, atol=2e-5)
+        ours, theirs = weights(out), weights(plain)
+        assert ours.keys() == theirs.keys() and ours["lm_head.weight"] is not None
+        for key in theirs:
+            assert (ours[key] - theirs[key]).norm() < 2e-3 * theirs[key].norm() + 1e-6, key
+        assert json.loads((out / "model" / "config.json").read_text()).get("use_cache", True)
+
+
 def test_bfloat16_runs_and_moves_fp32_masters(project):
     """At this learning rate a bf16 weight would not move at all in one step; the fp32 master adds the steps up."""
     out, _ = run(project, "bf16", "model.dtype=bfloat16", "zero.stage=2", "train.epochs=4")
