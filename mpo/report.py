@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -87,8 +88,9 @@ def plot(metrics: Path, result: dict[str, Any], path: Path) -> None:
 
     steps = [row["step"] for row in rows]
     for name, label in (("loss", "loss"), ("l1", "L1 (gap)"), ("l2", "L2 (retention)")):
-        curves.plot(steps, [row[name] for row in rows], label=label, linewidth=2 if name == "loss" else 1.2)
+        curves.plot(steps, [row[name] or math.nan for row in rows], label=label, linewidth=2 if name == "loss" else 1.2)
     curves.set(xlabel="optimizer step", ylabel="loss", title="Training loss", yscale="log")
+    curves.xaxis.get_major_locator().set_params(integer=True)
     curves.legend()
 
     languages = list(result["languages"])
@@ -106,7 +108,7 @@ def plot(metrics: Path, result: dict[str, Any], path: Path) -> None:
         axis.axhline(0, color="black", linewidth=0.8)
     for moment, style in (("before", ":"), ("after", "-")):
         gaps.axhline(result["all"]["dominant_gap"][moment], color="#d62728", linestyle=style, label=f"dominant {moment}")
-    gaps.legend()
-    distances.legend()
+    for axis in (gaps, distances):
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncol=4, frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
