@@ -45,5 +45,5 @@ setup(
     package_data={"mpo": ["py.typed", "recipes/*.yaml", "recipes/demo/*"], "mpo_kernels": ["py.typed"]},
     install_requires=["torch>=2.6", "triton>=3.2; platform_system == 'Linux'"],
     extras_require={"train": TRAIN, "test": TEST, "bench": []},
-    entry_points={"console_scripts": ["mpo=mpo.cli:run"]},
+    entry_points={"console_scripts": ["mpo=mpo.__main__:main"]},
 )

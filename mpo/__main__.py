@@ -1,6 +1,16 @@
-"""`python -m mpo`."""
+"""`mpo` and `python -m mpo`."""
 
-from mpo.cli import run
+import sys
+
+
+def main() -> None:
+    """Runs the command line, or says how to install what it needs: the kernels alone come without it."""
+    try:
+        from mpo.cli import run
+    except ModuleNotFoundError as error:
+        sys.exit(f"The trainer needs {error.name}, which is not installed. Install it with: pip install 'mpo-kernels[train]'")
+    run()
+
 
 if __name__ == "__main__":
-    run()
+    main()

@@ -33,3 +33,9 @@ def test_command_line_starts_fast_and_shows_examples():
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode == 0
     result = subprocess.run([sys.executable, "-m", "mpo", "train", "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0 and "train.max_steps=5" in result.stdout
+
+
+def test_without_the_trainer_extra_the_command_says_what_to_install():
+    script = "import sys; sys.modules['typer'] = None; from mpo.__main__ import main; main()"
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 1 and "pip install 'mpo-kernels[train]'" in result.stderr and "Traceback" not in result.stderr
