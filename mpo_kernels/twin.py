@@ -53,7 +53,9 @@ def logprob_grad(
 ) -> None:
     """Writes dL/dlogits into `out` (B, T, V), which may be `logits` itself; row_grad (B * T,) is dL/dlogp."""
     dtype, T = _computing_dtype(logits), logits.shape[1]
-    out.masked_fill_((labels == ignore_index).view(out.shape[:2])[..., None], 0)
+    ignored = labels == ignore_index
+    if bool(ignored.any()):
+        out.masked_fill_(ignored.view(out.shape[:2])[..., None], 0)
     for rows, block, keep in _scored_blocks(logits, labels, ignore_index, dtype):
         batch, first = divmod(rows.start, T)
         target = out[batch, first : first + rows.stop - rows.start]

@@ -31,19 +31,21 @@ class _HeadGradients:
     """Accumulates dH, dW and db chunk by chunk; what is not needed is not computed."""
 
     def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, needs: tuple[bool, bool, bool]) -> None:
-        self._weight = weight
+        self._weight, self._needs = weight, needs
         # Sums over many chunks in bf16 would lose most of what the later chunks add.
-        precise = torch.promote_types(weight.dtype, torch.float32)
+        self._precise = torch.promote_types(weight.dtype, torch.float32)
         self.hidden = torch.empty_like(hidden) if needs[0] else None
-        self.weight = torch.zeros(weight.shape, dtype=precise, device=weight.device) if needs[1] else None
-        self.bias = torch.zeros(weight.shape[0], dtype=precise, device=weight.device) if needs[2] else None
+        self.weight: torch.Tensor | None = None  # made by the first chunk, so that nothing is filled with zeros first
+        self.bias = torch.zeros(weight.shape[0], dtype=self._precise, device=weight.device) if needs[2] else None
 
     def add(self, rows: slice, grad_logits: torch.Tensor, hidden: torch.Tensor, grad_hidden: torch.Tensor | None) -> None:
         """Takes in grad_logits (n, V) of hidden (n, D); their dH goes to `rows` of grad_hidden."""
         if grad_hidden is not None:
             torch.mm(grad_logits, self._weight, out=grad_hidden[rows])
-        if self.weight is not None:
-            if self.weight.dtype == grad_logits.dtype:
+        if self._needs[1]:
+            if self.weight is None:
+                self.weight = torch.mm(grad_logits.T, hidden).to(self._precise)
+            elif self.weight.dtype == grad_logits.dtype:
                 torch.addmm(self.weight, grad_logits.T, hidden, out=self.weight)
             else:
                 self.weight.add_(grad_logits.T @ hidden)
