@@ -147,9 +147,9 @@ def train(config: Config) -> dict[str, Any]:
         checkpoint.export(engine, tokenizer, folder.model, config.zero.stage)
     result = on_main(lambda: report.summarise(measured, before, after, config.loss.beta))
     if is_main():
-        report.plot(folder.metrics, result, folder.plot)
         write_json(folder.result, result)
         report.print_table(result, progress.console)
+        report.plot(folder.metrics, result, folder.plot)
         progress.log(f"Written to {folder.root}: " + ", ".join(folder.listing()))
     dist.barrier()
     return result
