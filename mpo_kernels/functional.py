@@ -2,9 +2,11 @@
 hidden.
 
 Layouts: dense `[2P, T, ...]`, or packed `[N, ...]` with `cu_seqlens`, int32 (2P + 1,), the offsets of the sequences. `labels[t]` is the
-token that
-position t predicts (already shifted); positions whose label is `ignore_index` are not scored. Formulas are numbered in
-`mpo_kernels.reference`.
+token that position t predicts (already shifted); positions whose label is `ignore_index` are not scored. Equations are numbered in
+docs/mathematics.md and in `mpo_kernels.reference`.
+
+Under autocast the linear functions run their GEMMs in autocast's dtype; hidden states and weight may then differ in dtype, and the weight's
+gradient comes in its own. Everything else computes in float32 (float64 for float64 input) and returns that, autocast or not.
 """
 
 from __future__ import annotations
@@ -14,9 +16,23 @@ from typing import NamedTuple
 import torch
 
 from mpo_kernels import validation as check
-from mpo_kernels.ops.linear import LinearPairLoss, LinearTokenLogprobs
-from mpo_kernels.ops.pool import MeanPool
-from mpo_kernels.ops.token import HeadOptions, PairLoss, TokenLogprobs
+from mpo_kernels.distributed import Parallel, handle_of
+from mpo_kernels.ops.linear import linear_pair_loss_op, linear_token_logprobs_op
+from mpo_kernels.ops.pair import pair_loss_op
+from mpo_kernels.ops.pool import mean_pool_op
+from mpo_kernels.ops.token import InplaceTokenLogprobs, token_logprobs_op
+
+
+class TokenStatistics(NamedTuple):
+    """What one read of a row's logits tells about its label; each of the shape of labels."""
+
+    logprobs: torch.Tensor
+    """float32 log-probability of the label, 0 at ignored positions. Differentiable where it is the result of a function, detached in
+    `MPOLossOutput`."""
+    entropy: torch.Tensor
+    """float32, detached: entropy of the softmax in nats (equation 7), 0 at ignored positions."""
+    is_argmax: torch.Tensor
+    """bool: no token has a larger logit than the label; False at ignored positions."""
 
 
 class MPOLossOutput(NamedTuple):
@@ -30,6 +46,8 @@ class MPOLossOutput(NamedTuple):
     """(P,) float32, detached: the same of the rejected response."""
     reward_gap: torch.Tensor
     """(P,) float32, detached: chosen_logps - rejected_logps, in nats per token."""
+    tokens: TokenStatistics | None = None
+    """Detached per-token results, with token_outputs=True."""
 
 
 def token_logprobs(
@@ -40,9 +58,10 @@ def token_logprobs(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     inplace_backward: bool = False,
+    parallel: Parallel | None = None,
     validate: bool | None = None,
 ) -> torch.Tensor:
-    """Log-probability of each label, log softmax(z)[label] with z = softcap * tanh(logit_scale * logits / softcap).
+    """Log-probability of each label, log softmax(z)[label] with z = softcap * tanh(logit_scale * logits / softcap) (equations 4 to 6).
 
     No softmax is materialised. Differentiable with any upstream gradient, once (no double backward).
 
@@ -50,20 +69,35 @@ def token_logprobs(
         logits: (..., V) float32, bfloat16 or float16; any strides whose last one is 1, so `logits[:, :-1]` is not copied.
         labels: (...) int64.
         inplace_backward: backward overwrites `logits` with their gradient instead of allocating it. A second backward then raises.
-        validate: read the data for checks: None only where that costs no host sync (CPU), True always, False never.
+            Under torch.compile it is ignored: the compiler decides about memory there.
+        parallel: where logits hold a slice of the vocabulary; labels are still counted over the whole of it.
+        validate: read the data for checks: None only where that costs no host sync (CPU, not under torch.compile), True always, False never.
     Returns:
         (...) float32, 0 at ignored positions. A label outside [0, V) gives NaN where it was not refused.
     Raises:
         ValueError: shapes, dtypes, devices or values do not fit.
     """
-    check.check_rows("logits", logits, labels)
-    check.check_options(logit_scale, softcap)
-    if _reads_data(logits, validate):
-        check.check_label_values(labels, logits.shape[-1], ignore_index)
-    rows = _three_dimensional(logits, inplace_backward)
-    options = HeadOptions(ignore_index, float(logit_scale), softcap)
-    logp = TokenLogprobs.apply(rows, labels.reshape(-1).long(), options, inplace_backward)
-    return logp.view(labels.shape)
+    output = _from_logits(logits, labels, False, ignore_index, logit_scale, softcap, inplace_backward, parallel, validate)
+    return output[0].view(labels.shape)
+
+
+def token_statistics(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    inplace_backward: bool = False,
+    parallel: Parallel | None = None,
+    validate: bool | None = None,
+) -> TokenStatistics:
+    """`token_logprobs` with each position's entropy and whether its label is the arg-max, in the same single read of the logits.
+
+    Arguments and errors are those of `token_logprobs`; only the log-probabilities are differentiable.
+    """
+    output = _from_logits(logits, labels, True, ignore_index, logit_scale, softcap, inplace_backward, parallel, validate)
+    return _shaped(output[0], output[2], output[3], labels.shape)
 
 
 def mpo_loss(
@@ -79,6 +113,8 @@ def mpo_loss(
     softcap: float | None = None,
     reduction: str = "mean",
     inplace_backward: bool = False,
+    token_outputs: bool = False,
+    parallel: Parallel | None = None,
     validate: bool | None = None,
 ) -> MPOLossOutput:
     """L1 of MPO from logits: mean over pairs of pair_weight * (beta * RG - reference_gap)^2 (equations 1 and 2; arXiv 2505.16869).
@@ -93,24 +129,26 @@ def mpo_loss(
         pair_weights: (P,) float, multiplies each pair's squared error; 0 makes a filler pair.
         cu_seqlens: int32 (2P + 1,) for the packed layout, on the CPU or the device of `logits`.
         reduction: "mean" (the sum over P, whatever the weights), "sum" or "none".
+        token_outputs: return each token's log-probability, entropy and arg-max too, in the same read.
+        parallel: where the vocabulary or the positions are divided over ranks. The loss is then that of the whole, the same on every rank,
+            and the gradients are this rank's part of its gradient.
         inplace_backward, validate: see `token_logprobs`. Validation also refuses a sequence without a scored token, which otherwise gives
-        NaN.
+            NaN.
     Raises:
         ValueError: shapes, dtypes, devices or values do not fit.
     """
-    check.check_rows("logits", logits, labels)
     check.check_options(logit_scale, softcap, beta, reduction)
+    check.check_rows("logits", logits, labels)
     sequences = check.check_layout(logits, cu_seqlens, "logits", pairs=True)
     _check_pair_vectors(reference_gap, pair_weights, sequences // 2, logits.device)
     if _reads_data(logits, validate):
-        check.check_label_values(labels, logits.shape[-1], ignore_index)
-        _check_pair_data(labels, cu_seqlens, reference_gap, pair_weights, sequences, ignore_index)
-    rows = _three_dimensional(logits, inplace_backward)
-    options = HeadOptions(ignore_index, float(logit_scale), softcap)
-    flat_labels = labels.reshape(-1).long()
-    logp = TokenLogprobs.apply(rows, flat_labels, options, inplace_backward)
-    offsets = _offsets(cu_seqlens, sequences, flat_labels.numel(), logits.device)
-    return _pair_output(logp, flat_labels, offsets, reference_gap, pair_weights, beta, ignore_index, reduction)
+        _check_pair_data(labels, cu_seqlens, reference_gap, pair_weights, sequences, ignore_index, parallel)
+    logp, _, entropy, is_argmax = _from_logits(
+        logits, labels, token_outputs, ignore_index, logit_scale, softcap, inplace_backward, parallel, validate
+    )
+    offsets = _offsets(cu_seqlens, sequences, logp.numel(), logits.device)
+    tokens = _shaped(logp.detach(), entropy, is_argmax, labels.shape) if token_outputs else None
+    return _pair_output(logp, labels.reshape(-1).long(), offsets, reference_gap, pair_weights, beta, ignore_index, reduction, parallel, tokens)
 
 
 def linear_token_logprobs(
@@ -123,33 +161,45 @@ def linear_token_logprobs(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     chunk_bytes: int | None = None,
+    parallel: Parallel | None = None,
 ) -> torch.Tensor:
     """`token_logprobs` of the logits hidden @ weight^T + bias, which exist only a chunk of rows at a time.
 
-    Only scored rows reach the head. Under no_grad one GEMM and two numbers per token; otherwise backward recomputes the logits (four
-    GEMMs).
+    Only scored rows reach the head. Work on them: one GEMM where no gradient is needed, which keeps nothing but the result; two with a frozen
+    head (the rows of G W are kept and scaled in backward); else one forward and three backward, which computes the logits again.
 
     Args:
         hidden: (..., D) float. weight: (V, D), bias: (V,), of the same dtype and device.
         labels: (...) int64, on the device of `hidden` or on the CPU. CPU labels need no host sync; labels on a GPU are read back once.
         chunk_bytes: bytes of logits that exist at once, 512 MiB by default; at least 128 rows.
+        parallel: where weight and bias hold a slice of the vocabulary. The gradient of `hidden` is then summed over its ranks here.
     Returns:
         (...) float32, 0 at ignored positions.
     Raises:
         ValueError: shapes, dtypes, devices or label values do not fit.
     """
-    check.check_rows("hidden", hidden, labels, host_labels_ok=True)
-    check.check_head(hidden, weight, bias)
-    check.check_options(logit_scale, softcap)
-    host_labels = labels.reshape(-1).cpu().long()
-    check.check_label_values(host_labels, weight.shape[0], ignore_index)
-    rows, index = _scored_rows(hidden, host_labels, ignore_index)
-    scored_labels = host_labels[host_labels != ignore_index].to(hidden.device, non_blocking=True)
-    options = HeadOptions(ignore_index, float(logit_scale), softcap)
-    logp = LinearTokenLogprobs.apply(rows, weight, bias, scored_labels, options, chunk_bytes)
-    if index is not None:
-        logp = logp.new_zeros(host_labels.numel()).index_copy(0, index, logp)
-    return logp.view(labels.shape)
+    output = _from_hidden(hidden, weight, bias, labels, False, ignore_index, logit_scale, softcap, chunk_bytes, parallel)
+    return output[0].view(labels.shape)
+
+
+def linear_token_statistics(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    chunk_bytes: int | None = None,
+    parallel: Parallel | None = None,
+) -> TokenStatistics:
+    """`linear_token_logprobs` with each position's entropy and whether its label is the arg-max, in the same read of the logits.
+
+    Arguments and errors are those of `linear_token_logprobs`; only the log-probabilities are differentiable.
+    """
+    output = _from_hidden(hidden, weight, bias, labels, True, ignore_index, logit_scale, softcap, chunk_bytes, parallel)
+    return _shaped(*output[:3], labels.shape)
 
 
 def linear_mpo_loss(
@@ -167,57 +217,52 @@ def linear_mpo_loss(
     softcap: float | None = None,
     reduction: str = "mean",
     chunk_bytes: int | None = None,
+    token_outputs: bool = False,
+    parallel: Parallel | None = None,
 ) -> MPOLossOutput:
     """`mpo_loss` of the logits hidden @ weight^T + bias; the [tokens, vocab] logits never exist as a whole.
 
     Only scored rows reach the head, in chunks of whole pairs. The gradients of hidden, weight and bias are computed in the forward pass
-    with three GEMMs
-    per chunk (one under no_grad, two when the weight or the hidden states are frozen) and scaled in backward, which needs neither the
-    weight nor
-    the hidden states. The weight's gradient is summed over chunks in fp32. reduction="none" goes through `linear_token_logprobs` instead,
-    since a sum
-    over pairs cannot be taken apart in backward.
+    with three GEMMs per chunk (one where no gradient is needed, two when the weight or the hidden states are frozen) and scaled in backward,
+    which needs neither the weight nor the hidden states. The weight's gradient is summed over chunks in fp32. reduction="none" goes through
+    `linear_token_logprobs` instead, since a sum over pairs cannot be taken apart in backward.
 
     Args:
         hidden: dense (2P, T, D) or packed (N, D). weight: (V, D), bias: (V,), of the same dtype and device.
         labels: (2P, T) or (N,) int64, on the device of `hidden` or on the CPU. CPU labels (and cu_seqlens) need no host sync; labels on a
-        GPU are
-            read back once, to know which rows are scored.
-        chunk_bytes: bytes of logits that exist at once, 512 MiB by default; at least 128 rows. A single pair that is larger is computed in
-            pieces, whose logits are then computed twice.
+            GPU are read back once, to know which rows are scored.
+        chunk_bytes: bytes of logits that exist at once, 512 MiB by default; at least 128 rows. Pairs that are larger are computed in
+            pieces, at the same cost for the first of them and with a fourth GEMM for each further one (none if the head is frozen).
+        parallel: see `mpo_loss` and `linear_token_logprobs`.
         others: see `mpo_loss`.
     Raises:
         ValueError: shapes, dtypes, devices or values do not fit; a sequence has no scored token.
     """
-    check.check_rows("hidden", hidden, labels, host_labels_ok=True)
-    check.check_head(hidden, weight, bias)
     check.check_options(logit_scale, softcap, beta, reduction)
+    gemm_dtype = _check_head(hidden, weight, bias, labels, parallel)
     sequences = check.check_layout(hidden, cu_seqlens, "hidden", pairs=True)
     _check_pair_vectors(reference_gap, pair_weights, sequences // 2, hidden.device)
-    host_labels = labels.reshape(-1).cpu().long()
-    host_offsets = _offsets(cu_seqlens, sequences, host_labels.numel(), torch.device("cpu"))
-    check.check_label_values(host_labels, weight.shape[0], ignore_index)
-    check.check_cu_seqlens_values(host_offsets, host_labels.numel())
-    counts = _scored_counts(host_labels, host_offsets, ignore_index)
-    check.check_no_empty_sequence(counts, pairs=True)
-    if hidden.device.type == "cpu":
+    if _reads_data(hidden, None):
         _check_pair_values(reference_gap, pair_weights)
-    options = HeadOptions(ignore_index, float(logit_scale), softcap)
-
-    rows, _ = _scored_rows(hidden, host_labels, ignore_index)
-    scored_labels = host_labels[host_labels != ignore_index].to(hidden.device, non_blocking=True)
+    flat_labels = labels.reshape(-1)
+    offsets = _offsets(cu_seqlens, sequences, flat_labels.numel(), torch.device("cpu") if cu_seqlens is None else cu_seqlens.device)
     if reduction == "none":
-        logp = LinearTokenLogprobs.apply(rows, weight, bias, scored_labels, options, chunk_bytes)
-        offsets = torch.cat([counts.new_zeros(1), counts]).cumsum(0).int().to(hidden.device)
-        return _pair_output(logp, scored_labels, offsets, reference_gap, pair_weights, beta, ignore_index, reduction)
-    grads = torch.is_grad_enabled()
-    needs = (grads and hidden.requires_grad, grads and weight.requires_grad, grads and bias is not None and bias.requires_grad)
-    loss, means, gap = LinearPairLoss.apply(
-        rows, weight, bias, scored_labels, tuple(counts.tolist()), _vector(reference_gap, hidden), _vector(pair_weights, hidden),
-        float(beta), options, chunk_bytes, needs,
-    )  # fmt: skip
+        logp, entropy, is_argmax, *_ = _from_hidden(
+            hidden, weight, bias, labels, token_outputs, ignore_index, logit_scale, softcap, chunk_bytes, parallel
+        )
+        tokens = _shaped(logp.detach(), entropy, is_argmax, labels.shape) if token_outputs else None
+        device = hidden.device
+        return _pair_output(
+            logp, flat_labels.long().to(device), offsets.to(device), reference_gap, pair_weights, beta, ignore_index, reduction, parallel, tokens
+        )
+    loss, means, gap, *token_results = linear_pair_loss_op(
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, flat_labels, offsets, _vector(reference_gap, hidden), _vector(pair_weights, hidden),
+        float(beta), *_needs(hidden, weight, bias), ignore_index, float(logit_scale), softcap, chunk_bytes, gemm_dtype, token_outputs,
+        handle_of(parallel),
+    )[:6]  # fmt: skip
     chosen, rejected = means.chunk(2)
-    return MPOLossOutput(loss / (sequences // 2) if reduction == "mean" else loss, chosen, rejected, gap)
+    tokens = _shaped(*token_results, labels.shape) if token_outputs else None
+    return MPOLossOutput(loss / (sequences // 2) if reduction == "mean" else loss, chosen, rejected, gap, tokens)
 
 
 def mean_pool(
@@ -249,9 +294,8 @@ def mean_pool(
     if _reads_data(hidden, validate):
         check.check_cu_seqlens_values(offsets, rows.shape[0])
         kept = torch.ones(rows.shape[0], dtype=torch.bool, device=rows.device) if mask is None else mask.reshape(-1)
-        check.check_no_empty_sequence(_scored_counts(kept.long(), offsets, ignore_index=0), pairs=False)
-    flat_mask = None if mask is None else mask.reshape(-1).view(torch.uint8)
-    return MeanPool.apply(rows if rows.stride(-1) == 1 else rows.contiguous(), flat_mask, offsets)
+        check.check_no_empty_sequence(_counts(kept, offsets), pairs=False)
+    return mean_pool_op(rows, None if mask is None else mask.reshape(-1), offsets)[0]
 
 
 def retention_loss(
@@ -264,7 +308,7 @@ def retention_loss(
     reduction: str = "mean",
     validate: bool | None = None,
 ) -> torch.Tensor:
-    """L2 of MPO: mean over sequences and hidden units of (mean_pool(hidden) - reference)^2 (equation 3; arXiv 2505.16869).
+    """L2 of MPO: mean over sequences and hidden units of (mean_pool(hidden) - reference)^2 (equations 3 and 9; arXiv 2505.16869).
 
     Padding never enters the pool, and the pool is fp32: in bf16 the difference of two means vanishes in rounding.
 
@@ -295,23 +339,92 @@ def _reduced(values: torch.Tensor, reduction: str) -> torch.Tensor:
 
 
 def _reads_data(tensor: torch.Tensor, validate: bool | None) -> bool:
-    return tensor.device.type == "cpu" if validate is None else validate
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() if validate is None else validate
 
 
-def _three_dimensional(logits: torch.Tensor, inplace_backward: bool) -> torch.Tensor:
+def _from_logits(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    token_outputs: bool,
+    ignore_index: int,
+    logit_scale: float,
+    softcap: float | None,
+    inplace_backward: bool,
+    parallel: Parallel | None,
+    validate: bool | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Checks, and logp (N,), normalizer, entropy and is_argmax (N,) or (0,)."""
+    check.check_rows("logits", logits, labels)
+    check.check_options(logit_scale, softcap)
+    check.check_slice("logits", logits.shape[-1], parallel)
+    if _reads_data(logits, validate):
+        check.check_label_values(labels, _vocab(logits.shape[-1], parallel), ignore_index)
+    arguments = labels.reshape(-1).long(), token_outputs, ignore_index, float(logit_scale), softcap, handle_of(parallel)
+    if inplace_backward and not torch.compiler.is_compiling():
+        return InplaceTokenLogprobs.apply(_overwritable(logits), *arguments)
+    return token_logprobs_op(_three_dimensional(logits), *arguments)
+
+
+def _from_hidden(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    token_outputs: bool,
+    ignore_index: int,
+    logit_scale: float,
+    softcap: float | None,
+    chunk_bytes: int | None,
+    parallel: Parallel | None,
+) -> tuple[torch.Tensor, ...]:
+    """Checks, and logp (N,), entropy and is_argmax (N,) or (0,), and what backward keeps."""
+    check.check_options(logit_scale, softcap)
+    gemm_dtype = _check_head(hidden, weight, bias, labels, parallel)
+    hidden_grad, *head_grads = _needs(hidden, weight, bias)
+    return linear_token_logprobs_op(
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.reshape(-1), any(head_grads), hidden_grad and not any(head_grads),
+        ignore_index, float(logit_scale), softcap, chunk_bytes, gemm_dtype, token_outputs, handle_of(parallel),
+    )  # fmt: skip
+
+
+def _check_head(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor, parallel: Parallel | None
+) -> torch.dtype | None:
+    """Checks, and the dtype of the GEMMs where autocast sets it."""
+    device = hidden.device.type
+    autocast = torch.is_autocast_enabled(device)
+    check.check_rows("hidden", hidden, labels, host_labels_ok=True)
+    check.check_head(hidden, weight, bias, any_dtype=autocast)
+    check.check_slice("weight", weight.shape[0], parallel)
+    return torch.get_autocast_dtype(device) if autocast and hidden.dtype != torch.float64 else None
+
+
+def _needs(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[bool, bool, bool]:
+    """Which of them need a gradient here and now."""
+    grads = torch.is_grad_enabled()
+    return grads and hidden.requires_grad, grads and weight.requires_grad, grads and bias is not None and bias.requires_grad
+
+
+def _vocab(local: int, parallel: Parallel | None) -> int:
+    return local if parallel is None or parallel.vocab_group is None else parallel.vocab
+
+
+def _three_dimensional(logits: torch.Tensor) -> torch.Tensor:
     """(..., V) -> (B, T, V) without a copy where strides allow: a dense pair of outer dimensions keeps its two strides."""
-    if inplace_backward and logits.is_leaf and logits.requires_grad and torch.is_grad_enabled():
+    view = logits if logits.ndim == 3 else logits.unsqueeze(0) if logits.ndim == 2 else logits.flatten(0, -2).unsqueeze(0)
+    return view if view.stride(-1) == 1 or view.shape[-1] == 1 else view.contiguous()
+
+
+def _overwritable(logits: torch.Tensor) -> torch.Tensor:
+    """`_three_dimensional` of logits that backward may overwrite."""
+    if logits.is_leaf and logits.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             "inplace_backward=True would overwrite logits that are a leaf (a parameter or an input you hold) with their "
-            "gradient. Use it on the "
-            "output of a head, or pass inplace_backward=False."
+            "gradient. Use it on the output of a head, or pass inplace_backward=False."
         )
-    view = logits if logits.ndim == 3 else logits.unsqueeze(0) if logits.ndim == 2 else logits.flatten(0, -2).unsqueeze(0)
-    if view.stride(-1) != 1 and view.shape[-1] > 1:
-        if inplace_backward:
-            raise ValueError(f"inplace_backward=True needs logits whose last stride is 1; theirs are {logits.stride()}.")
-        view = view.contiguous()
-    return view
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        raise ValueError(f"inplace_backward=True needs logits whose last stride is 1; theirs are {logits.stride()}.")
+    return _three_dimensional(logits)
 
 
 def _offsets(cu_seqlens: torch.Tensor | None, sequences: int, rows: int, device: torch.device) -> torch.Tensor:
@@ -321,25 +434,19 @@ def _offsets(cu_seqlens: torch.Tensor | None, sequences: int, rows: int, device:
     return cu_seqlens.to(device, non_blocking=True)
 
 
-def _scored_counts(labels: torch.Tensor, offsets: torch.Tensor, ignore_index: int) -> torch.Tensor:
-    """int64 (S,) scored rows of each sequence."""
-    running = torch.cat([labels.new_zeros(1), (labels != ignore_index).long().cumsum(0)])
+def _counts(counted: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """bool (N,) -> int64 (S,), how many in each sequence."""
+    running = torch.cat([offsets.new_zeros(1, dtype=torch.int64), counted.long().cumsum(0)])
     return running[offsets.long()].diff()
-
-
-def _scored_rows(hidden: torch.Tensor, host_labels: torch.Tensor, ignore_index: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The scored rows of hidden as (M, D), and their places, or None where all are scored."""
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    places = torch.nonzero(host_labels != ignore_index)[:, 0]
-    if places.numel() == rows.shape[0]:
-        return rows, None
-    places = places.to(hidden.device, non_blocking=True)
-    return rows.index_select(0, places), places
 
 
 def _vector(values: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
     """Per-pair values in the dtype of the statistics."""
     return None if values is None else values.detach().to(torch.promote_types(like.dtype, torch.float32)).contiguous()
+
+
+def _shaped(logp: torch.Tensor, entropy: torch.Tensor, is_argmax: torch.Tensor, shape: torch.Size) -> TokenStatistics:
+    return TokenStatistics(logp.view(shape), entropy.view(shape), is_argmax.view(shape))
 
 
 def _check_pair_vectors(reference_gap: torch.Tensor, pair_weights: torch.Tensor | None, pairs: int, device: torch.device) -> None:
@@ -361,11 +468,13 @@ def _check_pair_data(
     pair_weights: torch.Tensor | None,
     sequences: int,
     ignore_index: int,
+    parallel: Parallel | None,
 ) -> None:
     """Checks that read data, on whatever device it is."""
     offsets = _offsets(cu_seqlens, sequences, labels.numel(), labels.device)
     check.check_cu_seqlens_values(offsets, labels.numel())
-    check.check_no_empty_sequence(_scored_counts(labels.reshape(-1), offsets, ignore_index), pairs=True)
+    counts = _counts(labels.reshape(-1) != ignore_index, offsets)
+    check.check_no_empty_sequence(counts if parallel is None else parallel.total(counts.cpu()), pairs=True)
     _check_pair_values(reference_gap, pair_weights)
 
 
@@ -378,9 +487,11 @@ def _pair_output(
     beta: float,
     ignore_index: int,
     reduction: str,
+    parallel: Parallel | None,
+    tokens: TokenStatistics | None,
 ) -> MPOLossOutput:
-    loss, means, gap = PairLoss.apply(
-        logp, labels, offsets, _vector(reference_gap, logp), _vector(pair_weights, logp), float(beta), ignore_index
+    loss, means, gap, *_ = pair_loss_op(
+        logp, labels, offsets, _vector(reference_gap, logp), _vector(pair_weights, logp), float(beta), ignore_index, handle_of(parallel)
     )
     chosen, rejected = means.chunk(2)
-    return MPOLossOutput(_reduced(loss, reduction), chosen, rejected, gap)
+    return MPOLossOutput(_reduced(loss, reduction), chosen, rejected, gap, tokens)

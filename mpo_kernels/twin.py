@@ -16,27 +16,80 @@ ROWS_BYTES = 4 << 20
 
 
 def logprob_stats(
-    logits: torch.Tensor, labels: torch.Tensor, *, ignore_index: int, logit_scale: float, softcap: float | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """logits (B, T, V), labels (B * T,) int64 -> log-probabilities (B * T,) and normalizers (B * T, 2) (peak, total)."""
-    B, T, V = logits.shape
-    dtype = _computing_dtype(logits)
-    logp = torch.zeros(B * T, dtype=dtype, device=logits.device)
-    normalizer = torch.ones(B * T, 2, dtype=dtype, device=logits.device)
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    ignore_index: int,
+    logit_scale: float,
+    softcap: float | None,
+    token_outputs: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """logits (B, T, V), labels (N,) int64 -> logp (N,), normalizer (N, 2) (peak, total), and with `token_outputs` entropy (N,) and
+    is_argmax (N,) bool, else None."""
+    options = {"ignore_index": ignore_index, "token_outputs": token_outputs}
+    partials = logprob_partials(logits, labels, logit_scale=logit_scale, softcap=softcap, **options)
+    outside = (labels != ignore_index) & ((labels < 0) | (labels >= logits.shape[-1]))
+    partials[:, 3].masked_fill_(outside, float("nan"))
+    return combine(partials[None], labels, **options)
+
+
+def logprob_partials(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    ignore_index: int,
+    logit_scale: float,
+    softcap: float | None,
+    token_outputs: bool = False,
+) -> torch.Tensor:
+    """A slice of the vocabulary, logits (B, T, V), labels (N,) counted from its start -> partials (N, 4) for `combine`:
+    peak, total and weighted sum of the columns besides the label, and the label's final logit, -inf where another slice has it."""
+    V, dtype = logits.shape[-1], _computing_dtype(logits)
+    partials = torch.zeros(labels.numel(), 4, dtype=dtype, device=logits.device)
     for rows, block, keep in _scored_blocks(logits, labels, ignore_index, dtype):
         wanted = labels[rows][keep]
-        known = (wanted >= 0) & (wanted < V)
-        at_label = wanted.where(known, 0)[:, None]
+        here = ((wanted >= 0) & (wanted < V))[:, None]
+        at_label = wanted.clamp(0, V - 1)[:, None]
         z = _final_logits(block, dtype, logit_scale, softcap)  # (rows, V)
+        z_label = z.gather(1, at_label).masked_fill(~here, float("-inf"))
+        # The largest of all columns serves as the peak of the others: finite unless all are -inf, and one pass less.
         peak = z.amax(-1, keepdim=True)
-        shifted = z.gather(1, at_label) - peak
-        powers = torch.sub(z, peak, out=None if z is block else z).exp_()  # (rows, V)
+        shift = peak.masked_fill(peak == float("-inf"), 0)
+        powers = torch.sub(z, shift, out=None if z is block or token_outputs else z).exp_()  # (rows, V)
         # The label is kept out of the sum, so that p -> 1 keeps its digits.
-        others = powers.scatter_(1, at_label, 0).sum(-1, keepdim=True)
-        gap = others.log() - shifted
-        logp[rows] = logp[rows].masked_scatter(keep, -torch.logaddexp(gap, torch.zeros_like(gap))[:, 0].where(known, float("nan")))
-        normalizer[rows] = normalizer[rows].masked_scatter(keep[:, None], torch.cat([peak, others + shifted.exp()], 1))
-    return logp, normalizer
+        powers.scatter_(1, at_label, powers.gather(1, at_label).masked_fill_(here, 0))
+        total = powers.sum(-1, keepdim=True)
+        weighted = torch.zeros_like(total)
+        if token_outputs:
+            weighted = torch.where(powers > 0, powers * (z - shift), 0).sum(-1, keepdim=True)
+        values = torch.cat([peak, total, weighted, z_label], 1)
+        partials[rows] = partials[rows].masked_scatter(keep[:, None], values)
+    return partials
+
+
+def combine(
+    partials: torch.Tensor, labels: torch.Tensor, *, ignore_index: int, token_outputs: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """partials (parts, N, 4), labels (N,) -> what `logprob_stats` returns."""
+    scored = labels != ignore_index
+    part_peak, part_total, part_weighted, part_label = partials.unbind(-1)  # (parts, N)
+    peak, z_label = part_peak.amax(0), part_label.amax(0)  # amax hands NaN on
+    apart = (part_peak - peak).masked_fill(part_total == 0, 0)  # 0 also where -inf - -inf would be
+    total = (part_total * apart.exp()).sum(0)
+    d = (peak - z_label + total.log()).where(total != 0, torch.where(z_label.isnan(), z_label, float("-inf")))
+    logp = -torch.logaddexp(d, torch.zeros_like(d)).where(scored, 0)
+    new_peak = torch.maximum(peak, z_label)
+    new_total = torch.where(total == 0, 0, total * (peak - new_peak).exp()) + (z_label - new_peak).exp()
+    normalizer = torch.stack([new_peak, new_total], -1)
+    if not token_outputs:
+        return logp, normalizer, None, None
+    weighted = ((part_weighted + part_total * apart) * apart.exp()).sum(0)
+    at_label = torch.where(logp == float("-inf"), 0, -logp.exp() * logp)
+    tail = torch.log1p((-d.abs()).exp())
+    log_others = torch.where(d > 0, total.log(), z_label - peak) + tail  # log Z - peak
+    elsewhere = torch.where(total > 0, -torch.expm1(logp) * (log_others - weighted / total), 0)
+    # The peak may be the label's own: equal to it is the most that the others can be.
+    return logp, normalizer, (at_label + elsewhere).where(scored, 0), (z_label >= peak) & scored
 
 
 def logprob_grad(
@@ -61,19 +114,30 @@ def logprob_grad(
         target = out[batch, first : first + rows.stop - rows.start]
         slope = row_grad[rows][keep].to(dtype)[:, None] * logit_scale
         peak, total = normalizer[rows][keep].split(1, dim=1)
-        at_label = labels[rows][keep].clamp(0, logits.shape[2] - 1)[:, None]
+        wanted = labels[rows][keep][:, None]
+        at_label = wanted.clamp(0, logits.shape[2] - 1)
         not_label = slope * -torch.expm1(logp[rows][keep][:, None])
+        here = at_label == wanted  # else the label is in another slice of the vocabulary, or unknown
         # Where the result has the computing dtype it is computed where it goes.
         buffer = target if target.dtype == dtype and target.shape == block.shape else None
         if softcap is None:
             z = block if logit_scale == 1.0 else torch.mul(block.to(dtype), logit_scale, out=buffer)
-            grad = torch.sub(z, peak, out=buffer).exp_().mul_(-slope / total).scatter_(1, at_label, not_label)
+            grad = torch.sub(z, peak, out=buffer).exp_().mul_(-slope / total)
         else:
             t = torch.mul(block.to(dtype), logit_scale / softcap).tanh_()
-            grad = torch.mul(t, softcap).sub_(peak).exp_().mul_(-slope / total).scatter_(1, at_label, not_label)
+            grad = torch.mul(t, softcap).sub_(peak).exp_().mul_(-slope / total)
+        grad.scatter_(1, at_label, torch.where(here, not_label, grad.gather(1, at_label)))
+        if softcap is not None:
             grad.mul_(t.square_().neg_().add_(1))
         if grad is not target:
             target[keep] = grad.to(target.dtype)
+
+
+def sequence_sums(logp: torch.Tensor, labels: torch.Tensor, cu_seqlens: torch.Tensor, *, ignore_index: int) -> torch.Tensor:
+    """(N,) log-probs -> (S, 2): their sum over each sequence, and its number of scored rows."""
+    scored = (labels != ignore_index).to(logp.dtype)
+    zeros = torch.zeros(cu_seqlens.numel() - 1, 2, dtype=logp.dtype, device=logp.device)
+    return zeros.index_add(0, _sequence_of_row(cu_seqlens, labels.numel()), torch.stack([logp, scored], -1))
 
 
 def pair_loss(
@@ -85,13 +149,14 @@ def pair_loss(
     *,
     beta: float,
     ignore_index: int,
+    sums: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(N,) log-probs -> sequence means (2P,), scored counts (2P,), gaps (P,), weighted losses (P,), dloss/dgap (P,)."""
-    scored = (labels != ignore_index).to(logp.dtype)
-    sequence = _sequence_of_row(cu_seqlens, labels.numel())
-    zeros = torch.zeros(cu_seqlens.numel() - 1, dtype=logp.dtype, device=logp.device)
-    counts = zeros.index_add(0, sequence, scored)
-    means = zeros.index_add(0, sequence, logp) / counts
+    """(N,) log-probs -> sequence means (2P,), scored counts (2P,), gaps (P,), weighted losses (P,), dloss/dgap (P,).
+
+    `sums` (2P, 2): the sequences' sums where the rows here are only a part of them (context-parallel).
+    """
+    total, counts = (sequence_sums(logp, labels, cu_seqlens, ignore_index=ignore_index) if sums is None else sums).unbind(-1)
+    means = total / counts
     chosen, rejected = means.chunk(2)
     gap = chosen - rejected
     error = beta * gap - reference_gap

@@ -7,10 +7,12 @@ CPU tensors, and elsewhere only with validate=True.
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from mpo_kernels.distributed import Parallel
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -28,7 +30,8 @@ def check_options(logit_scale: float, softcap: float | None, beta: float = 1.0, 
     for name, value in (("logit_scale", logit_scale), ("softcap", softcap), ("beta", beta)):
         if value is None and name == "softcap":
             continue
-        if isinstance(value, torch.Tensor) or not isinstance(value, int | float) or not math.isfinite(value):
+        # Not math.isfinite, which torch.compile cannot trace for a dynamic float.
+        if isinstance(value, torch.Tensor) or not isinstance(value, int | float) or not abs(value) < float("inf"):
             raise ValueError(f"{name} must be a finite Python number, not {value!r}.")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap is {softcap}; it must be positive, or None for no cap.")
@@ -52,8 +55,8 @@ def check_rows(name: str, rows: torch.Tensor, labels: torch.Tensor, *, host_labe
         raise ValueError(f"labels are on {labels.device} and {name} on {rows.device}; move them to one device.")
 
 
-def check_head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """hidden (..., D), weight (V, D), bias (V,) fit together."""
+def check_head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, any_dtype: bool = False) -> None:
+    """hidden (..., D), weight (V, D), bias (V,) fit together; `any_dtype`: their dtypes may differ (autocast)."""
     check_float("weight", weight)
     if type(weight).__name__ == "DTensor" or weight.numel() == 0:
         kind = "a DTensor" if type(weight).__name__ == "DTensor" else f"of shape {tuple(weight.shape)}"
@@ -66,8 +69,14 @@ def check_head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     if bias is not None and bias.shape != (weight.shape[0],):
         raise ValueError(f"bias has shape {tuple(bias.shape)}; needed is ({weight.shape[0]},), one value per row of weight.")
     for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and (tensor.dtype, tensor.device) != (hidden.dtype, hidden.device):
+        if tensor is not None and ((tensor.dtype != hidden.dtype and not any_dtype) or tensor.device != hidden.device):
             raise ValueError(f"{name} is {tensor.dtype} on {tensor.device} and hidden {hidden.dtype} on {hidden.device}; they must agree.")
+
+
+def check_slice(name: str, tokens: int, parallel: Parallel | None) -> None:
+    """A vocabulary-parallel call has the slice that its `Parallel` was made for."""
+    if parallel is not None and parallel.vocab_group is not None and tokens != parallel.vocab_slice:
+        raise ValueError(f"{name} holds {tokens} tokens of the vocabulary, but parallel was made with vocab_slice={parallel.vocab_slice}.")
 
 
 def check_layout(rows: torch.Tensor, cu_seqlens: torch.Tensor | None, what: str, *, pairs: bool) -> int:

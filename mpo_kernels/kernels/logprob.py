@@ -1,15 +1,19 @@
-"""Log-probabilities of labels and their gradient: the two kernels that touch every logit.
+"""Log-probabilities of labels and their gradient: the kernels that touch every logit.
 
 With final logits z, label y, peak m = max z, total = sum exp(z - m) and the upstream gradient g of a row's log-probability:
 
-    logp  = -log(1 + sum over j != y of exp(z_j - z_y))                      one read of the row
-    dL/du = g * dz/du * (1 - p_y at the label, -p_j elsewhere)               one read and one write
+    logp  = -log(1 + sum over j != y of exp(z_j - z_y))                      one read of the row                 (4)
+    dL/du = g * dz/du * (1 - p_y at the label, -p_j elsewhere)               one read and one write              (5)
     p_j = exp(z_j - m) / total        1 - p_y = -expm1(logp)
-    z = cap * tanh(scale * u / cap)  ->  dz/du = scale * (1 - (z / cap)^2)
+    z = cap * tanh(scale * u / cap)  ->  dz/du = scale * (1 - (z / cap)^2)                                       (6)
+    entropy = -p_y logp + (1 - p_y) (log Z - m' - mean' of (z - m'))         ' over the other columns            (7)
 
 The label is kept out of the sum, so a label with p_y -> 1 keeps its digits in logp and in 1 - p_y; m and total are kept apart, so large
-logits
-lose none to the rounding of a log-sum-exp. An ignored row reads nothing in either kernel. Bytes per bf16 logit: 2 forward, 4 backward.
+logits lose none to the rounding of a log-sum-exp. An ignored row reads nothing in either kernel. Bytes per bf16 logit: 2 forward,
+4 backward.
+
+A row can be shared: by several programs when rows are few, or by the ranks of a vocabulary-parallel head. Each share emits a partial
+(peak, total and weighted sum of its other columns, final label logit or -inf), and `combine` puts the partials together in their order.
 """
 
 from __future__ import annotations
@@ -18,11 +22,13 @@ import torch
 import triton
 import triton.language as tl
 
-STATS_BLOCK = 8192
-"""Columns per step of the statistics: 32 elements a thread at 8 warps, i.e. four 128-bit loads of bf16 in flight, without spills."""
+from mpo_kernels.kernels.tiles import splits_for, tile_for
 
-GRAD_BLOCK = 4096
-"""Columns per program of the gradient. Half of that: where an odd vocabulary forbids vector access, addresses take twice the registers."""
+PARTIAL = tl.constexpr(4)
+"""Numbers of a partial: peak, total, weighted sum of z - peak (0 unless the entropy is wanted), label's final logit."""
+
+COMBINE_BLOCK = 128
+"""Rows that one program of `combine` handles."""
 
 
 @triton.jit
@@ -61,66 +67,182 @@ def _one_minus_exp(x):
 
 
 @triton.jit
+def _final_logit(u, logit_scale, softcap, inverse_softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """Equation (6)."""
+    if HAS_SCALE:
+        u = u * logit_scale
+    if HAS_SOFTCAP:
+        u = softcap * _tanh(u * inverse_softcap)
+    return u
+
+
+@triton.jit
+def _decay(peak, new_peak):
+    """exp(peak - new_peak), 0 for a sum that is still empty (peak -inf), also when both are."""
+    return tl.where(peak == -float("inf"), 0.0, tl.exp(peak - new_peak))
+
+
+@triton.jit
+def _moved(weighted, total, peak, new_peak):
+    """The weighted sum of exp(z - peak) * (z - peak), relative to a new peak."""
+    return tl.where(total > 0.0, (weighted + total * (peak - new_peak)) * _decay(peak, new_peak), 0.0)
+
+
+@triton.jit
+def _finish(
+    peak,
+    total,
+    weighted,
+    z_label,
+    row,  # one row or a block of rows
+    logp_ptr,
+    normalizer_ptr,
+    entropy_ptr,
+    is_argmax_ptr,
+    mask,
+    HAS_TOKEN_OUTPUTS: tl.constexpr,
+):
+    """Stores a row's results from its other columns and its label: equations (4) and (7)."""
+    # logp = -log(1 + exp(d)), d = log of the other columns' sum relative to the label. Both branches of |d| stay finite.
+    d = (peak - z_label) + tl.log(total)
+    d = tl.where(total == 0.0, tl.where(z_label == z_label, -float("inf"), z_label), d)  # no other column counts; NaN stays NaN
+    logp = -(tl.where(d > 0.0, d, 0.0) + _log1p(tl.exp(-tl.abs(d))))
+    logp = tl.where(d == d, logp, d)
+    new_peak = tl.maximum(peak, z_label)
+    tl.store(logp_ptr + row, logp, mask=mask)
+    tl.store(normalizer_ptr + 2 * row, new_peak, mask=mask)
+    tl.store(normalizer_ptr + 2 * row + 1, total * _decay(peak, new_peak) + tl.exp(z_label - new_peak), mask=mask)
+    if HAS_TOKEN_OUTPUTS:
+        # Every term is positive, so a confident row keeps the digits of its small entropy.
+        at_label = tl.where(logp == -float("inf"), 0.0, -tl.exp(logp) * logp)
+        log_others = tl.where(d > 0.0, tl.log(total) + _log1p(tl.exp(-tl.abs(d))), (z_label - peak) + _log1p(tl.exp(-tl.abs(d))))  # log Z - m'
+        elsewhere = tl.where(total > 0.0, _one_minus_exp(logp) * (log_others - weighted / total), 0.0)
+        tl.store(entropy_ptr + row, at_label + elsewhere, mask=mask)
+        tl.store(is_argmax_ptr + row, (z_label >= peak).to(tl.int8), mask=mask)
+
+
+@triton.jit
 def _logprob_stats_kernel(
     logits_ptr,  # (B, T, V) any float, last dimension contiguous
-    labels_ptr,  # (B * T,) int64
-    logp_ptr,  # (B * T,) float32 out: 0 for ignored rows, NaN for labels outside [0, V)
-    normalizer_ptr,  # (B * T, 2) float32 out: peak and total, not written for ignored rows
+    labels_ptr,  # (N,) int64, N = B * T
+    logp_ptr,  # (N,) float32 out: 0 for ignored rows, NaN for labels outside [0, V). Not written when IS_PARTIAL
+    normalizer_ptr,  # (N, 2) float32 out: peak and total, not written for ignored rows. Not written when IS_PARTIAL
+    entropy_ptr,  # (N,) float32 out, with HAS_TOKEN_OUTPUTS
+    is_argmax_ptr,  # (N,) int8 out, with HAS_TOKEN_OUTPUTS
+    partials_ptr,  # (splits, N, 4) float32 out when IS_PARTIAL, not written for ignored rows
+    N,
     T,
     V,
     stride_b,
     stride_t,
+    splits,  # programs per row
+    split_columns,  # columns of each, a multiple of BLOCK
     ignore_index,
     logit_scale,
     softcap,
     inverse_softcap,
     HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_TOKEN_OUTPUTS: tl.constexpr,
+    IS_PARTIAL: tl.constexpr,
+    IS_SLICE: tl.constexpr,  # of a vocabulary-parallel head: a label outside of [0, V) is another rank's
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)  # rows * V exceeds 2^31
+    program = tl.program_id(0).to(tl.int64)  # rows * V exceeds 2^31
+    row = program // splits
+    split = (program % splits).to(tl.int32)
     label = tl.load(labels_ptr + row)
     if label == ignore_index:
-        tl.store(logp_ptr + row, 0.0)
+        if not IS_PARTIAL:
+            tl.store(logp_ptr + row, 0.0)
+            if HAS_TOKEN_OUTPUTS:
+                tl.store(entropy_ptr + row, 0.0)
+                tl.store(is_argmax_ptr + row, 0)
     else:
         row_ptr = logits_ptr + (row // T) * stride_b + (row % T) * stride_t
+        known = (label >= 0) & (label < V)
+        label_column = tl.where(known, label, -1).to(tl.int32)
         peak = -float("inf")  # of the other columns
         total = 0.0
-        for start in range(0, V, BLOCK):
+        weighted = 0.0
+        first = split * split_columns
+        for start in range(first, tl.minimum(first + split_columns, V), BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            others = (columns < V) & (columns != label)
-            u = tl.load(row_ptr + columns, mask=columns < V, other=-float("inf")).to(tl.float32)  # (BLOCK,)
-            if HAS_SCALE:
-                u = u * logit_scale
-            if HAS_SOFTCAP:
-                u = softcap * _tanh(u * inverse_softcap)
-            z = tl.where(others, u, -float("inf"))  # after the cap, or padding would become -cap
+            inside = columns < V
+            u = tl.load(row_ptr + columns, mask=inside, other=-float("inf")).to(tl.float32)  # (BLOCK,)
+            z = _final_logit(u, logit_scale, softcap, inverse_softcap, HAS_SCALE, HAS_SOFTCAP)
+            z = tl.where(inside & (columns != label_column), z, -float("inf"))  # after the cap, or padding would become -cap
             new_peak = tl.maximum(peak, tl.max(z, axis=0))
             shift = tl.where(new_peak == -float("inf"), 0.0, new_peak)  # a block of -inf must not make inf - inf
-            total = total * tl.exp(peak - shift) + tl.sum(tl.exp(z - shift), axis=0)
+            powers = tl.exp(z - shift)
+            if HAS_TOKEN_OUTPUTS:
+                weighted = _moved(weighted, total, peak, shift) + tl.sum(tl.where(powers > 0.0, powers * (z - shift), 0.0), axis=0)
+            total = total * _decay(peak, shift) + tl.sum(powers, axis=0)
             peak = new_peak
-        known = (label >= 0) & (label < V)
-        z_label = tl.load(row_ptr + label, mask=known, other=float("nan")).to(tl.float32)
-        if HAS_SCALE:
-            z_label = z_label * logit_scale
-        if HAS_SOFTCAP:
-            z_label = softcap * _tanh(z_label * inverse_softcap)
-        # logp = -log(1 + exp(d)), d = log of the other columns' sum relative to the label. Both branches of |d| stay finite.
-        d = (peak - z_label) + tl.log(total)
-        d = tl.where(total == 0.0, -float("inf"), d)  # a vocabulary of one token
-        tl.store(logp_ptr + row, -(tl.where(d > 0.0, d, 0.0) + _log1p(tl.exp(-tl.abs(d)))))
-        new_peak = tl.maximum(peak, z_label)
-        tl.store(normalizer_ptr + 2 * row, new_peak)
-        tl.store(normalizer_ptr + 2 * row + 1, total * tl.exp(peak - new_peak) + tl.exp(z_label - new_peak))
+        here = known & (label_column >= first) & (label_column < first + split_columns)
+        z_label = tl.load(row_ptr + label_column, mask=here, other=-float("inf")).to(tl.float32)
+        z_label = _final_logit(z_label, logit_scale, softcap, inverse_softcap, HAS_SCALE, HAS_SOFTCAP)
+        z_label = tl.where(here, z_label, -float("inf"))
+        if not IS_SLICE:
+            z_label = tl.where(known, z_label, float("nan"))
+        if IS_PARTIAL:
+            partial_ptr = partials_ptr + (split.to(tl.int64) * N + row) * PARTIAL
+            tl.store(partial_ptr, peak)
+            tl.store(partial_ptr + 1, total)
+            tl.store(partial_ptr + 2, weighted)
+            tl.store(partial_ptr + 3, z_label)
+        else:
+            _finish(peak, total, weighted, z_label, row, logp_ptr, normalizer_ptr, entropy_ptr, is_argmax_ptr, None, HAS_TOKEN_OUTPUTS)
+
+
+@triton.jit
+def _combine_kernel(
+    partials_ptr,  # (parts, N, 4) float32, not read for ignored rows
+    labels_ptr,  # (N,) int64
+    logp_ptr,  # (N,) float32 out
+    normalizer_ptr,  # (N, 2) float32 out
+    entropy_ptr,  # (N,) float32 out, with HAS_TOKEN_OUTPUTS
+    is_argmax_ptr,  # (N,) int8 out, with HAS_TOKEN_OUTPUTS
+    N,
+    parts,
+    ignore_index,
+    HAS_TOKEN_OUTPUTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
+    inside = rows < N
+    scored = inside & (tl.load(labels_ptr + rows, mask=inside, other=ignore_index) != ignore_index)
+    tl.store(logp_ptr + rows, tl.zeros([BLOCK], tl.float32), mask=inside & ~scored)
+    if HAS_TOKEN_OUTPUTS:
+        tl.store(entropy_ptr + rows, tl.zeros([BLOCK], tl.float32), mask=inside & ~scored)
+        tl.store(is_argmax_ptr + rows, tl.zeros([BLOCK], tl.int8), mask=inside & ~scored)
+    peak = tl.full([BLOCK], -float("inf"), tl.float32)
+    z_label = tl.full([BLOCK], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    weighted = tl.zeros([BLOCK], tl.float32)
+    part_ptr = partials_ptr + rows * PARTIAL
+    for _ in range(parts):  # always in the same order
+        part_peak = tl.load(part_ptr, mask=scored, other=0.0)
+        part_total = tl.load(part_ptr + 1, mask=scored, other=1.0)
+        part_label = tl.load(part_ptr + 3, mask=scored, other=0.0)
+        new_peak = tl.maximum(peak, part_peak)
+        if HAS_TOKEN_OUTPUTS:
+            part_weighted = tl.load(part_ptr + 2, mask=scored, other=0.0)
+            weighted = _moved(weighted, total, peak, new_peak) + _moved(part_weighted, part_total, part_peak, new_peak)
+        total = total * _decay(peak, new_peak) + part_total * _decay(part_peak, new_peak)
+        peak = new_peak
+        z_label = tl.where((part_label != part_label) | (part_label > z_label), part_label, z_label)  # NaN marks an unknown label
+        part_ptr += N.to(tl.int64) * PARTIAL
+    _finish(peak, total, weighted, z_label, rows, logp_ptr, normalizer_ptr, entropy_ptr, is_argmax_ptr, scored, HAS_TOKEN_OUTPUTS)
 
 
 @triton.jit
 def _logprob_grad_kernel(
     logits_ptr,  # (B, T, V)
-    labels_ptr,  # (B * T,) int64
-    logp_ptr,  # (B * T,) float32
-    normalizer_ptr,  # (B * T, 2) float32
-    row_grad_ptr,  # (B * T,) float32: dL/dlogp of each row, not read for ignored rows
+    labels_ptr,  # (N,) int64
+    logp_ptr,  # (N,) float32
+    normalizer_ptr,  # (N, 2) float32
+    row_grad_ptr,  # (N,) float32: dL/dlogp of each row, not read for ignored rows
     grad_ptr,  # (B, T, V) out, may be logits_ptr
     T,
     V,
@@ -137,9 +259,8 @@ def _logprob_grad_kernel(
     HAS_SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # One program per block of one row: every block is independent, so few rows still fill the GPU. Grid on axis 0, which has no 65,535
-    # limit.
-    program = tl.program_id(0).to(tl.int64)
+    """Equation (5). One program per block of one row: every block is independent, so few rows still fill the GPU."""
+    program = tl.program_id(0).to(tl.int64)  # grid on axis 0, which has no limit of 65,535
     row = program // blocks
     columns = (program % blocks).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < V
@@ -150,6 +271,7 @@ def _logprob_grad_kernel(
     if label == ignore_index:
         tl.store(out_ptr, tl.zeros([BLOCK], dtype=grad_ptr.dtype.element_ty), mask=inside)
     else:
+        label_column = tl.where((label >= 0) & (label < V), label, -1).to(tl.int32)
         peak = tl.load(normalizer_ptr + 2 * row)
         slope = tl.load(row_grad_ptr + row)
         inverse_total = 1.0 / tl.load(normalizer_ptr + 2 * row + 1)
@@ -161,25 +283,65 @@ def _logprob_grad_kernel(
         if HAS_SOFTCAP:
             t = _tanh(u * inverse_softcap)
             z = softcap * t
-            grad = slope * (1.0 - t * t) * tl.where(columns == label, not_label, -tl.exp(z - peak) * inverse_total)
+            grad = slope * (1.0 - t * t) * tl.where(columns == label_column, not_label, -tl.exp(z - peak) * inverse_total)
         else:
-            grad = slope * tl.where(columns == label, not_label, -tl.exp(u - peak) * inverse_total)
+            grad = slope * tl.where(columns == label_column, not_label, -tl.exp(u - peak) * inverse_total)
         tl.store(out_ptr, grad.to(grad_ptr.dtype.element_ty), mask=inside)
 
 
 def logprob_stats(
-    logits: torch.Tensor, labels: torch.Tensor, *, ignore_index: int, logit_scale: float, softcap: float | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """logits (B, T, V), labels (B * T,) int64 -> log-probabilities (B * T,) and normalizers (B * T, 2) (peak, total), both float32."""
-    B, T, V = logits.shape
-    logp = torch.empty(B * T, dtype=torch.float32, device=logits.device)
-    normalizer = torch.empty(B * T, 2, dtype=torch.float32, device=logits.device)
-    if B * T:
-        _logprob_stats_kernel[(B * T,)](
-            logits, labels, logp, normalizer, T, V, logits.stride(0), logits.stride(1), ignore_index,
-            *_softcap_arguments(logit_scale, softcap), **_tile(V, STATS_BLOCK),
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    ignore_index: int,
+    logit_scale: float,
+    softcap: float | None,
+    token_outputs: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """logits (B, T, V), labels (N,) int64 -> logp (N,), normalizer (N, 2) (peak, total), and with `token_outputs` entropy (N,) float32
+    and is_argmax (N,) bool, else None. Few rows are split over programs, whose partials a second kernel combines."""
+    rows, V = labels.numel(), logits.shape[-1]
+    tile = tile_for("stats", V, logits.device)
+    splits = splits_for(rows, V, tile.block, logits.device) if rows else 1
+    if splits > 1:
+        partials = torch.empty(splits, rows, 4, dtype=torch.float32, device=logits.device)
+        _launch_stats(logits, labels, None, partials, splits, ignore_index, logit_scale, softcap, token_outputs, False)
+        return combine(partials, labels, ignore_index=ignore_index, token_outputs=token_outputs)
+    outputs = _outputs(labels, token_outputs)
+    _launch_stats(logits, labels, outputs, None, 1, ignore_index, logit_scale, softcap, token_outputs, False)
+    return _as_bool(outputs)
+
+
+def logprob_partials(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    ignore_index: int,
+    logit_scale: float,
+    softcap: float | None,
+    token_outputs: bool = False,
+) -> torch.Tensor:
+    """A slice of the vocabulary, logits (B, T, V), labels (N,) counted from its start -> partials (N, 4) for `combine`.
+
+    A label outside [0, V) that is not ignored belongs to another slice.
+    """
+    partials = torch.empty(1, labels.numel(), 4, dtype=torch.float32, device=logits.device)
+    _launch_stats(logits, labels, None, partials, 1, ignore_index, logit_scale, softcap, token_outputs, True)
+    return partials[0]
+
+
+def combine(
+    partials: torch.Tensor, labels: torch.Tensor, *, ignore_index: int, token_outputs: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """partials (parts, N, 4), contiguous, labels (N,) -> what `logprob_stats` returns."""
+    parts, rows, _ = partials.shape
+    outputs = _outputs(labels, token_outputs)
+    if rows:
+        _combine_kernel[(triton.cdiv(rows, COMBINE_BLOCK),)](
+            partials, labels, *outputs, rows, parts, ignore_index,
+            HAS_TOKEN_OUTPUTS=token_outputs, BLOCK=COMBINE_BLOCK, num_warps=4,
         )  # fmt: skip
-    return logp, normalizer
+    return _as_bool(outputs)
 
 
 def logprob_grad(
@@ -194,23 +356,58 @@ def logprob_grad(
     logit_scale: float,
     softcap: float | None,
 ) -> None:
-    """Writes dL/dlogits into `out` (B, T, V), which may be `logits` itself; row_grad (B * T,) float32 is dL/dlogp."""
+    """Writes dL/dlogits into `out` (B, T, V), which may be `logits` itself; row_grad (N,) float32 is dL/dlogp."""
     B, T, V = logits.shape
-    tile = _tile(V, GRAD_BLOCK)
-    blocks = triton.cdiv(V, tile["BLOCK"])
+    tile = tile_for("grad", V, logits.device)
+    blocks = triton.cdiv(V, tile.block)
     if B * T:
         _logprob_grad_kernel[(B * T * blocks,)](
             logits, labels, logp, normalizer, row_grad, out, T, V, blocks, logits.stride(0), logits.stride(1),
-            out.stride(0), out.stride(1), ignore_index, *_softcap_arguments(logit_scale, softcap), **tile,
+            out.stride(0), out.stride(1), ignore_index, *_softcap_arguments(logit_scale, softcap),
+            BLOCK=tile.block, num_warps=tile.num_warps,
         )  # fmt: skip
+
+
+def _launch_stats(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    outputs: tuple[torch.Tensor | None, ...] | None,
+    partials: torch.Tensor | None,
+    splits: int,
+    ignore_index: int,
+    logit_scale: float,
+    softcap: float | None,
+    token_outputs: bool,
+    is_slice: bool,
+) -> None:
+    B, T, V = logits.shape
+    tile = tile_for("stats", V, logits.device)
+    if B * T:
+        _logprob_stats_kernel[(B * T * splits,)](
+            logits, labels, *(outputs or (None,) * 4), partials, B * T, T, V, logits.stride(0), logits.stride(1),
+            splits, triton.cdiv(triton.cdiv(V, tile.block), splits) * tile.block, ignore_index,
+            *_softcap_arguments(logit_scale, softcap),
+            HAS_TOKEN_OUTPUTS=token_outputs, IS_PARTIAL=partials is not None, IS_SLICE=is_slice,
+            BLOCK=tile.block, num_warps=tile.num_warps,
+        )  # fmt: skip
+
+
+def _outputs(labels: torch.Tensor, token_outputs: bool) -> tuple[torch.Tensor | None, ...]:
+    """Places for logp, normalizer, entropy, is_argmax."""
+    rows = labels.numel()
+
+    def made(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device=labels.device)
+
+    return made(rows), made(rows, 2), made(rows) if token_outputs else None, made(rows, dtype=torch.int8) if token_outputs else None
+
+
+def _as_bool(outputs: tuple[torch.Tensor | None, ...]) -> tuple:
+    *numbers, is_argmax = outputs
+    return *numbers, None if is_argmax is None else is_argmax.view(torch.bool)
 
 
 def _softcap_arguments(logit_scale: float, softcap: float | None) -> tuple:
     """(logit_scale, softcap, 1 / softcap, HAS_SCALE, HAS_SOFTCAP): reciprocals instead of a division per element."""
     cap = 1.0 if softcap is None else float(softcap)
     return float(logit_scale), cap, 1.0 / cap, logit_scale != 1.0, softcap is not None
-
-
-def _tile(V: int, most: int) -> dict[str, int]:
-    block = min(most, triton.next_power_of_2(V))
-    return {"BLOCK": block, "num_warps": 8 if block >= 4096 else 4}

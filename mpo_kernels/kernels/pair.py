@@ -39,7 +39,25 @@ def _bounds(cu_seqlens_ptr, sequence, N):
 
 
 @triton.jit
+def _sequence_sums_kernel(
+    logp_ptr,  # (N,) float32, 0 for ignored rows
+    labels_ptr,  # (N,) int64
+    cu_seqlens_ptr,  # (S + 1,) int32
+    sums_ptr,  # (S, 2) float32 out: sum of log-probabilities, scored rows
+    N,
+    ignore_index,
+    BLOCK: tl.constexpr,
+):
+    sequence = tl.program_id(0)
+    start, end = _bounds(cu_seqlens_ptr, sequence, N)
+    total, count = _sequence_sum(logp_ptr, labels_ptr, start, end, ignore_index, BLOCK)
+    tl.store(sums_ptr + 2 * sequence, total)
+    tl.store(sums_ptr + 2 * sequence + 1, count)
+
+
+@triton.jit
 def _pair_kernel(
+    sums_ptr,  # (2P, 2) float32, read instead of the rows with HAS_SUMS
     logp_ptr,  # (N,) float32, 0 for ignored rows
     labels_ptr,  # (N,) int64
     cu_seqlens_ptr,  # (2P + 1,) int32
@@ -54,14 +72,22 @@ def _pair_kernel(
     P,
     beta,
     ignore_index,
+    HAS_SUMS: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Equations (1) and (2), and dloss/dRG."""
     pair = tl.program_id(0)
-    start, end = _bounds(cu_seqlens_ptr, pair, N)
-    chosen_sum, chosen_count = _sequence_sum(logp_ptr, labels_ptr, start, end, ignore_index, BLOCK)
-    start, end = _bounds(cu_seqlens_ptr, P + pair, N)
-    rejected_sum, rejected_count = _sequence_sum(logp_ptr, labels_ptr, start, end, ignore_index, BLOCK)
+    if HAS_SUMS:
+        chosen_sum = tl.load(sums_ptr + 2 * pair)
+        chosen_count = tl.load(sums_ptr + 2 * pair + 1)
+        rejected_sum = tl.load(sums_ptr + 2 * (P + pair))
+        rejected_count = tl.load(sums_ptr + 2 * (P + pair) + 1)
+    else:
+        start, end = _bounds(cu_seqlens_ptr, pair, N)
+        chosen_sum, chosen_count = _sequence_sum(logp_ptr, labels_ptr, start, end, ignore_index, BLOCK)
+        start, end = _bounds(cu_seqlens_ptr, P + pair, N)
+        rejected_sum, rejected_count = _sequence_sum(logp_ptr, labels_ptr, start, end, ignore_index, BLOCK)
     chosen = chosen_sum / chosen_count
     rejected = rejected_sum / rejected_count
     gap = chosen - rejected
@@ -102,6 +128,14 @@ def _row_grad_kernel(
         tl.store(row_grad_ptr + rows, tl.where(label != ignore_index, grad, 0.0), mask=inside)
 
 
+def sequence_sums(logp: torch.Tensor, labels: torch.Tensor, cu_seqlens: torch.Tensor, *, ignore_index: int) -> torch.Tensor:
+    """(N,) log-probs -> (S, 2) float32: their sum over each sequence, and its number of scored rows."""
+    S = cu_seqlens.numel() - 1
+    sums = torch.empty(S, 2, dtype=torch.float32, device=logp.device)
+    _sequence_sums_kernel[(S,)](logp, labels, cu_seqlens, sums, logp.numel(), ignore_index, BLOCK=BLOCK, num_warps=4)
+    return sums
+
+
 def pair_loss(
     logp: torch.Tensor,
     labels: torch.Tensor,
@@ -111,15 +145,19 @@ def pair_loss(
     *,
     beta: float,
     ignore_index: int,
+    sums: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(N,) log-probs -> sequence means (2P,), scored counts (2P,), gaps (P,), weighted losses (P,), dloss/dgap (P,), all float32."""
+    """(N,) log-probs -> sequence means (2P,), scored counts (2P,), gaps (P,), weighted losses (P,), dloss/dgap (P,), all float32.
+
+    `sums` (2P, 2): the sequences' sums where the rows here are only a part of them (context-parallel).
+    """
     P = reference_gap.numel()
     means, counts = (torch.empty(2 * P, dtype=torch.float32, device=logp.device) for _ in range(2))
     gap, loss, gap_grad = (torch.empty(P, dtype=torch.float32, device=logp.device) for _ in range(3))
     _pair_kernel[(P,)](
-        logp, labels, cu_seqlens, reference_gap, pair_weights, means, counts, gap, loss, gap_grad,
+        sums, logp, labels, cu_seqlens, reference_gap, pair_weights, means, counts, gap, loss, gap_grad,
         logp.numel(), P, float(beta), ignore_index,
-        HAS_WEIGHTS=pair_weights is not None, BLOCK=BLOCK, num_warps=4,
+        HAS_SUMS=sums is not None, HAS_WEIGHTS=pair_weights is not None, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     return means, counts, gap, loss, gap_grad
 

@@ -8,6 +8,12 @@ import triton.language as tl
 
 from mpo_kernels.kernels.pair import _bounds
 
+POOL_ROWS, POOL_BLOCK = 16, 128
+"""Rows and columns that a program of the pool reads at a time: narrow, so that few sequences still give many programs."""
+
+UNPOOL_BLOCK = 512
+"""Columns that a program of its transpose writes; stores need not be waited for."""
+
 
 @triton.jit
 def _pool_kernel(
@@ -21,6 +27,7 @@ def _pool_kernel(
     stride_n,
     blocks,  # blocks of columns per sequence
     HAS_MASK: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -28,23 +35,21 @@ def _pool_kernel(
     columns = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < D
     start, end = _bounds(cu_seqlens_ptr, sequence, N)
-    total = tl.zeros([BLOCK], dtype=tl.float32)
-    count = 0.0
-    row_ptr = hidden_ptr + start.to(tl.int64) * stride_n + columns
-    for row in range(start, end):
-        read = inside
+    total = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+    count = tl.zeros([ROWS], dtype=tl.float32)
+    for first in range(start, end, ROWS):  # several rows at a time, so that enough loads are in flight
+        rows = first + tl.arange(0, ROWS)
+        pooled = rows < end
         if HAS_MASK:
             # A row that is not pooled is not read, so what padding holds (even NaN) cannot matter.
-            pooled = tl.load(mask_ptr + row)  # 0 or 1
-            read = columns < tl.where(pooled != 0, D, 0)
-            count += pooled.to(tl.float32)
-        else:
-            count += 1.0
-        total += tl.load(row_ptr, mask=read, other=0.0).to(tl.float32)
-        row_ptr += stride_n
-    tl.store(pooled_ptr + sequence.to(tl.int64) * D + columns, total / count, mask=inside)
+            pooled = pooled & (tl.load(mask_ptr + rows, mask=pooled, other=0) != 0)
+        row_ptr = hidden_ptr + rows.to(tl.int64)[:, None] * stride_n + columns[None, :]
+        total += tl.load(row_ptr, mask=pooled[:, None] & inside[None, :], other=0.0).to(tl.float32)  # (ROWS, BLOCK)
+        count += pooled.to(tl.float32)
+    rows_pooled = tl.sum(count, axis=0)
+    tl.store(pooled_ptr + sequence.to(tl.int64) * D + columns, tl.sum(total, axis=0) / rows_pooled, mask=inside)
     if program % blocks == 0:
-        tl.store(counts_ptr + sequence, count)
+        tl.store(counts_ptr + sequence, rows_pooled)
 
 
 @triton.jit
@@ -81,33 +86,23 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor | None, cu_seqlens: torch.Tens
     S, D = cu_seqlens.numel() - 1, hidden.shape[1]
     pooled = torch.empty(S, D, dtype=torch.float32, device=hidden.device)
     counts = torch.empty(S, dtype=torch.float32, device=hidden.device)
-    block, blocks = _blocks(D)
+    block, blocks = _blocks(D, POOL_BLOCK)
     _pool_kernel[(S * blocks,)](
-        hidden,
-        mask,
-        cu_seqlens,
-        pooled,
-        counts,
-        hidden.shape[0],
-        D,
-        hidden.stride(0),
-        blocks,
-        HAS_MASK=mask is not None,
-        BLOCK=block,
-        num_warps=4,
-    )
+        hidden, mask, cu_seqlens, pooled, counts, hidden.shape[0], D, hidden.stride(0), blocks,
+        HAS_MASK=mask is not None, ROWS=POOL_ROWS, BLOCK=block, num_warps=4,
+    )  # fmt: skip
     return pooled, counts
 
 
 def unpool(grad_pooled: torch.Tensor, mask: torch.Tensor | None, cu_seqlens: torch.Tensor, counts: torch.Tensor, out: torch.Tensor) -> None:
     """Writes the gradient of the pooled rows into `out` (N, D), contiguous; 0 on rows that are not pooled."""
     S, D = grad_pooled.shape
-    block, blocks = _blocks(D)
+    block, blocks = _blocks(D, UNPOOL_BLOCK)
     _unpool_kernel[(S * blocks,)](
         grad_pooled, mask, cu_seqlens, counts, out, out.shape[0], D, blocks, HAS_MASK=mask is not None, BLOCK=block, num_warps=4
     )
 
 
-def _blocks(D: int) -> tuple[int, int]:
-    block = min(512, triton.next_power_of_2(D))
+def _blocks(D: int, most: int) -> tuple[int, int]:
+    block = min(most, triton.next_power_of_2(D))
     return block, triton.cdiv(D, block)

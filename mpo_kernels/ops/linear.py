@@ -1,13 +1,12 @@
-"""Autograd from hidden states through a linear head, z = H W^T + b, whose [tokens, vocab] logits never exist as a whole.
+"""Autograd from hidden states through a linear head, whose [tokens, vocab] logits never exist as a whole.
 
-With G = onehot - softmax and the gradient c_i of row i's log-probability, row factors commute with both GEMMs:
+Only scored rows reach the head, in chunks of whole pairs. The gradient c_i of a row's log-probability is known as soon as its pair's gap
+is, so each chunk does: logits GEMM, statistics, pair loss, gradient in the place of the logits, dH GEMM, dW GEMM (equation 10). Three GEMMs,
+nothing recomputed. The gradients are computed in the forward pass and only scaled in backward; backward needs neither the weight's data
+(ZeRO-3 may have partitioned it by then) nor the hidden states.
 
-    dH = diag(c) G W        dW = (diag(c) G)^T H        db = sum over rows of diag(c) G
-
-c is known as soon as a pair's gap is, so a chunk of whole pairs does: logits GEMM, statistics, pair loss, gradient in the place of the
-logits, dH GEMM, dW GEMM. Three GEMMs, nothing recomputed. The gradients are computed in the forward pass and only scaled in backward;
-backward
-needs neither the weight's data (ZeRO-3 may have partitioned it by then) nor the hidden states.
+A pair larger than the budget is computed in pieces, whose c is not known until the last of them is. Its dH rows are scaled by c when it is;
+so is dW where nothing else is in it yet, hence such pairs come first. For each further one the logits are computed again: a fourth GEMM.
 """
 
 from __future__ import annotations
@@ -15,168 +14,310 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from mpo_kernels.backend import backend_for
-from mpo_kernels.ops.token import HeadOptions
+from mpo_kernels.distributed import Parallel, from_handle
+from mpo_kernels.ops.gradients import FP16_PEAK, HeadGradients, power_of_two_for, scaled
+from mpo_kernels.ops.head import HeadOptions, RowStats, row_stats, statistics_dtype, write_logit_grads
+from mpo_kernels.ops.pair import pair_losses
+from mpo_kernels.ops.rows import rows_of_chunks, scored_rows
 from mpo_kernels.planning import plan_pairs, rows_per_chunk, split_rows
 
-
-def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """(n, D), (V, D) -> (1, n, V), in the dtype of `hidden`."""
-    return torch.nn.functional.linear(hidden, weight, bias)[None]
+_HEAD = "int ignore_index, float logit_scale, float? softcap, int? chunk_bytes, ScalarType? gemm_dtype, bool token_outputs, int parallel"
 
 
-class _HeadGradients:
-    """Accumulates dH, dW and db chunk by chunk; what is not needed is not computed."""
+class _Head:
+    """z = H W^T + b in the dtype of its GEMMs."""
 
-    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, needs: tuple[bool, bool, bool]) -> None:
-        self._weight, self._needs = weight, needs
-        # Sums over many chunks in bf16 would lose most of what the later chunks add.
-        self._precise = torch.promote_types(weight.dtype, torch.float32)
-        self.hidden = torch.empty_like(hidden) if needs[0] else None
-        self.weight: torch.Tensor | None = None  # made by the first chunk, so that nothing is filled with zeros first
-        self.bias = torch.zeros(weight.shape[0], dtype=self._precise, device=weight.device) if needs[2] else None
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gemm_dtype: torch.dtype | None) -> None:
+        self.dtype = gemm_dtype or hidden.dtype
+        self.weight = weight.to(self.dtype)
+        self.bias = None if bias is None else bias.to(self.dtype)
 
-    def add(self, rows: slice, grad_logits: torch.Tensor, hidden: torch.Tensor, grad_hidden: torch.Tensor | None) -> None:
-        """Takes in grad_logits (n, V) of hidden (n, D); their dH goes to `rows` of grad_hidden."""
-        if grad_hidden is not None:
-            torch.mm(grad_logits, self._weight, out=grad_hidden[rows])
-        if self._needs[1]:
-            if self.weight is None:
-                self.weight = torch.mm(grad_logits.T, hidden).to(self._precise)
-            elif self.weight.dtype == grad_logits.dtype:
-                torch.addmm(self.weight, grad_logits.T, hidden, out=self.weight)
-            else:
-                self.weight.add_(grad_logits.T @ hidden)
-        if self.bias is not None:
-            self.bias.add_(grad_logits.sum(0, dtype=self.bias.dtype))
+    def rows_per_chunk(self, chunk_bytes: int | None, ranks: Parallel | None) -> int:
+        """Rows whose logits fit the budget, the same on all ranks."""
+        vocab = self.weight.shape[0]
+        return rows_per_chunk(vocab if ranks is None else ranks.chunk_vocab(vocab), self.dtype.itemsize, chunk_bytes)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(n, D) -> (1, n, V)."""
+        return torch.nn.functional.linear(hidden, self.weight, self.bias)[None]
 
 
-def _scaled(grad: torch.Tensor | None, scale: torch.Tensor, like: tuple[torch.Size, torch.dtype] | None) -> torch.Tensor | None:
-    """grad * scale in the dtype and shape of its input, without changing `grad` (so retain_graph is safe) and without a host sync."""
-    if grad is None or like is None:
-        return None
-    shape, dtype = like
-    return torch.mul(grad, scale, out=torch.empty(grad.shape, dtype=dtype, device=grad.device)).view(shape)
+class _TokenOutputs:
+    """Per-token results at their places among all N rows: log-probabilities, and entropy and arg-max where they are asked for."""
+
+    def __init__(self, rows: int, like: torch.Tensor, *, extra: bool) -> None:
+        more = rows if extra else 0
+        self.logp = like.new_zeros(rows, dtype=statistics_dtype(like))
+        self.entropy = like.new_zeros(more, dtype=statistics_dtype(like))
+        self.is_argmax = like.new_zeros(more, dtype=torch.bool)
+
+    def add(self, places: torch.Tensor, stats: RowStats) -> None:
+        self.logp.index_copy_(0, places, stats.logp)
+        if stats.entropy is not None and stats.is_argmax is not None:
+            self.entropy.index_copy_(0, places, stats.entropy)
+            self.is_argmax.index_copy_(0, places, stats.is_argmax)
 
 
-class LinearPairLoss(torch.autograd.Function):
-    """Sum of the pairs' weighted losses (), sequence means (2P,), gaps (P,); differentiable in the loss.
+@torch.library.custom_op(
+    "mpo_kernels::linear_pair_loss",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor cu_seqlens, Tensor reference_gap, Tensor? pair_weights, "
+    f"float beta, bool hidden_grad, bool weight_grad, bool bias_grad, {_HEAD}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def linear_pair_loss_op(
+    hidden, weight, bias, labels, cu_seqlens, reference_gap, pair_weights, beta, hidden_grad, weight_grad, bias_grad,
+    ignore_index, logit_scale, softcap, chunk_bytes, gemm_dtype, token_outputs, parallel,
+):  # fmt: skip
+    """hidden (N, D), labels (N,) and cu_seqlens (2P + 1,) on any device -> sum of the pairs' losses (), means (2P,), gaps (P,);
+    logp, entropy, is_argmax (N,) or (0,); dH (N, D) and the factors (N,) still to be applied to its rows, dW (V, D), db (V,), or (0,)."""
+    options, ranks = HeadOptions(ignore_index, logit_scale, softcap), from_handle(parallel)
+    needs = (hidden_grad, weight_grad, bias_grad)
+    rows = scored_rows(labels, cu_seqlens, ignore_index, weight.shape[0], ranks)
+    longest, counts = (rows.lengths, rows.lengths) if ranks is None else (ranks.longest(rows.lengths), ranks.total(rows.lengths))
+    pairs, device = reference_gap.numel(), hidden.device
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        backend, head = backend_for(hidden), _Head(hidden, weight, bias, gemm_dtype)
+        budget = head.rows_per_chunk(chunk_bytes, ranks)
+        plan = sorted(plan_pairs(longest.tolist(), budget), key=lambda chunk: chunk.rows <= budget)
+        gradients = HeadGradients(hidden, weight, bias, head.weight, needs)
+        row_scale = hidden.new_ones(hidden.shape[0] if hidden_grad else 0, dtype=statistics_dtype(hidden))
+        tokens = _TokenOutputs(hidden.shape[0] if token_outputs else 0, hidden, extra=token_outputs)
+        losses, gaps, means = (reference_gap.new_empty(n) for n in (pairs, pairs, 2 * pairs))
+        for chunk in rows_of_chunks(rows, [(c.first, c.last) for c in plan], device):
+            here, there = slice(chunk.first, chunk.last), slice(pairs + chunk.first, pairs + chunk.last)
+            chunk_hidden = hidden.index_select(0, chunk.places).to(head.dtype)
+            pieces = split_rows(0, chunk.labels.numel(), budget) or [(0, 0)]
+            is_deferred = len(pieces) > 1 and any(needs) and (gradients.weight_is_empty or not weight_grad)
+            if is_deferred:
+                # Gradients as if dL/dgap were 1, which needs only the sequences' lengths.
+                chunk_counts = counts[[chunk.first, pairs + chunk.first]].to(losses.dtype).to(device, non_blocking=True)
+                row_grad = backend.row_grads(losses.new_ones(1), chunk_counts, chunk.labels, chunk.cu_seqlens, ignore_index=ignore_index)
+                divisor = power_of_two_for(row_grad, head.dtype)
+                bias_before, gradients.bias = gradients.bias, torch.zeros_like(gradients.bias)
 
-    hidden (M, D) and labels (M,) hold scored rows only, chosen sequences first; `lengths` are the 2P sequences' row counts on the host.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        labels: torch.Tensor,
-        lengths: tuple[int, ...],
-        reference_gap: torch.Tensor,
-        pair_weights: torch.Tensor | None,
-        beta: float,
-        options: HeadOptions,
-        chunk_bytes: int | None,
-        needs: tuple[bool, bool, bool],
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        backend, P = backend_for(hidden), len(lengths) // 2
-        budget = rows_per_chunk(weight.shape[0], hidden.dtype.itemsize, chunk_bytes)
-        starts = [0]
-        for length in lengths:
-            starts.append(starts[-1] + length)
-        gradients = _HeadGradients(hidden, weight, bias, needs)
-        losses, chosen, rejected, gaps = [], [], [], []
-        for chunk in plan_pairs(lengths, budget):
-            # The chunk's chosen rows and its rejected rows are one slice each of the compacted rows.
-            halves = [slice(starts[s + chunk.first], starts[s + chunk.last]) for s in (0, P)]
-            counts = [*lengths[chunk.first : chunk.last], *lengths[P + chunk.first : P + chunk.last]]
-            cu_seqlens = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(hidden.device, non_blocking=True)
-            pairs = slice(chunk.first, chunk.last)
-            chunk_labels = torch.cat([labels[half] for half in halves])
-            chunk_hidden = torch.cat([hidden[half] for half in halves])
-            weights = None if pair_weights is None else pair_weights[pairs]
-
-            # A pair larger than the budget is scored piece by piece, and its pieces' logits are computed again for the gradient.
-            pieces = split_rows(0, chunk.rows, max(budget, 1))
             stats = []
             for a, b in pieces:
-                logits = _logits(chunk_hidden[a:b], weight, bias)
-                stats.append(backend.logprob_stats(logits, chunk_labels[a:b], **options.as_kwargs()))
-            means, scored, gap, loss, gap_grad = backend.pair_loss(
-                torch.cat([logp for logp, _ in stats]),
-                chunk_labels,
-                cu_seqlens,
-                reference_gap[pairs],
-                weights,
-                beta=beta,
-                ignore_index=options.ignore_index,
+                logits = head.logits(chunk_hidden[a:b])
+                stats.append(row_stats(logits, chunk.labels[a:b], options, ranks, token_outputs=token_outputs))
+                if is_deferred:
+                    _add_gradients(gradients, chunk, a, b, logits, stats[-1], row_grad, divisor, chunk_hidden, options, ranks)
+                if token_outputs:
+                    tokens.add(chunk.places[a:b], stats[-1])
+            logp = torch.cat([s.logp for s in stats])
+            weights = None if pair_weights is None else pair_weights[here]
+            chunk_means, scored, gaps[here], losses[here], gap_grad = pair_losses(
+                logp, chunk.labels, chunk.cu_seqlens, reference_gap[here], weights, beta, ignore_index, ranks
             )
-            losses.append(loss)
-            gaps.append(gap)
-            chosen.append(means[: len(gap)])
-            rejected.append(means[len(gap) :])
+            means[here], means[there] = chunk_means.chunk(2)
             if not any(needs):
                 continue
-            row_grad = backend.row_grads(gap_grad, scored, chunk_labels, cu_seqlens, ignore_index=options.ignore_index)
-            chunk_grad = torch.empty_like(chunk_hidden) if needs[0] else None
-            for (a, b), (logp, normalizer) in zip(pieces, stats, strict=True):
-                if len(pieces) > 1:
-                    logits = _logits(chunk_hidden[a:b], weight, bias)
-                backend.logprob_grad(logits, chunk_labels[a:b], logp, normalizer, row_grad[a:b], logits, **options.as_kwargs())
-                gradients.add(slice(a, b), logits[0], chunk_hidden[a:b], chunk_grad)
-            if chunk_grad is not None and gradients.hidden is not None:
-                split = halves[0].stop - halves[0].start
-                gradients.hidden[halves[0]], gradients.hidden[halves[1]] = chunk_grad[:split], chunk_grad[split:]
-        ctx.gradients = (gradients.hidden, gradients.weight, gradients.bias)
-        ctx.like = tuple(None if t is None else (t.shape, t.dtype) for t in (hidden, weight, bias))
-        means, gap = torch.cat(chosen + rejected), torch.cat(gaps)
-        ctx.mark_non_differentiable(means, gap)
-        return torch.cat(losses).sum(), means, gap
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        grads = (_scaled(grad, grad_loss, like) for grad, like in zip(ctx.gradients, ctx.like, strict=True))
-        return *grads, *(None,) * 8
+            if is_deferred:
+                gradients.weight.mul_(gap_grad)
+                gradients.bias = bias_before.addcmul_(gradients.bias, gap_grad)
+                factor = gap_grad if divisor is None else gap_grad / divisor
+            else:
+                row_grad = backend.row_grads(gap_grad, scored, chunk.labels, chunk.cu_seqlens, ignore_index=ignore_index)
+                divisor = power_of_two_for(row_grad, head.dtype)
+                for (a, b), piece in zip(pieces, stats, strict=True):
+                    if len(pieces) > 1:
+                        logits = head.logits(chunk_hidden[a:b])
+                    _add_gradients(gradients, chunk, a, b, logits, piece, row_grad, divisor, chunk_hidden, options, ranks)
+                factor = None if divisor is None else 1 / divisor
+            if hidden_grad and factor is not None:
+                row_scale.index_copy_(0, chunk.places, factor.expand(chunk.places.shape))
+        gradients.finish()
+        if hidden_grad and ranks is not None:
+            ranks.add_hidden_grads(gradients.hidden)
+    token_results = (tokens.logp, tokens.entropy, tokens.is_argmax)
+    return losses.sum(), means, gaps, *token_results, gradients.hidden, row_scale, gradients.weight, gradients.bias
 
 
-class LinearTokenLogprobs(torch.autograd.Function):
-    """hidden (M, D), labels (M,) -> log-probabilities (M,). Keeps three numbers a row; backward computes the logits again."""
+def _add_gradients(gradients, chunk, a, b, logits, stats, row_grad, divisor, chunk_hidden, options, ranks):
+    """Turns the logits of rows [a, b) of a chunk into their gradient, in place, and takes it in."""
+    slope = row_grad[a:b] if divisor is None else row_grad[a:b] * divisor
+    write_logit_grads(logits, chunk.labels[a:b], stats.logp, stats.normalizer, slope, logits, options, ranks)
+    gradients.add(chunk.places[a:b], logits[0], chunk_hidden[a:b], divisor)
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        labels: torch.Tensor,
-        options: HeadOptions,
-        chunk_bytes: int | None,
-    ) -> torch.Tensor:
-        backend = backend_for(hidden)
-        budget = rows_per_chunk(weight.shape[0], hidden.dtype.itemsize, chunk_bytes)
-        ctx.pieces = split_rows(0, hidden.shape[0], budget)
-        stats = [backend.logprob_stats(_logits(hidden[a:b], weight, bias), labels[a:b], **options.as_kwargs()) for a, b in ctx.pieces]
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        logp = torch.cat([hidden.new_empty(0, dtype=dtype), *(logp for logp, _ in stats)])
-        normalizer = torch.cat([hidden.new_empty(0, 2, dtype=dtype), *(normalizer for _, normalizer in stats)])
-        ctx.save_for_backward(hidden, weight, bias, labels, logp, normalizer)
-        ctx.options = options
-        return logp
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_logp: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight, bias, labels, logp, normalizer = ctx.saved_tensors
-        backend, row_grad = backend_for(hidden), grad_logp.contiguous()
-        gradients = _HeadGradients(hidden, weight, bias, ctx.needs_input_grad[:3])
-        for a, b in ctx.pieces:
-            logits = _logits(hidden[a:b], weight, bias)
-            backend.logprob_grad(logits, labels[a:b], logp[a:b], normalizer[a:b], row_grad[a:b], logits, **ctx.options.as_kwargs())
-            gradients.add(slice(a, b), logits[0], hidden[a:b], gradients.hidden)
-        weight_grad = None if gradients.weight is None else gradients.weight.to(weight.dtype)
-        bias_grad = None if gradients.bias is None or bias is None else gradients.bias.to(bias.dtype)
-        return gradients.hidden, weight_grad, bias_grad, None, None, None
+@linear_pair_loss_op.register_fake
+def _(
+    hidden, weight, bias, labels, cu_seqlens, reference_gap, pair_weights, beta, hidden_grad, weight_grad, bias_grad,
+    ignore_index, logit_scale, softcap, chunk_bytes, gemm_dtype, token_outputs, parallel,
+):  # fmt: skip
+    rows, pairs, floats = hidden.shape[0], reference_gap.shape[0], {"dtype": statistics_dtype(hidden)}
+    precise = {"dtype": torch.promote_types(weight.dtype, torch.float32)}
+    extra = rows if token_outputs else 0
+    return (
+        *(reference_gap.new_empty(shape) for shape in ((), (2 * pairs,), (pairs,))),
+        hidden.new_empty(extra, **floats),
+        hidden.new_empty(extra, **floats),
+        hidden.new_empty(extra, dtype=torch.bool),
+        hidden.new_empty(hidden.shape if hidden_grad else 0),
+        hidden.new_empty(rows if hidden_grad else 0, **floats),
+        weight.new_empty(weight.shape if weight_grad else 0, **precise),
+        weight.new_empty(weight.shape[0] if bias_grad else 0, **precise),
+    )
+
+
+def _save_pair_loss(ctx: Any, inputs: tuple, output: tuple) -> None:
+    _, *others = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*others)
+    ctx.save_for_backward(*others[5:])
+    ctx.dtypes = tuple(None if t is None else t.dtype for t in inputs[:3])
+    ctx.needs, ctx.inputs = inputs[8:11], len(inputs)
+
+
+def _pair_loss_backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tuple:
+    none = (None,) * ctx.inputs
+    if grad_loss is None:
+        return none
+    hidden, row_scale, weight, bias = ctx.saved_tensors
+    scales = (row_scale, None, None)
+    grads = [
+        scaled(grad, scale, grad_loss, dtype) if needed else None
+        for grad, scale, dtype, needed in zip((hidden, weight, bias), scales, ctx.dtypes, ctx.needs, strict=True)
+    ]
+    return *grads, *none[3:]
+
+
+linear_pair_loss_op.register_autograd(_pair_loss_backward, setup_context=_save_pair_loss)
+
+
+@torch.library.custom_op(
+    "mpo_kernels::linear_token_logprobs",
+    mutates_args=(),
+    schema=f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, bool keep_stats, bool keep_hidden_grad, {_HEAD}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def linear_token_logprobs_op(
+    hidden, weight, bias, labels, keep_stats, keep_hidden_grad,
+    ignore_index, logit_scale, softcap, chunk_bytes, gemm_dtype, token_outputs, parallel,
+):  # fmt: skip
+    """hidden (N, D), labels (N,) on any device -> logp (N,), entropy and is_argmax (N,) or (0,); for backward, the normalizers (N, 2) with
+    `keep_stats`, or dlogp/dH (N, D), in float16 times FP16_PEAK, with `keep_hidden_grad`: two GEMMs are then all, which a frozen head allows.
+    """
+    options, ranks = HeadOptions(ignore_index, logit_scale, softcap), from_handle(parallel)
+    rows = scored_rows(labels, None, ignore_index, weight.shape[0], ranks)
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        head = _Head(hidden, weight, bias, gemm_dtype)
+        gradients = HeadGradients(hidden, weight, None, head.weight, (keep_hidden_grad, False, False))
+        tokens = _TokenOutputs(hidden.shape[0], hidden, extra=token_outputs)
+        normalizer = hidden.new_zeros(hidden.shape[0] if keep_stats else 0, 2, dtype=statistics_dtype(hidden))
+        places, scored_labels = (t.to(hidden.device, non_blocking=True) for t in (rows.places, rows.labels))
+        for a, b in split_rows(0, places.numel(), head.rows_per_chunk(chunk_bytes, ranks)):
+            chunk_hidden = hidden.index_select(0, places[a:b]).to(head.dtype)
+            logits = head.logits(chunk_hidden)
+            stats = row_stats(logits, scored_labels[a:b], options, ranks, token_outputs=token_outputs)
+            tokens.add(places[a:b], stats)
+            if keep_stats:
+                normalizer.index_copy_(0, places[a:b], stats.normalizer)
+            if keep_hidden_grad:
+                row_grad = torch.full_like(stats.logp, _unit(head.dtype))
+                write_logit_grads(logits, scored_labels[a:b], stats.logp, stats.normalizer, row_grad, logits, options, ranks)
+                gradients.add(places[a:b], logits[0], chunk_hidden, None)
+        if keep_hidden_grad and ranks is not None:
+            ranks.add_hidden_grads(gradients.hidden)
+    return tokens.logp, tokens.entropy, tokens.is_argmax, normalizer, gradients.hidden
+
+
+def _unit(dtype: torch.dtype) -> float:
+    """What float16 logit gradients are multiplied by, where the row's own factor is left to backward."""
+    return FP16_PEAK if dtype == torch.float16 else 1.0
+
+
+@linear_token_logprobs_op.register_fake
+def _(
+    hidden, weight, bias, labels, keep_stats, keep_hidden_grad,
+    ignore_index, logit_scale, softcap, chunk_bytes, gemm_dtype, token_outputs, parallel,
+):  # fmt: skip
+    rows, floats = hidden.shape[0], {"dtype": statistics_dtype(hidden)}
+    return (
+        hidden.new_empty(rows, **floats),
+        hidden.new_empty(rows if token_outputs else 0, **floats),
+        hidden.new_empty(rows if token_outputs else 0, dtype=torch.bool),
+        hidden.new_empty(rows if keep_stats else 0, 2, **floats),
+        hidden.new_empty(hidden.shape if keep_hidden_grad else 0),
+    )
+
+
+@torch.library.custom_op(
+    "mpo_kernels::linear_token_logprobs_grad",
+    mutates_args=(),
+    schema="(Tensor grad_logp, Tensor logp, Tensor normalizer, Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, "
+    f"bool hidden_grad, bool weight_grad, bool bias_grad, {_HEAD}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def linear_token_logprobs_grad_op(
+    grad_logp, logp, normalizer, hidden, weight, bias, labels, hidden_grad, weight_grad, bias_grad,
+    ignore_index, logit_scale, softcap, chunk_bytes, gemm_dtype, token_outputs, parallel,
+):  # fmt: skip
+    """dL/dlogp (N,) -> dH (N, D), the factors (N,) still to be applied to its rows, dW (V, D), db (V,); (0,) where not needed.
+    The logits are computed again: three GEMMs."""
+    options, ranks = HeadOptions(ignore_index, logit_scale, softcap), from_handle(parallel)
+    rows = scored_rows(labels, None, ignore_index, weight.shape[0], ranks)
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        head = _Head(hidden, weight, bias, gemm_dtype)
+        gradients = HeadGradients(hidden, weight, bias, head.weight, (hidden_grad, weight_grad, bias_grad))
+        row_scale = torch.ones_like(logp) if hidden_grad else logp.new_empty(0)
+        places, scored_labels = (t.to(hidden.device, non_blocking=True) for t in (rows.places, rows.labels))
+        for a, b in split_rows(0, places.numel(), head.rows_per_chunk(chunk_bytes, ranks)):
+            here = places[a:b]
+            chunk_hidden = hidden.index_select(0, here).to(head.dtype)
+            logits, slope = head.logits(chunk_hidden), grad_logp.index_select(0, here)
+            divisor = power_of_two_for(slope, head.dtype)
+            if divisor is not None:
+                slope = slope * divisor
+                if hidden_grad:
+                    row_scale.index_copy_(0, here, (1 / divisor).expand(here.shape))
+            write_logit_grads(logits, scored_labels[a:b], logp[here], normalizer[here], slope, logits, options, ranks)
+            gradients.add(here, logits[0], chunk_hidden, divisor)
+        gradients.finish()
+        if hidden_grad and ranks is not None:
+            ranks.add_hidden_grads(gradients.hidden)
+    return gradients.hidden, row_scale, gradients.weight, gradients.bias
+
+
+@linear_token_logprobs_grad_op.register_fake
+def _(
+    grad_logp, logp, normalizer, hidden, weight, bias, labels, hidden_grad, weight_grad, bias_grad,
+    ignore_index, logit_scale, softcap, chunk_bytes, gemm_dtype, token_outputs, parallel,
+):  # fmt: skip
+    precise = {"dtype": torch.promote_types(weight.dtype, torch.float32)}
+    return (
+        hidden.new_empty(hidden.shape if hidden_grad else 0),
+        logp.new_empty(logp.shape if hidden_grad else 0),
+        weight.new_empty(weight.shape if weight_grad else 0, **precise),
+        weight.new_empty(weight.shape[0] if bias_grad else 0, **precise),
+    )
+
+
+def _save_token_logprobs(ctx: Any, inputs: tuple, output: tuple) -> None:
+    hidden, weight, bias, labels, ctx.keep_stats, ctx.keep_hidden_grad, *ctx.head = inputs
+    logp, *others = output
+    *_, normalizer, hidden_grad = others
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*others)
+    # A frozen head needs neither hidden states nor weight again.
+    ctx.save_for_backward(*((logp, normalizer, hidden, weight, bias, labels) if ctx.keep_stats else (hidden_grad,)))
+    ctx.dtypes = tuple(None if t is None else t.dtype for t in (hidden, weight, bias))
+    ctx.gemm_dtype = ctx.head[4] or hidden.dtype
+
+
+def _token_logprobs_backward(ctx: Any, grad_logp: torch.Tensor | None, *_: Any) -> tuple:
+    none = (None,) * 13
+    if grad_logp is None:
+        return none
+    one = grad_logp.new_ones(())
+    if ctx.keep_hidden_grad:
+        (grad,) = ctx.saved_tensors
+        return scaled(grad, grad_logp / _unit(ctx.gemm_dtype), one, ctx.dtypes[0]), *none[1:]
+    needs = ctx.needs_input_grad[:3]
+    hidden, row_scale, weight, bias = linear_token_logprobs_grad_op(grad_logp, *ctx.saved_tensors, *needs, *ctx.head)
+    grads = (scaled(hidden, row_scale, one, ctx.dtypes[0]) if needs[0] and ctx.gemm_dtype == torch.float16 else hidden, weight, bias)
+    return *(g.to(dtype) if needed else None for g, dtype, needed in zip(grads, ctx.dtypes, needs, strict=True)), *none[3:]
+
+
+linear_token_logprobs_op.register_autograd(_token_logprobs_backward, setup_context=_save_token_logprobs)

@@ -1,86 +1,110 @@
-"""Autograd from logits: log-probabilities of labels, and the loss of pairs from them.
+"""Autograd from logits to log-probabilities of labels.
 
-Derivation. With w_i = +1/|y_w| on chosen rows and -1/|y_l| on rejected rows, e = beta * RG - RG_ref and the upstream gradient g of a pair's
-loss, L1 = w * e^2 gives
-
-    dL1/dRG = 2 * beta * w * e * g        dL1/dlogp_i = dL1/dRG * w_i        dL1/dz_i = dL1/dlogp_i * (onehot(label_i) - softmax(z_i))
+Registered as `mpo_kernels::token_logprobs` and `mpo_kernels::token_logprobs_grad`, so that torch.compile takes them whole. The in-place
+variant, whose backward overwrites the logits, is an autograd function of its own: a registered operator may not do that to a saved tensor.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from mpo_kernels.backend import backend_for
+from mpo_kernels.distributed import from_handle
+from mpo_kernels.ops.head import HeadOptions, row_stats, statistics_dtype, write_logit_grads
+
+_HEAD = "int ignore_index, float logit_scale, float? softcap, int parallel"
 
 
-@dataclass(frozen=True)
-class HeadOptions:
-    """How logits become log-probabilities; see `token_logprobs`."""
+@torch.library.custom_op(
+    "mpo_kernels::token_logprobs",
+    mutates_args=(),
+    schema=f"(Tensor logits, Tensor labels, bool token_outputs, {_HEAD}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def token_logprobs_op(logits, labels, token_outputs, ignore_index, logit_scale, softcap, parallel):
+    """logits (B, T, V), labels (N,) int64 -> logp (N,), normalizer (N, 2), entropy (N,), is_argmax (N,); the last two (0,) unless asked."""
+    options = HeadOptions(ignore_index, logit_scale, softcap)
+    stats = row_stats(_rows(logits), labels, options, from_handle(parallel), token_outputs=token_outputs)
+    if not token_outputs:
+        return stats.logp, stats.normalizer, stats.logp.new_empty(0), stats.logp.new_empty(0, dtype=torch.bool)
+    return tuple(stats)
 
-    ignore_index: int
-    logit_scale: float
-    softcap: float | None
 
-    def as_kwargs(self) -> dict[str, Any]:
-        return asdict(self)
+@token_logprobs_op.register_fake
+def _(logits, labels, token_outputs, ignore_index, logit_scale, softcap, parallel):
+    rows, extra = labels.numel(), labels.numel() if token_outputs else 0
+    floats = {"dtype": statistics_dtype(logits)}
+    return (
+        logits.new_empty(rows, **floats),
+        logits.new_empty(rows, 2, **floats),
+        logits.new_empty(extra, **floats),
+        logits.new_empty(extra, dtype=torch.bool),
+    )
 
 
-class TokenLogprobs(torch.autograd.Function):
-    """logits (B, T, V) with a contiguous last dimension, labels (B * T,) -> log-probabilities (B * T,)."""
+@torch.library.custom_op(
+    "mpo_kernels::token_logprobs_grad",
+    mutates_args=(),
+    schema=f"(Tensor grad_logp, Tensor logits, Tensor labels, Tensor logp, Tensor normalizer, {_HEAD}) -> Tensor",
+)
+def token_logprobs_grad_op(grad_logp, logits, labels, logp, normalizer, ignore_index, logit_scale, softcap, parallel):
+    """dL/dlogp (N,) -> dL/dlogits (B, T, V), contiguous."""
+    grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    options = HeadOptions(ignore_index, logit_scale, softcap)
+    write_logit_grads(_rows(logits), labels, logp, normalizer, grad_logp.contiguous(), grad, options, from_handle(parallel))
+    return grad
+
+
+@token_logprobs_grad_op.register_fake
+def _(grad_logp, logits, labels, logp, normalizer, ignore_index, logit_scale, softcap, parallel):
+    return logits.new_empty(logits.shape)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    logits, labels, _, *ctx.head = inputs
+    logp, normalizer, *others = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(normalizer, *others)
+    ctx.save_for_backward(logits, labels, logp, normalizer)
+
+
+def _backward(ctx: Any, grad_logp: torch.Tensor | None, *_: Any) -> tuple:
+    grad = None if grad_logp is None else token_logprobs_grad_op(grad_logp, *ctx.saved_tensors, *ctx.head)
+    return grad, *(None,) * 6
+
+
+token_logprobs_op.register_autograd(_backward, setup_context=_save)
+
+
+class InplaceTokenLogprobs(torch.autograd.Function):
+    """The same results as `mpo_kernels::token_logprobs`; backward overwrites the logits with their gradient."""
 
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, options: HeadOptions, inplace_backward: bool) -> torch.Tensor:
-        logp, normalizer = backend_for(logits).logprob_stats(logits, labels, **options.as_kwargs())
-        ctx.save_for_backward(logits, labels, logp, normalizer)
-        ctx.options, ctx.inplace_backward, ctx.overwritten = options, inplace_backward, False
-        return logp
+    def forward(ctx: Any, logits: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
+        output = token_logprobs_op(logits, *arguments)
+        _save(ctx, (logits, *arguments), output)
+        ctx.overwritten = False
+        return output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logp: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad_logp: torch.Tensor | None, *_: Any) -> tuple:
         if ctx.overwritten:
             raise RuntimeError(
                 "The logits were overwritten by their gradient in an earlier backward pass (inplace_backward=True), so a second one "
                 "cannot be computed. Call with inplace_backward=False to use retain_graph=True."
             )
+        if grad_logp is None:
+            return (None,) * 7
         logits, labels, logp, normalizer = ctx.saved_tensors
-        grad = logits if ctx.inplace_backward else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        backend_for(logits).logprob_grad(logits, labels, logp, normalizer, grad_logp.contiguous(), grad, **ctx.options.as_kwargs())
-        if ctx.inplace_backward:
-            ctx.overwritten = True
-            torch.autograd.graph.increment_version(logits)  # kernels write behind autograd's back
-        return grad, None, None, None
+        *head, parallel = ctx.head
+        write_logit_grads(logits, labels, logp, normalizer, grad_logp.contiguous(), logits, HeadOptions(*head), from_handle(parallel))
+        ctx.overwritten = True
+        torch.autograd.graph.increment_version(logits)  # kernels write behind autograd's back
+        return logits, *(None,) * 6
 
 
-class PairLoss(torch.autograd.Function):
-    """Log-probabilities (N,) -> weighted losses (P,), sequence means (2P,), gaps (P,); differentiable in the losses."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logp: torch.Tensor,
-        labels: torch.Tensor,
-        cu_seqlens: torch.Tensor,
-        reference_gap: torch.Tensor,
-        pair_weights: torch.Tensor | None,
-        beta: float,
-        ignore_index: int,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        means, counts, gap, loss, gap_grad = backend_for(logp).pair_loss(
-            logp, labels, cu_seqlens, reference_gap, pair_weights, beta=beta, ignore_index=ignore_index
-        )
-        ctx.save_for_backward(labels, cu_seqlens, counts, gap_grad)
-        ctx.ignore_index = ignore_index
-        ctx.mark_non_differentiable(means, gap)
-        return loss, means, gap
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        labels, cu_seqlens, counts, gap_grad = ctx.saved_tensors
-        grad = backend_for(gap_grad).row_grads(gap_grad * grad_loss, counts, labels, cu_seqlens, ignore_index=ctx.ignore_index)
-        return grad, None, None, None, None, None, None
+def _rows(logits: torch.Tensor) -> torch.Tensor:
+    """With the columns next to each other; torch.compile may hand over other strides than it was traced with."""
+    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()

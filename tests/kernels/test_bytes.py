@@ -9,8 +9,8 @@ if not INTERPRETED:
 
 import triton
 import triton.language as tl
+from inside import Memory
 from meter import Meter
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import mpo_kernels
 
@@ -50,24 +50,10 @@ def test_ignored_rows_are_not_read():
     assert forward.stored["logits_ptr"] == backward.stored["logits_ptr"] == 0
 
 
-class Allocated(TorchDispatchMode):
-    """Bytes of the tensors that operations make anew, all added up: more than were ever alive at once."""
-
-    total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        known = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in known:
-                self.total += tensor.untyped_storage().nbytes()
-        return result
-
-
 def test_in_place_needs_under_one_percent_of_the_logits_besides_them():
     labels = labels_of((2 * P, T), 20011)
     working = regime("normal", (2 * P, T, 20011), labels).bfloat16().requires_grad_() * 1
-    with Allocated() as seen:
+    with Memory() as seen:
         loss = mpo_kernels.mpo_loss(working, labels, torch.zeros(P), inplace_backward=True, validate=False).loss
         (grad,) = torch.autograd.grad(loss, working)
     assert grad.data_ptr() == working.data_ptr()

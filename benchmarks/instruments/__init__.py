@@ -1,0 +1,1 @@
+"""Instruments that examine Triton kernels without a GPU."""

@@ -1,0 +1,124 @@
+"""Heads whose work is divided over ranks: each holds a slice of the vocabulary, of the positions, or of both.
+
+Vocabulary-parallel: a rank's logits (or head weight) cover consecutive tokens of the vocabulary; hidden states and labels are the same on
+all ranks of the group. Each rank emits for each row its share of the statistics, (peak, total, weighted sum, label logit), one all-gather
+of [ranks, rows, 4] fp32 brings them together, and every rank combines them in rank order, so all get the same bits. (Not a log-sum-exp
+and a label logit, as is usual: a log-sum-exp rounded at logits of 1e4 has lost three digits, and p_y -> 1 would cancel.)
+
+Context-parallel: a rank holds some positions of every sequence. Its 2P sums and counts are gathered and added in rank order before
+equation (1).
+
+Any group of torch.distributed serves (gloo, nccl). All ranks of a group must make the same calls in the same order.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class Parallel:
+    """How a call's work is divided: pass it as `parallel` to the functions of `mpo_kernels`. Make it once, on all ranks of its groups.
+
+    Args:
+        vocab_group: the ranks that hold slices of the vocabulary, in rank order; None where each holds all of it.
+        vocab_slice: the tokens that this rank holds, the last dimension of its logits or the first of its weight. Slices may be uneven;
+            their places are found by one all-gather here.
+        context_group: the ranks that hold parts of the sequences; None where each holds them whole.
+    Raises:
+        ValueError: a group without its slice, or a slice without its group.
+    """
+
+    def __init__(
+        self, *, vocab_group: ProcessGroup | None = None, vocab_slice: int | None = None, context_group: ProcessGroup | None = None
+    ) -> None:
+        if (vocab_group is None) != (vocab_slice is None):
+            raise ValueError("vocab_group and vocab_slice (the number of tokens that this rank holds) go together; give both or neither.")
+        if vocab_group is None and context_group is None:
+            raise ValueError("Parallel needs a vocab_group, a context_group or both.")
+        self.vocab_group, self.context_group = vocab_group, context_group
+        self.vocab_start = self.vocab = self.vocab_slice = self._largest_slice = 0
+        if vocab_group is not None and vocab_slice is not None:
+            if vocab_slice < 1:
+                raise ValueError(f"vocab_slice is {vocab_slice}; each rank of the group needs at least one token.")
+            rank = torch.distributed.get_rank(vocab_group)
+            size = torch.tensor([vocab_slice], dtype=torch.int64, device=_device_of(vocab_group))
+            sizes = _gathered(size, vocab_group).flatten().tolist()
+            self.vocab_start, self.vocab, self.vocab_slice = sum(sizes[:rank]), sum(sizes), vocab_slice
+            self._largest_slice = max(sizes)
+        self.handle = len(_KNOWN)
+        _KNOWN.append(self)
+
+    def local_labels(self, labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
+        """Labels counted from this rank's slice; those of other slices become a number that no slice has."""
+        if self.vocab_group is None:
+            return labels
+        elsewhere = -1 if ignore_index != -1 else -2
+        local = labels - self.vocab_start
+        local = torch.where((local >= 0) & (local < self.vocab_slice), local, elsewhere)
+        return torch.where(labels == ignore_index, labels, local)
+
+    def chunk_vocab(self, local: int) -> int:
+        """Columns that the chunks of rows are planned for: the widest slice's, so that all ranks plan the same."""
+        return local if self.vocab_group is None else self._largest_slice
+
+    def gather_partials(self, partials: torch.Tensor) -> torch.Tensor:
+        """(N, 4) of each rank -> (ranks, N, 4)."""
+        assert self.vocab_group is not None
+        return _gathered(partials, self.vocab_group)
+
+    def add_sums(self, sums: torch.Tensor) -> torch.Tensor:
+        """(2P, 2) of each rank of the context -> their sum, the same bits on every rank."""
+        return sums if self.context_group is None else _gathered(sums, self.context_group).sum(0)
+
+    def longest(self, lengths: torch.Tensor) -> torch.Tensor:
+        """Host (2P,) rows of each sequence here -> the most that any rank of the context has, so that all plan the same chunks."""
+        if self.context_group is None:
+            return lengths
+        device = _device_of(self.context_group)
+        return _gathered(lengths.to(device), self.context_group).amax(0).cpu()
+
+    def total(self, lengths: torch.Tensor) -> torch.Tensor:
+        """Host (2P,) rows of each sequence here -> in all ranks of the context together."""
+        if self.context_group is None:
+            return lengths
+        device = _device_of(self.context_group)
+        return _gathered(lengths.to(device), self.context_group).sum(0).cpu()
+
+    def add_hidden_grads(self, grad: torch.Tensor) -> None:
+        """Adds up, in place, the shares of dL/dhidden that the slices of the vocabulary contribute."""
+        if self.vocab_group is not None:
+            torch.distributed.all_reduce(grad, group=self.vocab_group)
+
+    def __repr__(self) -> str:
+        vocab = f"tokens {self.vocab_start} to {self.vocab_start + self.vocab_slice} of {self.vocab}" if self.vocab_group else "whole vocabulary"
+        return f"Parallel({vocab}, {'part of the' if self.context_group else 'whole'} context)"
+
+
+_KNOWN: list[Parallel | None] = [None]
+
+
+def handle_of(parallel: Parallel | None) -> int:
+    """A number for registered operators, whose arguments cannot be process groups; 0 is None."""
+    return 0 if parallel is None else parallel.handle
+
+
+def from_handle(handle: int) -> Parallel | None:
+    """The inverse of `handle_of`."""
+    return _KNOWN[handle]
+
+
+def _device_of(group: ProcessGroup) -> torch.device:
+    on_host = {"gloo", "mpi"} & set(str(torch.distributed.get_backend(group)).replace(":", ",").split(","))
+    return torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())
+
+
+def _gathered(tensor: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+    """(ranks, *tensor.shape) in rank order."""
+    out = tensor.new_empty(torch.distributed.get_world_size(group), *tensor.shape)
+    torch.distributed.all_gather(list(out.unbind(0)), tensor.contiguous(), group=group)
+    return out

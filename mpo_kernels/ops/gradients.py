@@ -1,0 +1,107 @@
+"""Sums of a linear head's gradients over chunks of rows, and their scaling by an upstream gradient.
+
+With G = onehot - softmax and the gradient c_i of row i's log-probability, row factors commute with both GEMMs of z = H W^T + b:
+
+    dH = diag(c) G W        dW = (diag(c) G)^T H        db = sum over rows of diag(c) G                                (10)
+"""
+
+from __future__ import annotations
+
+import torch
+
+FP16_PEAK = 256.0
+"""Largest entry that a chunk's float16 logit gradients are scaled to. Unscaled they are of the size 1 / (pairs * tokens) times a probability,
+which float16 rounds to 0; any GradScaler's factor comes too late, in backward. 256 leaves 2^-32 above 0 and dH below 512 * max |W|."""
+
+_PRODUCT_COLUMNS = 8192
+"""Vocabulary columns that the CPU widens to float32 at a time."""
+
+
+class HeadGradients:
+    """Accumulates dH, dW and db chunk by chunk; what is not needed is not computed.
+
+    hidden (N, D) in the dtype of the hidden states, zero where no row was added; weight (V, D) and bias (V,) at least float32, since sums
+    over many chunks in bf16 would lose most of what the later chunks add.
+    """
+
+    def __init__(
+        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, head: torch.Tensor, needs: tuple[bool, bool, bool]
+    ) -> None:
+        """`head`: the weight (V, D) as the GEMMs take it; the others as their gradients are wanted."""
+        self._head, self._needs = head, needs
+        precise = torch.promote_types(weight.dtype, torch.float32)
+        self.hidden = torch.zeros_like(hidden) if needs[0] else hidden.new_empty(0)
+        self.weight = torch.empty(weight.shape if needs[1] else 0, dtype=precise, device=weight.device)
+        self.bias = torch.zeros(weight.shape[0] if needs[2] else 0, dtype=precise, device=weight.device)
+        self.weight_is_empty = True  # its first product is written over what the memory holds, so nothing is filled with zeros first
+        if bias is None:
+            assert not needs[2]
+
+    def add(self, places: torch.Tensor, grad_logits: torch.Tensor, hidden: torch.Tensor, divisor: torch.Tensor | None) -> None:
+        """Takes in grad_logits (n, V) of the rows hidden (n, D) at `places`; both were multiplied by `divisor` (), if any.
+
+        dW and db are divided by it again, dH is not: its rows are scaled in backward anyway.
+        """
+        if self._needs[0]:
+            self.hidden.index_copy_(0, places, torch.mm(grad_logits, self._head).to(self.hidden.dtype))
+        if self._needs[1] and divisor is None:
+            _add_product(self.weight, grad_logits, hidden, overwrite=self.weight_is_empty)
+            self.weight_is_empty = False
+        elif self._needs[1]:
+            product = torch.empty_like(self.weight)
+            _add_product(product, grad_logits, hidden, overwrite=True)
+            self.weight = product.div_(divisor) if self.weight_is_empty else self.weight.addcdiv_(product, divisor)
+            self.weight_is_empty = False
+        if self._needs[2]:
+            total = grad_logits.sum(0, dtype=self.bias.dtype)
+            self.bias.add_(total if divisor is None else total.div_(divisor))
+
+    def finish(self) -> None:
+        """Where no row came, the weight's gradient is 0."""
+        if self.weight_is_empty:
+            self.weight.zero_()
+
+
+def _add_product(total: torch.Tensor, grad_logits: torch.Tensor, hidden: torch.Tensor, *, overwrite: bool) -> None:
+    """total (V, D) += grad_logits^T (V, n) hidden (n, D), the sum in the dtype of `total`."""
+    beta = 0 if overwrite else 1  # 0 ignores what is there, NaN included
+    if grad_logits.dtype == total.dtype:
+        torch.addmm(total, grad_logits.T, hidden, beta=beta, out=total)
+    elif grad_logits.device.type == "cuda" and torch.version.hip is None:
+        torch.addmm(total, grad_logits.T, hidden, out_dtype=total.dtype, beta=beta, out=total)
+    elif grad_logits.device.type == "cpu":  # whose GEMMs round a half-precision product to half precision
+        wide = hidden.to(total.dtype)
+        for first in range(0, total.shape[0], _PRODUCT_COLUMNS):
+            columns = slice(first, first + _PRODUCT_COLUMNS)
+            torch.addmm(total[columns], grad_logits[:, columns].to(total.dtype).T, wide, beta=beta, out=total[columns])
+    else:  # each chunk's product is rounded once; their sum is not
+        product = grad_logits.T @ hidden
+        total.copy_(product) if overwrite else total.add_(product)
+
+
+def power_of_two_for(row_grad: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    """() power of two by which row gradients are multiplied before their logits' gradients are rounded to float16; None for other dtypes.
+
+    Found on the device, without a sync. Rows whose gradients are all 0 keep them; a gradient that is not finite gives NaN, as it should.
+    """
+    if dtype != torch.float16:
+        return None
+    ratio = FP16_PEAK / row_grad.abs().amax().clamp_min(1e-30)
+    mantissa, _ = torch.frexp(ratio)
+    return ratio / mantissa
+
+
+@torch.library.custom_op(
+    "mpo_kernels::scaled",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor? row_scale, Tensor scale, ScalarType dtype) -> Tensor",
+)
+def scaled(grad, row_scale, scale, dtype):
+    """grad (R, ...) * scale () * row_scale (R,) in `dtype`, in one pass that does not change `grad`, so that retain_graph is safe."""
+    factor = scale if row_scale is None else (row_scale * scale).view(-1, *(1,) * (grad.ndim - 1))
+    return torch.mul(grad, factor, out=torch.empty(grad.shape, dtype=dtype, device=grad.device))
+
+
+@scaled.register_fake
+def _(grad, row_scale, scale, dtype):
+    return grad.new_empty(grad.shape, dtype=dtype)

@@ -1,0 +1,73 @@
+"""What all operators share: the options of a head, and the statistics of its rows on one rank or over slices of the vocabulary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from mpo_kernels.backend import backend_for
+from mpo_kernels.distributed import Parallel
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """How logits become log-probabilities; see `token_logprobs`."""
+
+    ignore_index: int
+    logit_scale: float
+    softcap: float | None
+
+    @property
+    def kwargs(self) -> dict:
+        """As keywords of the backends' functions."""
+        return {"ignore_index": self.ignore_index, "logit_scale": self.logit_scale, "softcap": self.softcap}
+
+
+class RowStats(NamedTuple):
+    """Statistics of N rows, in float32 (float64 for float64 logits). Rows that are not scored hold 0, False and an arbitrary normalizer."""
+
+    logp: torch.Tensor
+    """(N,) log-probability of the label, NaN for a label outside the vocabulary."""
+    normalizer: torch.Tensor
+    """(N, 2): peak and total, softmax = exp(z - peak) / total."""
+    entropy: torch.Tensor | None
+    """(N,) in nats, where it was asked for."""
+    is_argmax: torch.Tensor | None
+    """(N,) bool, where it was asked for."""
+
+
+def row_stats(
+    logits: torch.Tensor, labels: torch.Tensor, options: HeadOptions, parallel: Parallel | None, *, token_outputs: bool = False
+) -> RowStats:
+    """Statistics of logits (B, T, V), or of this rank's slice of them, labels (N,) counted over the whole vocabulary."""
+    backend = backend_for(logits)
+    if parallel is None or parallel.vocab_group is None:
+        return RowStats(*backend.logprob_stats(logits, labels, **options.kwargs, token_outputs=token_outputs))
+    local = parallel.local_labels(labels, options.ignore_index)
+    partials = backend.logprob_partials(logits, local, **options.kwargs, token_outputs=token_outputs)
+    gathered = parallel.gather_partials(partials)
+    logp, *others = backend.combine(gathered, labels, ignore_index=options.ignore_index, token_outputs=token_outputs)
+    unknown = (labels != options.ignore_index) & ((labels < 0) | (labels >= parallel.vocab))
+    return RowStats(logp.masked_fill(unknown, float("nan")), *others)
+
+
+def write_logit_grads(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    logp: torch.Tensor,
+    normalizer: torch.Tensor,
+    row_grad: torch.Tensor,
+    out: torch.Tensor,
+    options: HeadOptions,
+    parallel: Parallel | None,
+) -> None:
+    """Writes dL/dlogits of this rank's logits (B, T, V) into `out`, which may be `logits`; row_grad (N,) is dL/dlogp."""
+    local = labels if parallel is None else parallel.local_labels(labels, options.ignore_index)
+    backend_for(logits).logprob_grad(logits, local, logp, normalizer, row_grad, out, **options.kwargs)
+
+
+def statistics_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """float64 for float64 input, else float32."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

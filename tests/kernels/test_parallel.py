@@ -1,0 +1,52 @@
+"""Vocabulary-parallel and context-parallel heads on real gloo processes against one process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cases import INTERPRETED
+
+from mpo_kernels import Parallel
+
+WORKER = Path(__file__).with_name("parallel_worker.py")
+
+
+def run(ranks, tmp_path, **environment):
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(rank), str(ranks), str(tmp_path / "rendezvous")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, **environment},
+        )
+        for rank in range(ranks)
+    ]
+    outputs = []
+    for process in processes:
+        try:
+            outputs.append(process.communicate(timeout=300)[0])
+        finally:
+            process.kill()
+    assert all(p.returncode == 0 for p in processes), "\n".join(outputs)[-4000:]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="starts its own processes")
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_same_results_as_one_process(ranks, tmp_path):
+    """Uneven slices; both kinds, on four ranks also together; pairs in pieces; mean, sum, none; fp32 and bf16."""
+    run(ranks, tmp_path, MPO_KERNELS_BACKEND="torch")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="starts its own processes")
+def test_the_same_results_with_the_triton_kernels(tmp_path):
+    run(2, tmp_path, MPO_KERNELS_BACKEND="triton", TRITON_INTERPRET="1")
+
+
+def test_groups_and_slices_go_together():
+    with pytest.raises(ValueError, match="go together"):
+        Parallel(vocab_slice=7)
+    with pytest.raises(ValueError, match="needs a vocab_group, a context_group or both"):
+        Parallel()

@@ -1,0 +1,193 @@
+"""The functions under torch.compile, torch.library.opcheck, autocast and torch.func."""
+
+import shutil
+
+import pytest
+import torch
+from cases import INTERPRETED, labels_of, relative_error
+
+import mpo_kernels
+from mpo_kernels import reference
+from mpo_kernels.ops.gradients import scaled
+from mpo_kernels.ops.linear import linear_pair_loss_op, linear_token_logprobs_grad_op, linear_token_logprobs_op
+from mpo_kernels.ops.pair import pair_loss_grad_op, pair_loss_op
+from mpo_kernels.ops.pool import mean_pool_grad_op, mean_pool_op
+from mpo_kernels.ops.token import token_logprobs_grad_op, token_logprobs_op
+
+if INTERPRETED:
+    pytest.skip("torch.compile and the interpreter do not meet", allow_module_level=True)
+
+P, T, V, D = 2, 5, 37, 8
+LABELS = labels_of((2 * P, T), V)
+GAP = torch.tensor([0.3, -0.2])
+OFFSETS = torch.arange(0, 2 * P * T + 1, T, dtype=torch.int32)
+HEAD = {"ignore_index": -100, "logit_scale": 0.5, "softcap": 4.0, "parallel": 0}
+LINEAR = {**HEAD, "chunk_bytes": None, "gemm_dtype": None, "token_outputs": True}
+
+
+def random(*shape, grad=False):
+    tensor = torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+    return tensor.requires_grad_(grad)
+
+
+def from_hidden(grad):
+    return random(2 * P * T, D, grad=grad), random(V, D, grad=grad), random(V, grad=grad)
+
+
+FLAT = LABELS.reshape(-1)
+OPERATORS = {
+    "token_logprobs": (token_logprobs_op, (random(2 * P, T, V, grad=True), FLAT), {"token_outputs": True, **HEAD}),
+    "token_logprobs_grad": (
+        token_logprobs_grad_op,
+        (random(2 * P * T), random(2 * P, T, V), FLAT, -random(2 * P * T).abs(), random(2 * P * T, 2).abs() + 1),
+        HEAD,
+    ),
+    "pair_loss": (
+        pair_loss_op,
+        (random(2 * P * T, grad=True), FLAT, OFFSETS, GAP, GAP.abs()),
+        {"beta": 1.5, "ignore_index": -100, "parallel": 0},
+    ),
+    "pair_loss_grad": (pair_loss_grad_op, (GAP, torch.ones(2 * P), FLAT, OFFSETS), {"ignore_index": -100}),
+    "mean_pool": (mean_pool_op, (random(2 * P * T, D, grad=True), FLAT > 0, OFFSETS), {}),
+    "mean_pool_grad": (
+        mean_pool_grad_op,
+        (random(2 * P, D), FLAT > 0, OFFSETS, torch.ones(2 * P)),
+        {"rows": 2 * P * T, "dtype": torch.bfloat16},
+    ),
+    "scaled": (scaled, (random(6, 3), random(6), torch.tensor(2.0)), {"dtype": torch.bfloat16}),
+    "linear_pair_loss": (
+        linear_pair_loss_op,
+        (*from_hidden(True), FLAT, OFFSETS, GAP, None),
+        {"beta": 1.5, "hidden_grad": True, "weight_grad": True, "bias_grad": True, **LINEAR},
+    ),
+    "linear_pair_loss, no gradient": (
+        linear_pair_loss_op,
+        (*from_hidden(False), FLAT, OFFSETS, GAP, GAP.abs()),
+        {"beta": 1.5, "hidden_grad": False, "weight_grad": False, "bias_grad": False, **LINEAR},
+    ),
+    "linear_token_logprobs": (
+        linear_token_logprobs_op,
+        (*from_hidden(True), FLAT),
+        {"keep_stats": True, "keep_hidden_grad": False, **LINEAR},
+    ),
+    "linear_token_logprobs, frozen head": (
+        linear_token_logprobs_op,
+        (random(2 * P * T, D, grad=True), *from_hidden(False)[1:], FLAT),
+        {"keep_stats": False, "keep_hidden_grad": True, **LINEAR},
+    ),
+    "linear_token_logprobs_grad": (
+        linear_token_logprobs_grad_op,
+        (random(2 * P * T), -random(2 * P * T).abs(), random(2 * P * T, 2).abs() + 1, *from_hidden(False), FLAT),
+        {"hidden_grad": True, "weight_grad": True, "bias_grad": True, **LINEAR},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck(name):
+    operator, arguments, keywords = OPERATORS[name]
+    torch.library.opcheck(operator, arguments, keywords)
+
+
+FUNCTIONS = {
+    "token_logprobs": lambda x, h, w, b: mpo_kernels.token_logprobs(x, LABELS).sum(),
+    "token_statistics": lambda x, h, w, b: mpo_kernels.token_statistics(x, LABELS).logprobs.sum(),
+    "mpo_loss": lambda x, h, w, b: mpo_kernels.mpo_loss(x[:, :-1], LABELS[:, 1:], GAP, beta=1.2, token_outputs=True).loss,
+    "mpo_loss packed": lambda x, h, w, b: mpo_kernels.mpo_loss(x.view(-1, V), FLAT, GAP, cu_seqlens=OFFSETS, reduction="none").loss.sum(),
+    "mpo_loss in place": lambda x, h, w, b: mpo_kernels.mpo_loss(x * 1, LABELS, GAP, inplace_backward=True).loss,
+    "linear_mpo_loss": lambda x, h, w, b: mpo_kernels.linear_mpo_loss(h, w, LABELS, GAP, bias=b, softcap=3.0).loss,
+    "linear_mpo_loss none": lambda x, h, w, b: mpo_kernels.linear_mpo_loss(h, w, LABELS, GAP, bias=b, reduction="none").loss.sum(),
+    "linear_token_logprobs": lambda x, h, w, b: mpo_kernels.linear_token_logprobs(h, w, LABELS, bias=b).sum(),
+    "retention_loss": lambda x, h, w, b: mpo_kernels.retention_loss(h, torch.zeros(2 * P, D)),
+}
+
+
+def value_and_grads(function):
+    leaves = [random(2 * P, T, V, grad=True), random(2 * P, T, D, grad=True), random(V, D, grad=True), random(V, grad=True)]
+    value = function(*leaves)
+    value.backward()
+    return [value.detach(), *(leaf.grad for leaf in leaves)]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_compiled_without_a_graph_break(name):
+    """backend aot_eager: dynamo, fake kernels and the registered backward, without a C++ compiler."""
+    torch._dynamo.reset()
+    compiled = torch.compile(FUNCTIONS[name], fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(value_and_grads(compiled), value_and_grads(FUNCTIONS[name]), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="inductor needs a C++ compiler on the CPU")
+def test_compiled_by_inductor_with_another_shape_after():
+    torch._dynamo.reset()
+
+    def function(h, w, labels, gap):
+        out = mpo_kernels.linear_mpo_loss(h, w, labels, gap)
+        return out.loss + out.reward_gap.sum()
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True)
+    for pairs, tokens in ((2, 5), (3, 7)):
+        h, w = random(2 * pairs, tokens, D, grad=True), random(V, D, grad=True)
+        labels, gap = labels_of((2 * pairs, tokens), V), random(pairs)
+        expected, got = function(h, w, labels, gap), compiled(h, w, labels, gap)
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(torch.autograd.grad(got, (h, w)), torch.autograd.grad(expected, (h, w)))
+
+
+@pytest.mark.parametrize("function", ["linear_mpo_loss", "linear_token_logprobs"])
+def test_autocast(function):
+    """GEMMs in bf16, everything else in fp32, and the fp32 weight's gradient in fp32: never rounded to bf16 on its way."""
+    hidden, weight = random(2 * P, T, D, grad=True), random(V, D, grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = hidden.bfloat16()  # what the autocast body hands over, beside the fp32 weight
+        if function == "linear_mpo_loss":
+            loss = mpo_kernels.linear_mpo_loss(mixed, weight, LABELS, GAP).loss
+        else:
+            loss = mpo_kernels.linear_token_logprobs(mixed, weight, LABELS).sum()
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert weight.grad.dtype == torch.float32 and hidden.grad.dtype == torch.float32
+    assert not torch.equal(weight.grad, weight.grad.bfloat16().float())
+    h, w = hidden.detach().bfloat16().double().requires_grad_(), weight.detach().bfloat16().double().requires_grad_()
+    if function == "linear_mpo_loss":
+        expected = reference.linear_mpo_loss(h, w, LABELS, GAP.double())[0]
+    else:
+        expected = reference.linear_token_logprobs(h, w, LABELS).sum()
+    expected.backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=2e-2, atol=2e-2)
+    assert relative_error(weight.grad, w.grad) < 1e-2 and relative_error(hidden.grad, h.grad) < 1e-2
+
+
+def test_autocast_does_not_touch_losses_from_logits():
+    logits = random(2 * P, T, V)
+    plain = mpo_kernels.mpo_loss(logits, LABELS, GAP)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = mpo_kernels.mpo_loss(logits, LABELS, GAP)
+    assert torch.equal(plain.loss, inside.loss) and torch.equal(plain.reward_gap, inside.reward_gap)
+
+
+def test_limits_of_torch_func():
+    """vmap runs, one call after the other. Registered autograd formulas do not take part in grad, vjp or jacrev, which PyTorch says."""
+    logits = random(3, 2 * P, T, V)
+
+    def loss(x):
+        return mpo_kernels.mpo_loss(x, LABELS, GAP, validate=False).loss
+
+    torch.testing.assert_close(torch.func.vmap(loss)(logits), torch.stack([loss(x) for x in logits]))
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(loss)(logits[0])
+
+
+def test_functional_call():
+    head = torch.nn.Linear(D, V, bias=False)
+    weight = random(V, D, grad=True)
+    logits = torch.func.functional_call(head, {"weight": weight}, random(2 * P, T, D))
+    mpo_kernels.mpo_loss(logits, LABELS, GAP).loss.backward()
+    assert weight.grad is not None and weight.grad.any()
+
+
+def test_a_second_derivative_is_refused():
+    logits = random(2 * P, T, V, grad=True)
+    (grad,) = torch.autograd.grad(mpo_kernels.mpo_loss(logits, LABELS, GAP).loss, logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="token_logprobs_grad"):
+        grad.sum().backward()
