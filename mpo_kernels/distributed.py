@@ -95,7 +95,11 @@ class Parallel:
             torch.distributed.all_reduce(grad, group=self.vocab_group)
 
     def __repr__(self) -> str:
-        vocab = f"tokens {self.vocab_start} to {self.vocab_start + self.vocab_slice} of {self.vocab}" if self.vocab_group else "whole vocabulary"
+        vocab = (
+            f"tokens {self.vocab_start} to {self.vocab_start + self.vocab_slice} of {self.vocab}"
+            if self.vocab_group
+            else "whole vocabulary"
+        )
         return f"Parallel({vocab}, {'part of the' if self.context_group else 'whole'} context)"
 
 

@@ -148,7 +148,9 @@ def mpo_loss(
     )
     offsets = _offsets(cu_seqlens, sequences, logp.numel(), logits.device)
     tokens = _shaped(logp.detach(), entropy, is_argmax, labels.shape) if token_outputs else None
-    return _pair_output(logp, labels.reshape(-1).long(), offsets, reference_gap, pair_weights, beta, ignore_index, reduction, parallel, tokens)
+    return _pair_output(
+        logp, labels.reshape(-1).long(), offsets, reference_gap, pair_weights, beta, ignore_index, reduction, parallel, tokens
+    )
 
 
 def linear_token_logprobs(
@@ -253,7 +255,16 @@ def linear_mpo_loss(
         tokens = _shaped(logp.detach(), entropy, is_argmax, labels.shape) if token_outputs else None
         device = hidden.device
         return _pair_output(
-            logp, flat_labels.long().to(device), offsets.to(device), reference_gap, pair_weights, beta, ignore_index, reduction, parallel, tokens
+            logp,
+            flat_labels.long().to(device),
+            offsets.to(device),
+            reference_gap,
+            pair_weights,
+            beta,
+            ignore_index,
+            reduction,
+            parallel,
+            tokens,
         )
     loss, means, gap, *token_results = linear_pair_loss_op(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, flat_labels, offsets, _vector(reference_gap, hidden), _vector(pair_weights, hidden),

@@ -7,6 +7,8 @@ Notation (arXiv 2505.16869): z are the final logits of a position, y its label, 
     L1          = sum over pairs of pair_weight * (beta * RG - RG_ref)^2  (2) divided by the number of pairs for "mean"
     L2          = mean over sequences and hidden units of (pool(h) - pool_ref)^2   (3)
 
+Equations (4) to (10), derived from these, stand in docs/mathematics.md and where the kernels compute them.
+
 Functions take the layouts of `mpo_kernels` (dense [2P, T, ...] or packed [N, ...] with cu_seqlens) and are differentiable by autograd.
 """
 
@@ -29,6 +31,19 @@ def token_logprobs(logits, labels, *, ignore_index=-100, logit_scale=1.0, softca
     log_probs = final_logits(logits, logit_scale, softcap).log_softmax(-1)
     picked = log_probs.gather(-1, labels.where(scored, 0)[..., None])[..., 0]
     return picked.where(scored, 0)
+
+
+def token_entropy(logits, labels, *, ignore_index=-100, logit_scale=1.0, softcap=None):
+    """-sum of p log p in nats, 0 at ignored positions. (..., V), (...) -> (...)"""
+    log_probs = final_logits(logits, logit_scale, softcap).log_softmax(-1)
+    return -torch.where(log_probs == float("-inf"), 0, log_probs.exp() * log_probs).sum(-1).where(labels != ignore_index, 0)
+
+
+def token_is_argmax(logits, labels, *, ignore_index=-100, logit_scale=1.0, softcap=None):
+    """No token has a larger final logit than the label; False at ignored positions. (..., V), (...) -> (...)"""
+    scored = labels != ignore_index
+    z = final_logits(logits, logit_scale, softcap)
+    return (z.gather(-1, labels.where(scored, 0)[..., None])[..., 0] >= z.amax(-1)) & scored
 
 
 def sequence_means(token_logps, labels, *, cu_seqlens=None, ignore_index=-100):

@@ -274,7 +274,7 @@ def _blocks(code: list[_Instruction]) -> tuple[list[int], list[set[int]]]:
     leaders = sorted(starts)
     block_of = {leader: block for block, leader in enumerate(leaders)}
     successors = []
-    for leader, end in zip(leaders, [*leaders[1:], len(code)], strict=True):
+    for end in [*leaders[1:], len(code)]:
         last = code[end - 1]
         following = {block_of[labels[last.jumps_to]]} if last.jumps_to in labels else set()
         if last.falls_through and end < len(code):
@@ -330,7 +330,7 @@ _SASS_GLOBAL: dict[str, Literal["load", "store"]] = {
 _SASS_BITS = {"256": 256, "128": 128, "64": 64, "U16": 16, "S16": 16, "16": 16, "U8": 8, "S8": 8, "8": 8}
 _SASS_CLASSES = (
     ("tensor", r"(H|I|D|B|Q|O|F)MMA|(H|I|Q|B)GMMA|UTC\w*MMA"),
-    ("fma", r"F(ADD|MUL|FMA)2?|D(ADD|MUL|FMA)|H(ADD|MUL|FMA)2|I?MAD|IMAD|FSWZADD"),
+    ("fma", r"F(ADD|MUL|FMA)2?|D(ADD|MUL|FMA)|H(ADD|MUL|FMA)2|IMAD|FSWZADD"),
     ("special", r"MUFU"),
     ("conversion", r"F2F|F2I|I2F|I2I|FRND|F2FP|I2FP|F2IP|I2IP"),
     ("memory", r"LD|ST|LD[GSL]|ST[GSL]|LDGSTS|LDC|LDSM|STSM|SHFL|RED\w*|ATOM\w?|UBLK\w+|UTMA\w+|LDT\w*|STT\w*|MATCH|REDUX|CREDUX"),
@@ -346,9 +346,8 @@ _SASS_CLASSES = (
 def _read_nvidia(cubin: bytes) -> _Facts:
     usage, text = _disassemble(cubin)
     found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    code = _parse_sass(text)
-    spills = sum(opcode.split(".")[0] in ("LDL", "STL") for _, _, opcode, _ in map(_sass_parts, text.splitlines()) if opcode)
-    return _Facts(found["REG"], spills, found["STACK"] + found["LOCAL"], code)
+    spills = len(re.findall(r"\b(?:LDL|STL)\b", text))
+    return _Facts(found["REG"], spills, found["STACK"] + found["LOCAL"], _parse_sass(text))
 
 
 def _disassemble(cubin: bytes) -> tuple[str, str]:
@@ -372,18 +371,13 @@ def _parse_sass(text: str) -> list[_Instruction]:
     for line in text.splitlines():
         if label := _SASS_LABEL.match(line):
             labels.append(label[1])
-        place, predicate, opcode, operands = _sass_parts(line)
-        if not opcode or opcode == "NOP" or _is_padding(opcode, operands, labels):
-            continue
-        code.append(_sass_instruction(place, predicate, opcode, operands, tuple(labels)))
-        labels = []
+        elif match := _SASS_LINE.match(line):
+            place, predicate, opcode, operands = match.groups(default="")
+            if opcode == "NOP" or _is_padding(opcode, operands, labels):
+                continue
+            code.append(_sass_instruction(place, predicate, opcode, operands, tuple(labels)))
+            labels = []
     return code
-
-
-def _sass_parts(line: str) -> tuple[str, str, str, str]:
-    """Place, predicate, opcode and operands, empty where the line is no instruction."""
-    match = _SASS_LINE.match(line)
-    return (match[1], match[2] or "", match[3], match[4]) if match else ("", "", "", "")
 
 
 def _is_padding(opcode: str, operands: str, labels: list[str]) -> bool:
@@ -446,9 +440,8 @@ def _read_amd(assembly: str) -> _Facts:
         match = re.search(rf"\.{name}:\s*(\d+)", assembly)
         return int(match[1]) if match else 0
 
-    code = _parse_amd(assembly)
     spills = len(re.findall(r"^\s+scratch_(?:load|store)_", assembly, re.MULTILINE))
-    return _Facts(fact("vgpr_count"), spills, fact("private_segment_fixed_size"), code)
+    return _Facts(fact("vgpr_count"), spills, fact("private_segment_fixed_size"), _parse_amd(assembly))
 
 
 def _parse_amd(assembly: str) -> list[_Instruction]:

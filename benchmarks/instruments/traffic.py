@@ -211,7 +211,7 @@ class _Launch:
         self.arguments = sorted(self.arguments, key=lambda argument: argument.high - argument.low)
 
     def memory_of(self, argument: _Argument) -> _Memory:
-        return next(memory for memory in self._memories if memory.low <= argument.low < memory.high)
+        return next(memory for memory in self._memories if memory.low <= argument.low and argument.high <= memory.high)
 
     def nearest(self, address: int) -> str:
         """Tells where an address lies that is in no argument."""
@@ -437,7 +437,7 @@ def _distinct(addresses: np.ndarray) -> np.ndarray:
 def _bytes(offsets: np.ndarray, size: int) -> Where:
     """The bytes of elements of a size at sorted, distinct offsets."""
     first, last = int(offsets[0]), int(offsets[-1])
-    if last - first == (offsets.size - 1) * size and (size == 1 or offsets.size < 3 or (np.diff(offsets) == size).all()):
+    if last - first == (offsets.size - 1) * size and (np.diff(offsets) == size).all():
         return slice(first, last + size)
     return offsets if size == 1 else (offsets[:, None] + np.arange(size)).ravel()
 

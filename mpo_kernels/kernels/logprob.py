@@ -115,7 +115,9 @@ def _finish(
     if HAS_TOKEN_OUTPUTS:
         # Every term is positive, so a confident row keeps the digits of its small entropy.
         at_label = tl.where(logp == -float("inf"), 0.0, -tl.exp(logp) * logp)
-        log_others = tl.where(d > 0.0, tl.log(total) + _log1p(tl.exp(-tl.abs(d))), (z_label - peak) + _log1p(tl.exp(-tl.abs(d))))  # log Z - m'
+        log_others = tl.where(
+            d > 0.0, tl.log(total) + _log1p(tl.exp(-tl.abs(d))), (z_label - peak) + _log1p(tl.exp(-tl.abs(d)))
+        )  # log Z - m'
         elsewhere = tl.where(total > 0.0, _one_minus_exp(logp) * (log_others - weighted / total), 0.0)
         tl.store(entropy_ptr + row, at_label + elsewhere, mask=mask)
         tl.store(is_argmax_ptr + row, (z_label >= peak).to(tl.int8), mask=mask)
@@ -148,9 +150,10 @@ def _logprob_stats_kernel(
     IS_SLICE: tl.constexpr,  # of a vocabulary-parallel head: a label outside of [0, V) is another rank's
     BLOCK: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)  # rows * V exceeds 2^31
-    row = program // splits
-    split = (program % splits).to(tl.int32)
+    program = tl.program_id(0)  # int32 divisions; a 64-bit one costs as much as the rest of a program
+    split = program % splits
+    row_in_grid = program // splits
+    row = row_in_grid.to(tl.int64)  # rows * V exceeds 2^31
     label = tl.load(labels_ptr + row)
     if label == ignore_index:
         if not IS_PARTIAL:
@@ -159,19 +162,22 @@ def _logprob_stats_kernel(
                 tl.store(entropy_ptr + row, 0.0)
                 tl.store(is_argmax_ptr + row, 0)
     else:
-        row_ptr = logits_ptr + (row // T) * stride_b + (row % T) * stride_t
+        row_ptr = logits_ptr + (row_in_grid // T).to(tl.int64) * stride_b + (row_in_grid % T).to(tl.int64) * stride_t
         known = (label >= 0) & (label < V)
-        label_column = tl.where(known, label, -1).to(tl.int32)
         peak = -float("inf")  # of the other columns
         total = 0.0
         weighted = 0.0
+        # Columns count from this share's first: a loop that starts at 0 takes half the registers, and so does the label in 64 bits.
         first = split * split_columns
-        for start in range(first, tl.minimum(first + split_columns, V), BLOCK):
+        share_ptr = row_ptr + first
+        share_label = tl.where(known, label, -1) - first
+        share_columns = tl.minimum(split_columns, V - first)
+        for start in range(0, share_columns, BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            inside = columns < V
-            u = tl.load(row_ptr + columns, mask=inside, other=-float("inf")).to(tl.float32)  # (BLOCK,)
+            inside = columns < V - first
+            u = tl.load(share_ptr + columns, mask=inside, other=-float("inf")).to(tl.float32)  # (BLOCK,)
             z = _final_logit(u, logit_scale, softcap, inverse_softcap, HAS_SCALE, HAS_SOFTCAP)
-            z = tl.where(inside & (columns != label_column), z, -float("inf"))  # after the cap, or padding would become -cap
+            z = tl.where(inside & (columns != share_label), z, -float("inf"))  # after the cap, or padding would become -cap
             new_peak = tl.maximum(peak, tl.max(z, axis=0))
             shift = tl.where(new_peak == -float("inf"), 0.0, new_peak)  # a block of -inf must not make inf - inf
             powers = tl.exp(z - shift)
@@ -179,8 +185,8 @@ def _logprob_stats_kernel(
                 weighted = _moved(weighted, total, peak, shift) + tl.sum(tl.where(powers > 0.0, powers * (z - shift), 0.0), axis=0)
             total = total * _decay(peak, shift) + tl.sum(powers, axis=0)
             peak = new_peak
-        here = known & (label_column >= first) & (label_column < first + split_columns)
-        z_label = tl.load(row_ptr + label_column, mask=here, other=-float("inf")).to(tl.float32)
+        here = known & (share_label >= 0) & (share_label < split_columns)
+        z_label = tl.load(share_ptr + share_label, mask=here, other=-float("inf")).to(tl.float32)
         z_label = _final_logit(z_label, logit_scale, softcap, inverse_softcap, HAS_SCALE, HAS_SOFTCAP)
         z_label = tl.where(here, z_label, -float("inf"))
         if not IS_SLICE:
@@ -260,12 +266,13 @@ def _logprob_grad_kernel(
     BLOCK: tl.constexpr,
 ):
     """Equation (5). One program per block of one row: every block is independent, so few rows still fill the GPU."""
-    program = tl.program_id(0).to(tl.int64)  # grid on axis 0, which has no limit of 65,535
-    row = program // blocks
-    columns = (program % blocks).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
+    program = tl.program_id(0)  # grid on axis 0, which has no limit of 65,535
+    row_in_grid = program // blocks
+    columns = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < V
-    batch = row // T
-    position = row % T
+    row = row_in_grid.to(tl.int64)  # rows * V exceeds 2^31
+    batch = (row_in_grid // T).to(tl.int64)
+    position = (row_in_grid % T).to(tl.int64)
     out_ptr = grad_ptr + batch * grad_stride_b + position * grad_stride_t + columns
     label = tl.load(labels_ptr + row)
     if label == ignore_index:

@@ -25,7 +25,8 @@ class Tile:
 
 TILES: dict[str, dict[str, Tile]] = {
     # 32 elements a thread: four 128-bit loads of bf16 in flight.
-    "stats": {"default": Tile(8192, 8)},
+    # On CDNA's 512 threads of 8 warps half of that keeps registers under 64, so that all 8 waves fit, and spills none for odd vocabularies.
+    "stats": {"default": Tile(8192, 8), "gfx942": Tile(4096, 8)},
     # Half of that: where an odd vocabulary forbids vector access, addresses take twice the registers.
     "grad": {"default": Tile(4096, 8)},
 }

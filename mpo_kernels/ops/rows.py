@@ -77,7 +77,5 @@ def rows_of_chunks(rows: ScoredRows, chunks: Sequence[tuple[int, int]], device: 
     sizes = [int(c.sum()) for c in counts]
     return [
         ChunkRows(a, b, *parts)
-        for (a, b), *parts in zip(
-            chunks, places.split(sizes), labels.split(sizes), offsets.split([c.numel() for c in counts]), strict=True
-        )
+        for (a, b), *parts in zip(chunks, places.split(sizes), labels.split(sizes), offsets.split([c.numel() for c in counts]), strict=True)
     ]

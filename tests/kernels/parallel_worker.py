@@ -46,7 +46,9 @@ def close(got: torch.Tensor, want: torch.Tensor, what: str, tolerance: float) ->
         raise AssertionError(f"rank {dist.get_rank()}: {what} differs by {float(error):.2e}")
 
 
-def check(rank: int, vocab: slice, positions: slice, parallel: Parallel, chunk_bytes: int | None, reduction: str, dtype: torch.dtype) -> None:
+def check(
+    rank: int, vocab: slice, positions: slice, parallel: Parallel, chunk_bytes: int | None, reduction: str, dtype: torch.dtype
+) -> None:
     """This rank's share of every result against the whole, computed alone."""
     data = problem(dtype)
     tolerance = 1e-5 if dtype == torch.float32 else 1.2e-2

@@ -17,7 +17,9 @@ from mpo_kernels.kernels.tiles import TILES  # noqa: E402
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 SCALARS = {"logit_scale": "fp32", "softcap": "fp32", "inverse_softcap": "fp32"}
-INTEGERS = dict.fromkeys(("N", "T", "V", "splits", "split_columns", "stride_b", "stride_t", "grad_stride_b", "grad_stride_t", "ignore_index", "blocks"), "i32")
+INTEGERS = dict.fromkeys(
+    ("N", "T", "V", "splits", "split_columns", "stride_b", "stride_t", "grad_stride_b", "grad_stride_t", "ignore_index", "blocks"), "i32"
+)
 LOGPROB = {
     **SCALARS,
     **INTEGERS,

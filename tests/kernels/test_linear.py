@@ -135,6 +135,97 @@ def test_flops_are_the_least_possible(trained, gemms):
     assert counter.total == gemms * 2 * int((labels != -100).sum()) * D * V
 
 
+@pytest.mark.parametrize(("trained", "gemms"), [("both", 3), ("hidden", 2)])
+def test_a_pair_in_pieces_costs_no_more(trained, gemms):
+    """A pair larger than the budget is scaled by c when its gap is known; only a second one is computed twice."""
+    hidden, weight, _, labels = inputs(tokens=300)
+    hidden.requires_grad_()
+    weight.requires_grad_(trained == "both")
+    scored = (labels != -100).sum(1)
+    rows = [int(scored[p] + scored[P + p]) for p in range(P)]
+    assert min(rows) > 128
+    for pairs in (1, P):
+        keep = [*range(pairs), *range(P, P + pairs)]
+        with Flops() as counter:
+            mpo_kernels.linear_mpo_loss(hidden[keep], weight, labels[keep], GAP[:pairs], chunk_bytes=1).loss.backward()
+        again = sum(rows[1:pairs]) if trained == "both" else 0
+        assert counter.total == 2 * D * V * (gemms * sum(rows[:pairs]) + again)
+
+
+@pytest.mark.parametrize("dtype", list(ERROR))
+@pytest.mark.parametrize("frozen", [False, True])
+def test_pairs_in_pieces_give_the_same_gradients(dtype, frozen):
+    hidden, weight, bias, labels = inputs(dtype, tokens=300)
+    tensors = (hidden,) if frozen else (hidden, weight, bias)
+
+    def ours(h, w=weight, b=bias):
+        return mpo_kernels.linear_mpo_loss(h, w, labels, GAP, bias=b, beta=0.9, chunk_bytes=1).loss
+
+    def oracle(h, w=weight.double(), b=bias.double()):
+        return reference.linear_mpo_loss(h, w, labels, GAP.double(), bias=b, beta=0.9)[0]
+
+    _, got = gradients(ours, tensors)
+    _, want = gradients(oracle, [t.double() for t in tensors])
+    assert max(map(relative_error, got, want)) < ERROR[dtype]
+
+
+@pytest.mark.parametrize(("trained", "gemms"), [(("hidden", "weight"), 4), (("hidden",), 2), (("weight",), 3), ((), 1)], ids=str)
+def test_flops_of_token_logprobs(trained, gemms):
+    hidden, weight, _, labels = inputs()
+    hidden.requires_grad_("hidden" in trained)
+    weight.requires_grad_("weight" in trained)
+    with Flops() as counter:
+        logp = mpo_kernels.linear_token_logprobs(hidden, weight, labels)
+        if trained:
+            logp.sum().backward()
+    assert counter.total == gemms * 2 * int((labels != -100).sum()) * D * V
+
+
+@pytest.mark.parametrize("function", ["loss", "token_logprobs", "token_logprobs, frozen head"])
+def test_float16_under_a_grad_scaler_does_not_underflow(function):
+    """Long answers and a gap that is nearly right: every logit's gradient is below the least float16 number until the scaler's factor
+    comes, in backward."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, vocab, scale = 300, 2000, 65536.0
+    hidden = torch.randn(2, tokens, D, generator=generator).half()
+    weight = torch.randn(vocab, D, generator=generator).mul_(0.05).half()
+    labels = torch.randint(0, vocab, (2, tokens), generator=generator)
+    gap = mpo_kernels.linear_mpo_loss(hidden.float(), weight.float(), labels, torch.zeros(1)).reward_gap - 1e-3
+    frozen = function.endswith("frozen head")
+    tensors = (hidden,) if frozen else (hidden, weight)
+
+    def value(package, h, w, reference_gap):
+        if function == "loss":
+            return package.linear_mpo_loss(h, w, labels, reference_gap)[0]
+        return (package.linear_token_logprobs(h, w, labels) * 1e-6).sum()
+
+    loss, ours = gradients(lambda h, w=weight: value(mpo_kernels, h, w, gap), tensors, scale)
+    _, theirs = gradients(lambda h, w=weight.double(): value(reference, h, w, gap.double()), [t.double() for t in tensors], scale)
+    largest = max(float(t.abs().max()) for t in theirs) / scale
+    assert largest < 1e-4  # without the scaler most of it would be below 2^-24
+    tolerance = 2e-2 if function == "loss" else 2e-3  # the gap itself, as a difference of fp16 logits, is known to a few percent of 1e-3
+    directions = [float((a.double() * b).sum() / (a.double().norm() * b.norm())) for a, b in zip(ours, theirs, strict=True)]
+    assert all(torch.isfinite(g).all() for g in ours) and min(directions) > 1 - 1e-5
+    if function != "loss":
+        assert max(map(relative_error, ours, theirs)) < tolerance
+
+
+def test_the_weight_gradient_is_summed_in_fp32_over_chunks():
+    """Forty chunks of bf16 rows: a sum in bf16 would lose most of what the later ones add."""
+    generator = torch.Generator().manual_seed(0)
+    pairs, tokens = 40, 70
+    hidden = torch.randn(2 * pairs, tokens, D, generator=generator).bfloat16()
+    weight = torch.randn(V, D, generator=generator).bfloat16()
+    labels = torch.randint(0, V, (2 * pairs, tokens), generator=generator)
+    gap = torch.randn(pairs, generator=generator)
+    errors = []
+    _, (want,) = gradients(lambda w: reference.linear_mpo_loss(hidden.double(), w, labels, gap.double())[0], (weight.double(),))
+    for chunk_bytes in (None, 1):
+        _, (got,) = gradients(lambda w, c=chunk_bytes: mpo_kernels.linear_mpo_loss(hidden, w, labels, gap, chunk_bytes=c).loss, (weight,))
+        errors.append(relative_error(got, want))
+    assert errors[1] < 1.05 * errors[0]  # no worse than one GEMM over all rows
+
+
 def test_no_gradient_work_under_no_grad():
     hidden, weight, _, labels = inputs()
     with Flops() as counter, torch.no_grad():

@@ -1,0 +1,119 @@
+"""Per-token outputs, and rows whose statistics several programs share, against the float64 oracle."""
+
+import contextlib
+
+import pytest
+import torch
+from cases import INTERPRETED, REGIMES, labels_of, regime, relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mpo_kernels
+from mpo_kernels import reference
+
+GAP = torch.tensor([0.3, -0.2])
+
+
+def shared_by_several_programs():
+    """Tiles so small that every row is split, whatever its vocabulary. The PyTorch backend has none."""
+    if not INTERPRETED:
+        return contextlib.nullcontext()
+    from mpo_kernels.kernels.tiles import Tile, use_tiles
+
+    return use_tiles(stats=Tile(32, 1), grad=Tile(64, 1))
+
+
+def check(logits, labels, **options):
+    ours, theirs = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    got = mpo_kernels.token_statistics(ours, labels, **options)
+    logp = reference.token_logprobs(theirs, labels, **options)
+    torch.testing.assert_close(got.logprobs.double(), logp, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.entropy.double(), reference.token_entropy(logits.double(), labels, **options), rtol=1e-4, atol=1e-5)
+    assert torch.equal(got.is_argmax, reference.token_is_argmax(logits.float(), labels, **options))
+    assert not got.entropy.requires_grad and got.is_argmax.dtype == torch.bool
+    upstream = torch.linspace(-1, 2, labels.numel()).view(labels.shape)
+    (got.logprobs * upstream).sum().backward()
+    (logp * upstream.double()).sum().backward()
+    if logits.dtype == torch.float32:
+        assert relative_error(ours.grad, theirs.grad) < 1e-5
+
+
+@pytest.mark.parametrize("name", REGIMES)
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
+def test_regimes(name, split):
+    labels = labels_of((4, 5), 300)
+    with shared_by_several_programs() if split else contextlib.nullcontext():
+        check(regime(name, (4, 5, 300), labels), labels)
+
+
+@pytest.mark.parametrize("options", [{"softcap": 5.0}, {"softcap": 30.0, "logit_scale": 0.25}, {"ignore_index": 3}], ids=str)
+@pytest.mark.parametrize("vocab", [1, 2, 31, 33, 257])
+def test_options_and_vocabularies_with_split_rows(options, vocab):
+    labels = labels_of((2, 6), vocab, mask="none")
+    with shared_by_several_programs():
+        check(regime("normal", (2, 6, vocab), labels), labels, **options)
+
+
+def test_a_confident_token_keeps_the_digits_of_its_entropy():
+    """p_y = 1 - 1e-6: in fp32, log of the sum or p log p would leave noise."""
+    logits = torch.randn(1, 3, 500)
+    labels = torch.tensor([[4, 4, 4]])
+    logits[..., 4] = 20.0
+    entropy = mpo_kernels.token_statistics(logits, labels).entropy
+    expected = reference.token_entropy(logits.double(), labels)
+    assert float(((entropy.double() - expected) / expected).abs().max()) < 1e-4
+
+
+@settings(max_examples=20, deadline=None)
+@given(rows=st.integers(1, 5), vocab=st.integers(1, 200), scale=st.sampled_from([0.01, 1.0, 30.0]), seed=st.integers(0, 999))
+def test_split_rows_equal_whole_rows(rows, vocab, scale, seed):
+    labels = labels_of((1, rows), vocab, seed)
+    logits = regime("normal", (1, rows, vocab), labels, seed) * scale
+    whole = mpo_kernels.token_statistics(logits, labels)
+    with shared_by_several_programs():
+        split = mpo_kernels.token_statistics(logits, labels)
+    torch.testing.assert_close(split.logprobs, whole.logprobs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(split.entropy, whole.entropy, rtol=1e-5, atol=1e-5)
+    assert torch.equal(split.is_argmax, whole.is_argmax)
+
+
+def test_a_label_out_of_range_is_nan_when_rows_are_split():
+    logits, labels = torch.randn(1, 3, 70), torch.tensor([[3, 70, -7]])
+    with shared_by_several_programs():
+        logp = mpo_kernels.token_logprobs(logits, labels, validate=False)
+    assert torch.isnan(logp).tolist() == [[False, True, True]]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_losses_hand_out_the_same_numbers(reduction):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(4, 5, 8, generator=generator), torch.randn(60, 8, generator=generator)
+    labels = labels_of((4, 5), 60)
+    logits = hidden @ weight.T
+    expected = mpo_kernels.token_statistics(logits, labels)
+    for out in (
+        mpo_kernels.mpo_loss(logits, labels, GAP, reduction=reduction, token_outputs=True),
+        mpo_kernels.linear_mpo_loss(hidden.requires_grad_(), weight, labels, GAP, reduction=reduction, token_outputs=True),
+    ):
+        for got, want in zip(out.tokens, expected, strict=True):
+            assert not got.requires_grad
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    linear = mpo_kernels.linear_token_statistics(hidden, weight, labels)
+    for got, want in zip(linear, expected, strict=True):
+        torch.testing.assert_close(got.detach(), want, rtol=1e-5, atol=1e-5)
+    assert mpo_kernels.mpo_loss(logits, labels, GAP).tokens is None
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="tiles are of the Triton kernels")
+def test_tiles_can_be_overridden_and_wrong_ones_are_refused():
+    from mpo_kernels.kernels.tiles import Tile, tile_for, use_tiles
+
+    cpu = torch.device("cpu")
+    with use_tiles(stats=Tile(1024, 2)):
+        assert tile_for("stats", 5000, cpu) == Tile(1024, 2)
+        assert tile_for("grad", 5000, cpu) == Tile(4096, 8)
+    assert tile_for("stats", 50000, cpu) == Tile(8192, 8)
+    with pytest.raises(ValueError, match="stats: block is 1000; it must be a power of two"), use_tiles(stats=Tile(1000, 4)):
+        pass
+    with pytest.raises(ValueError, match="grad: num_warps is 3"), use_tiles(grad=Tile(1024, 3)):
+        pass
