@@ -71,7 +71,8 @@ def token_logprobs(
         inplace_backward: backward overwrites `logits` with their gradient instead of allocating it. A second backward then raises.
             Under torch.compile it is ignored: the compiler decides about memory there.
         parallel: where logits hold a slice of the vocabulary; labels are still counted over the whole of it.
-        validate: read the data for checks: None only where that costs no host sync (CPU, not under torch.compile), True always, False never.
+        validate: read the data for checks: None only where that costs no host sync (on the CPU, not under torch.compile), True always,
+            False never.
     Returns:
         (...) float32, 0 at ignored positions. A label outside [0, V) gives NaN where it was not refused.
     Raises:
@@ -97,7 +98,7 @@ def token_statistics(
     Arguments and errors are those of `token_logprobs`; only the log-probabilities are differentiable.
     """
     output = _from_logits(logits, labels, True, ignore_index, logit_scale, softcap, inplace_backward, parallel, validate)
-    return _shaped(output[0], output[2], output[3], labels.shape)
+    return _shaped(labels.shape, output[0], output[2], output[3])
 
 
 def mpo_loss(
@@ -147,7 +148,7 @@ def mpo_loss(
         logits, labels, token_outputs, ignore_index, logit_scale, softcap, inplace_backward, parallel, validate
     )
     offsets = _offsets(cu_seqlens, sequences, logp.numel(), logits.device)
-    tokens = _shaped(logp.detach(), entropy, is_argmax, labels.shape) if token_outputs else None
+    tokens = _shaped(labels.shape, logp.detach(), entropy, is_argmax) if token_outputs else None
     return _pair_output(
         logp, labels.reshape(-1).long(), offsets, reference_gap, pair_weights, beta, ignore_index, reduction, parallel, tokens
     )
@@ -167,8 +168,8 @@ def linear_token_logprobs(
 ) -> torch.Tensor:
     """`token_logprobs` of the logits hidden @ weight^T + bias, which exist only a chunk of rows at a time.
 
-    Only scored rows reach the head. Work on them: one GEMM where no gradient is needed, which keeps nothing but the result; two with a frozen
-    head (the rows of G W are kept and scaled in backward); else one forward and three backward, which computes the logits again.
+    Only scored rows reach the head. Work on them: one GEMM where no gradient is needed, which keeps nothing but the result; two with a
+    frozen head (the rows of G W are kept and scaled in backward); else one forward and three backward, which computes the logits again.
 
     Args:
         hidden: (..., D) float. weight: (V, D), bias: (V,), of the same dtype and device.
@@ -201,7 +202,7 @@ def linear_token_statistics(
     Arguments and errors are those of `linear_token_logprobs`; only the log-probabilities are differentiable.
     """
     output = _from_hidden(hidden, weight, bias, labels, True, ignore_index, logit_scale, softcap, chunk_bytes, parallel)
-    return _shaped(*output[:3], labels.shape)
+    return _shaped(labels.shape, *output[:3])
 
 
 def linear_mpo_loss(
@@ -225,9 +226,9 @@ def linear_mpo_loss(
     """`mpo_loss` of the logits hidden @ weight^T + bias; the [tokens, vocab] logits never exist as a whole.
 
     Only scored rows reach the head, in chunks of whole pairs. The gradients of hidden, weight and bias are computed in the forward pass
-    with three GEMMs per chunk (one where no gradient is needed, two when the weight or the hidden states are frozen) and scaled in backward,
-    which needs neither the weight nor the hidden states. The weight's gradient is summed over chunks in fp32. reduction="none" goes through
-    `linear_token_logprobs` instead, since a sum over pairs cannot be taken apart in backward.
+    with three GEMMs per chunk (one where no gradient is needed, two when the weight or the hidden states are frozen) and scaled in
+    backward, which needs neither the weight nor the hidden states. The weight's gradient is summed over chunks in fp32.
+    reduction="none" goes through `linear_token_logprobs` instead, since a sum over pairs cannot be taken apart in backward.
 
     Args:
         hidden: dense (2P, T, D) or packed (N, D). weight: (V, D), bias: (V,), of the same dtype and device.
@@ -247,12 +248,13 @@ def linear_mpo_loss(
     if _reads_data(hidden, None):
         _check_pair_values(reference_gap, pair_weights)
     flat_labels = labels.reshape(-1)
-    offsets = _offsets(cu_seqlens, sequences, flat_labels.numel(), torch.device("cpu") if cu_seqlens is None else cu_seqlens.device)
+    host = torch.device("cpu")  # where offsets that are not given are wanted
+    offsets = _offsets(cu_seqlens, sequences, flat_labels.numel(), host if cu_seqlens is None else cu_seqlens.device)
     if reduction == "none":
         logp, entropy, is_argmax, *_ = _from_hidden(
             hidden, weight, bias, labels, token_outputs, ignore_index, logit_scale, softcap, chunk_bytes, parallel
         )
-        tokens = _shaped(logp.detach(), entropy, is_argmax, labels.shape) if token_outputs else None
+        tokens = _shaped(labels.shape, logp.detach(), entropy, is_argmax) if token_outputs else None
         device = hidden.device
         return _pair_output(
             logp,
@@ -266,13 +268,13 @@ def linear_mpo_loss(
             parallel,
             tokens,
         )
+    rows, gaps, weights = hidden.reshape(-1, hidden.shape[-1]), _vector(reference_gap, hidden), _vector(pair_weights, hidden)
     loss, means, gap, *token_results = linear_pair_loss_op(
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, flat_labels, offsets, _vector(reference_gap, hidden), _vector(pair_weights, hidden),
-        float(beta), *_needs(hidden, weight, bias), ignore_index, float(logit_scale), softcap, chunk_bytes, gemm_dtype, token_outputs,
-        handle_of(parallel),
+        rows, weight, bias, flat_labels, offsets, gaps, weights, float(beta), *_needs(hidden, weight, bias),
+        ignore_index, float(logit_scale), softcap, chunk_bytes, gemm_dtype, token_outputs, handle_of(parallel),
     )[:6]  # fmt: skip
     chosen, rejected = means.chunk(2)
-    tokens = _shaped(*token_results, labels.shape) if token_outputs else None
+    tokens = _shaped(labels.shape, *token_results) if token_outputs else None
     return MPOLossOutput(loss / (sequences // 2) if reduction == "mean" else loss, chosen, rejected, gap, tokens)
 
 
@@ -456,7 +458,7 @@ def _vector(values: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | N
     return None if values is None else values.detach().to(torch.promote_types(like.dtype, torch.float32)).contiguous()
 
 
-def _shaped(logp: torch.Tensor, entropy: torch.Tensor, is_argmax: torch.Tensor, shape: torch.Size) -> TokenStatistics:
+def _shaped(shape: torch.Size, logp: torch.Tensor, entropy: torch.Tensor, is_argmax: torch.Tensor) -> TokenStatistics:
     return TokenStatistics(logp.view(shape), entropy.view(shape), is_argmax.view(shape))
 
 

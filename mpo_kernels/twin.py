@@ -26,11 +26,12 @@ def logprob_stats(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """logits (B, T, V), labels (N,) int64 -> logp (N,), normalizer (N, 2) (peak, total), and with `token_outputs` entropy (N,) and
     is_argmax (N,) bool, else None."""
-    options = {"ignore_index": ignore_index, "token_outputs": token_outputs}
-    partials = logprob_partials(logits, labels, logit_scale=logit_scale, softcap=softcap, **options)
-    outside = (labels != ignore_index) & ((labels < 0) | (labels >= logits.shape[-1]))
-    partials[:, 3].masked_fill_(outside, float("nan"))
-    return combine(partials[None], labels, **options)
+    partials = logprob_partials(
+        logits, labels, ignore_index=ignore_index, logit_scale=logit_scale, softcap=softcap, token_outputs=token_outputs
+    )
+    unknown = (labels != ignore_index) & ((labels < 0) | (labels >= logits.shape[-1]))
+    partials[:, 3].masked_fill_(unknown, float("nan"))
+    return combine(partials[None], labels, ignore_index=ignore_index, token_outputs=token_outputs)
 
 
 def logprob_partials(

@@ -89,6 +89,18 @@ def _moved(weighted, total, peak, new_peak):
 
 
 @triton.jit
+def _absorb(peak, total, weighted, z, HAS_TOKEN_OUTPUTS: tl.constexpr):
+    """The sums of columns seen so far and of one more block of them."""
+    new_peak = tl.maximum(peak, tl.max(z, axis=0))
+    shift = tl.where(new_peak == -float("inf"), 0.0, new_peak)  # a block of -inf must not make inf - inf
+    powers = tl.exp(z - shift)
+    if HAS_TOKEN_OUTPUTS:
+        weighted = _moved(weighted, total, peak, shift) + tl.sum(tl.where(powers > 0.0, powers * (z - shift), 0.0), axis=0)
+    total = total * _decay(peak, shift) + tl.sum(powers, axis=0)
+    return new_peak, total, weighted
+
+
+@triton.jit
 def _finish(
     peak,
     total,
@@ -164,28 +176,33 @@ def _logprob_stats_kernel(
     else:
         row_ptr = logits_ptr + (row_in_grid // T).to(tl.int64) * stride_b + (row_in_grid % T).to(tl.int64) * stride_t
         known = (label >= 0) & (label < V)
+        # Columns count from this share's first: a loop that starts at 0 takes half the registers.
+        first = split * split_columns
+        share_ptr = row_ptr + first
+        share_columns = tl.minimum(split_columns, V - first)
+        share_label = (tl.where(known, label, -1) - first).to(tl.int32)
+        here = known & (share_label >= 0) & (share_label < share_columns)
+        # Masks cost a third of the instructions, so only two blocks have them: the label's, and the last if it is incomplete.
+        full = share_columns // BLOCK
+        label_block = tl.where(here, share_label // BLOCK, full)
+        lanes = tl.arange(0, BLOCK)
         peak = -float("inf")  # of the other columns
         total = 0.0
         weighted = 0.0
-        # Columns count from this share's first: a loop that starts at 0 takes half the registers, and so does the label in 64 bits.
-        first = split * split_columns
-        share_ptr = row_ptr + first
-        share_label = tl.where(known, label, -1) - first
-        share_columns = tl.minimum(split_columns, V - first)
-        for start in range(0, share_columns, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            inside = columns < V - first
-            u = tl.load(share_ptr + columns, mask=inside, other=-float("inf")).to(tl.float32)  # (BLOCK,)
+        for i in range(0, tl.where(label_block < full, full - 1, full)):
+            start = tl.where(i < label_block, i, i + 1) * BLOCK
+            u = tl.load(share_ptr + start + lanes).to(tl.float32)  # (BLOCK,)
+            z = _final_logit(u, logit_scale, softcap, inverse_softcap, HAS_SCALE, HAS_SOFTCAP)
+            peak, total, weighted = _absorb(peak, total, weighted, z, HAS_TOKEN_OUTPUTS)
+        for i in range(0, tl.where((label_block < full) & (full * BLOCK < share_columns), 2, 1)):
+            start = tl.where(i == 0, label_block, full) * BLOCK
+            columns = start + lanes
+            # Not `columns < share_columns`: that V divides by 16 would be lost in the minimum.
+            inside = columns < tl.where(start < share_columns, V - first, 0)
+            u = tl.load(share_ptr + columns, mask=inside, other=-float("inf")).to(tl.float32)
             z = _final_logit(u, logit_scale, softcap, inverse_softcap, HAS_SCALE, HAS_SOFTCAP)
             z = tl.where(inside & (columns != share_label), z, -float("inf"))  # after the cap, or padding would become -cap
-            new_peak = tl.maximum(peak, tl.max(z, axis=0))
-            shift = tl.where(new_peak == -float("inf"), 0.0, new_peak)  # a block of -inf must not make inf - inf
-            powers = tl.exp(z - shift)
-            if HAS_TOKEN_OUTPUTS:
-                weighted = _moved(weighted, total, peak, shift) + tl.sum(tl.where(powers > 0.0, powers * (z - shift), 0.0), axis=0)
-            total = total * _decay(peak, shift) + tl.sum(powers, axis=0)
-            peak = new_peak
-        here = known & (share_label >= 0) & (share_label < split_columns)
+            peak, total, weighted = _absorb(peak, total, weighted, z, HAS_TOKEN_OUTPUTS)
         z_label = tl.load(share_ptr + share_label, mask=here, other=-float("inf")).to(tl.float32)
         z_label = _final_logit(z_label, logit_scale, softcap, inverse_softcap, HAS_SCALE, HAS_SOFTCAP)
         z_label = tl.where(here, z_label, -float("inf"))
@@ -281,18 +298,21 @@ def _logprob_grad_kernel(
         label_column = tl.where((label >= 0) & (label < V), label, -1).to(tl.int32)
         peak = tl.load(normalizer_ptr + 2 * row)
         slope = tl.load(row_grad_ptr + row)
-        inverse_total = 1.0 / tl.load(normalizer_ptr + 2 * row + 1)
-        not_label = _one_minus_exp(tl.load(logp_ptr + row))
+        if HAS_SCALE:
+            slope = slope * logit_scale
+        at_others = -slope / tl.load(normalizer_ptr + 2 * row + 1)  # a division per row instead of one per element
         u = tl.load(logits_ptr + batch * stride_b + position * stride_t + columns, mask=inside, other=0.0).to(tl.float32)
         if HAS_SCALE:
             u = u * logit_scale
-            slope = slope * logit_scale
+        z = u
         if HAS_SOFTCAP:
             t = _tanh(u * inverse_softcap)
             z = softcap * t
-            grad = slope * (1.0 - t * t) * tl.where(columns == label_column, not_label, -tl.exp(z - peak) * inverse_total)
-        else:
-            grad = slope * tl.where(columns == label_column, not_label, -tl.exp(u - peak) * inverse_total)
+        grad = tl.exp(z - peak) * at_others
+        if label_column // BLOCK == program % blocks:  # the other blocks need no comparison per element
+            grad = tl.where(columns == label_column, slope * _one_minus_exp(tl.load(logp_ptr + row)), grad)
+        if HAS_SOFTCAP:
+            grad = grad * (1.0 - t * t)
         tl.store(out_ptr, grad.to(grad_ptr.dtype.element_ty), mask=inside)
 
 

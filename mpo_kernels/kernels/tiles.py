@@ -24,16 +24,17 @@ class Tile:
 
 
 TILES: dict[str, dict[str, Tile]] = {
-    # 32 elements a thread: four 128-bit loads of bf16 in flight.
-    # On CDNA's 512 threads of 8 warps half of that keeps registers under 64, so that all 8 waves fit, and spills none for odd vocabularies.
+    # 32 elements a thread: four 128-bit loads of bf16 in flight, in at most 64 registers. On CDNA, whose 8 warps are 512 threads, half of
+    # that keeps odd vocabularies free of spills.
     "stats": {"default": Tile(8192, 8), "gfx942": Tile(4096, 8)},
-    # Half of that: where an odd vocabulary forbids vector access, addresses take twice the registers.
-    "grad": {"default": Tile(4096, 8)},
+    # As many elements a thread, in programs of half the size: a program's fixed work is shared by more elements than with 8 warps.
+    "grad": {"default": Tile(4096, 4)},
 }
 """Per kernel and architecture (`sm_90`, `gfx942`, ...); `default` where an architecture has no entry of its own."""
 
 PROGRAMS_PER_MULTIPROCESSOR = 4
-"""Programs of the statistics that one multiprocessor holds at a time (registers allow it on every architecture checked)."""
+"""Programs of the statistics that one multiprocessor should have; where softcap or an odd vocabulary leave room for two or three, the
+rest wait."""
 
 UNKNOWN_MULTIPROCESSORS = 128
 """Assumed where the device does not tell, that is when CPU tensors are driven through the interpreter or an emulator."""

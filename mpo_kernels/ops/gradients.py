@@ -10,47 +10,57 @@ from __future__ import annotations
 import torch
 
 FP16_PEAK = 256.0
-"""Largest entry that a chunk's float16 logit gradients are scaled to. Unscaled they are of the size 1 / (pairs * tokens) times a probability,
-which float16 rounds to 0; any GradScaler's factor comes too late, in backward. 256 leaves 2^-32 above 0 and dH below 512 * max |W|."""
+"""Largest entry that a chunk's float16 logit gradients are scaled to. Unscaled they are of the size of a probability divided by pairs and
+tokens, which float16 rounds to 0; a GradScaler's factor comes too late, in backward. 256 leaves 2^-32 above 0 and dH below
+512 * max |W|."""
 
 _PRODUCT_COLUMNS = 8192
-"""Vocabulary columns that the CPU widens to float32 at a time."""
+"""Vocabulary columns that the CPU, whose half-precision GEMMs round their results, widens to float32 at a time."""
 
 
 class HeadGradients:
     """Accumulates dH, dW and db chunk by chunk; what is not needed is not computed.
 
-    hidden (N, D) in the dtype of the hidden states, zero where no row was added; weight (V, D) and bias (V,) at least float32, since sums
-    over many chunks in bf16 would lose most of what the later chunks add.
+    weight (V, D) and bias (V,) are at least float32, since sums over many chunks in bf16 would lose most of what the later chunks add.
+    hidden (N, D), zero where no row was added, is so too where it will be multiplied by a factor that is not known yet, so that it is rounded
+    once and not twice.
     """
 
     def __init__(
-        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, head: torch.Tensor, needs: tuple[bool, bool, bool]
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        head: torch.Tensor,
+        needs: tuple[bool, bool, bool],
+        *,
+        scaled_later: bool,
     ) -> None:
         """`head`: the weight (V, D) as the GEMMs take it; the others as their gradients are wanted."""
         self._head, self._needs = head, needs
-        precise = torch.promote_types(weight.dtype, torch.float32)
-        self.hidden = torch.zeros_like(hidden) if needs[0] else hidden.new_empty(0)
-        self.weight = torch.empty(weight.shape if needs[1] else 0, dtype=precise, device=weight.device)
-        self.bias = torch.zeros(weight.shape[0] if needs[2] else 0, dtype=precise, device=weight.device)
+        precise = {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device}
+        dtype = hidden_grad_dtype(hidden.dtype) if scaled_later else hidden.dtype
+        self.hidden = torch.zeros(hidden.shape if needs[0] else 0, dtype=dtype, device=hidden.device)
+        self.weight = torch.empty(weight.shape if needs[1] else 0, **precise)
+        self.bias = torch.zeros(weight.shape[0] if needs[2] else 0, **precise)
         self.weight_is_empty = True  # its first product is written over what the memory holds, so nothing is filled with zeros first
         if bias is None:
             assert not needs[2]
 
     def add(self, places: torch.Tensor, grad_logits: torch.Tensor, hidden: torch.Tensor, divisor: torch.Tensor | None) -> None:
-        """Takes in grad_logits (n, V) of the rows hidden (n, D) at `places`; both were multiplied by `divisor` (), if any.
+        """Takes in grad_logits (n, V) of the rows hidden (n, D) at `places`; grad_logits were multiplied by `divisor` (), if any.
 
         dW and db are divided by it again, dH is not: its rows are scaled in backward anyway.
         """
         if self._needs[0]:
-            self.hidden.index_copy_(0, places, torch.mm(grad_logits, self._head).to(self.hidden.dtype))
-        if self._needs[1] and divisor is None:
-            _add_product(self.weight, grad_logits, hidden, overwrite=self.weight_is_empty)
-            self.weight_is_empty = False
-        elif self._needs[1]:
-            product = torch.empty_like(self.weight)
-            _add_product(product, grad_logits, hidden, overwrite=True)
-            self.weight = product.div_(divisor) if self.weight_is_empty else self.weight.addcdiv_(product, divisor)
+            self.hidden.index_copy_(0, places, _hidden_product(grad_logits, self._head, self.hidden.dtype))
+        if self._needs[1]:
+            if divisor is None:
+                _add_product(self.weight, grad_logits, hidden, overwrite=self.weight_is_empty)
+            else:
+                product = torch.empty_like(self.weight)
+                _add_product(product, grad_logits, hidden, overwrite=True)
+                self.weight = product.div_(divisor) if self.weight_is_empty else self.weight.addcdiv_(product, divisor)
             self.weight_is_empty = False
         if self._needs[2]:
             total = grad_logits.sum(0, dtype=self.bias.dtype)
@@ -62,14 +72,39 @@ class HeadGradients:
             self.weight.zero_()
 
 
+def hidden_grad_dtype(dtype: torch.dtype) -> torch.dtype:
+    """That of a dH which is scaled in backward."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _gemms_return_float32(tensor: torch.Tensor) -> bool:
+    """Half-precision GEMMs can hand out their float32 sums: cuBLAS, through PyTorch 2.8 and later."""
+    return tensor.device.type == "cuda" and torch.version.hip is None
+
+
+def _hidden_product(grad_logits: torch.Tensor, head: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """grad_logits (n, V) W (V, D) in `dtype`, rounded once."""
+    if grad_logits.dtype == dtype or grad_logits.dtype.itemsize > dtype.itemsize:
+        return torch.mm(grad_logits, head).to(dtype)
+    if _gemms_return_float32(grad_logits):
+        return torch.mm(grad_logits, head, out_dtype=dtype)
+    if grad_logits.device.type == "cpu":
+        total = grad_logits.new_zeros(grad_logits.shape[0], head.shape[1], dtype=dtype)
+        for first in range(0, head.shape[0], _PRODUCT_COLUMNS):
+            columns = slice(first, first + _PRODUCT_COLUMNS)
+            total.addmm_(grad_logits[:, columns].to(dtype), head[columns].to(dtype))
+        return total
+    return torch.mm(grad_logits, head).to(dtype)
+
+
 def _add_product(total: torch.Tensor, grad_logits: torch.Tensor, hidden: torch.Tensor, *, overwrite: bool) -> None:
     """total (V, D) += grad_logits^T (V, n) hidden (n, D), the sum in the dtype of `total`."""
     beta = 0 if overwrite else 1  # 0 ignores what is there, NaN included
     if grad_logits.dtype == total.dtype:
         torch.addmm(total, grad_logits.T, hidden, beta=beta, out=total)
-    elif grad_logits.device.type == "cuda" and torch.version.hip is None:
+    elif _gemms_return_float32(grad_logits):
         torch.addmm(total, grad_logits.T, hidden, out_dtype=total.dtype, beta=beta, out=total)
-    elif grad_logits.device.type == "cpu":  # whose GEMMs round a half-precision product to half precision
+    elif grad_logits.device.type == "cpu":
         wide = hidden.to(total.dtype)
         for first in range(0, total.shape[0], _PRODUCT_COLUMNS):
             columns = slice(first, first + _PRODUCT_COLUMNS)

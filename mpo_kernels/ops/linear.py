@@ -1,9 +1,9 @@
 """Autograd from hidden states through a linear head, whose [tokens, vocab] logits never exist as a whole.
 
 Only scored rows reach the head, in chunks of whole pairs. The gradient c_i of a row's log-probability is known as soon as its pair's gap
-is, so each chunk does: logits GEMM, statistics, pair loss, gradient in the place of the logits, dH GEMM, dW GEMM (equation 10). Three GEMMs,
-nothing recomputed. The gradients are computed in the forward pass and only scaled in backward; backward needs neither the weight's data
-(ZeRO-3 may have partitioned it by then) nor the hidden states.
+is, so each chunk does: logits GEMM, statistics, pair loss, gradient in the place of the logits, dH GEMM, dW GEMM (equation 10): three
+GEMMs, nothing recomputed. The gradients are computed in the forward pass and only scaled in backward; backward needs neither the
+weight's data (ZeRO-3 may have partitioned it by then) nor the hidden states.
 
 A pair larger than the budget is computed in pieces, whose c is not known until the last of them is. Its dH rows are scaled by c when it is;
 so is dW where nothing else is in it yet, hence such pairs come first. For each further one the logits are computed again: a fourth GEMM.
@@ -17,7 +17,7 @@ import torch
 
 from mpo_kernels.backend import backend_for
 from mpo_kernels.distributed import Parallel, from_handle
-from mpo_kernels.ops.gradients import FP16_PEAK, HeadGradients, power_of_two_for, scaled
+from mpo_kernels.ops.gradients import FP16_PEAK, HeadGradients, hidden_grad_dtype, power_of_two_for, scaled
 from mpo_kernels.ops.head import HeadOptions, RowStats, row_stats, statistics_dtype, write_logit_grads
 from mpo_kernels.ops.pair import pair_losses
 from mpo_kernels.ops.rows import rows_of_chunks, scored_rows
@@ -32,7 +32,7 @@ class _Head:
     def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gemm_dtype: torch.dtype | None) -> None:
         self.dtype = gemm_dtype or hidden.dtype
         self.weight = weight.to(self.dtype)
-        self.bias = None if bias is None else bias.to(self.dtype)
+        self.bias: torch.Tensor | None = None if bias is None else bias.to(self.dtype)
 
     def rows_per_chunk(self, chunk_bytes: int | None, ranks: Parallel | None) -> int:
         """Rows whose logits fit the budget, the same on all ranks."""
@@ -82,7 +82,7 @@ def linear_pair_loss_op(
         backend, head = backend_for(hidden), _Head(hidden, weight, bias, gemm_dtype)
         budget = head.rows_per_chunk(chunk_bytes, ranks)
         plan = sorted(plan_pairs(longest.tolist(), budget), key=lambda chunk: chunk.rows <= budget)
-        gradients = HeadGradients(hidden, weight, bias, head.weight, needs)
+        gradients = HeadGradients(hidden, weight, bias, head.weight, needs, scaled_later=True)
         row_scale = hidden.new_ones(hidden.shape[0] if hidden_grad else 0, dtype=statistics_dtype(hidden))
         tokens = _TokenOutputs(hidden.shape[0] if token_outputs else 0, hidden, extra=token_outputs)
         losses, gaps, means = (reference_gap.new_empty(n) for n in (pairs, pairs, 2 * pairs))
@@ -96,7 +96,8 @@ def linear_pair_loss_op(
                 chunk_counts = counts[[chunk.first, pairs + chunk.first]].to(losses.dtype).to(device, non_blocking=True)
                 row_grad = backend.row_grads(losses.new_ones(1), chunk_counts, chunk.labels, chunk.cu_seqlens, ignore_index=ignore_index)
                 divisor = power_of_two_for(row_grad, head.dtype)
-                bias_before, gradients.bias = gradients.bias, torch.zeros_like(gradients.bias)
+                bias_before = gradients.bias
+                gradients.bias = torch.zeros_like(bias_before)
 
             stats = []
             for a, b in pieces:
@@ -106,7 +107,7 @@ def linear_pair_loss_op(
                     _add_gradients(gradients, chunk, a, b, logits, stats[-1], row_grad, divisor, chunk_hidden, options, ranks)
                 if token_outputs:
                     tokens.add(chunk.places[a:b], stats[-1])
-            logp = torch.cat([s.logp for s in stats])
+            logp = torch.cat([piece.logp for piece in stats])
             weights = None if pair_weights is None else pair_weights[here]
             chunk_means, scored, gaps[here], losses[here], gap_grad = pair_losses(
                 logp, chunk.labels, chunk.cu_seqlens, reference_gap[here], weights, beta, ignore_index, ranks
@@ -117,7 +118,7 @@ def linear_pair_loss_op(
             if is_deferred:
                 gradients.weight.mul_(gap_grad)
                 gradients.bias = bias_before.addcmul_(gradients.bias, gap_grad)
-                factor = gap_grad if divisor is None else gap_grad / divisor
+                factor: torch.Tensor | None = gap_grad if divisor is None else gap_grad / divisor
             else:
                 row_grad = backend.row_grads(gap_grad, scored, chunk.labels, chunk.cu_seqlens, ignore_index=ignore_index)
                 divisor = power_of_two_for(row_grad, head.dtype)
@@ -155,7 +156,7 @@ def _(
         hidden.new_empty(extra, **floats),
         hidden.new_empty(extra, **floats),
         hidden.new_empty(extra, dtype=torch.bool),
-        hidden.new_empty(hidden.shape if hidden_grad else 0),
+        hidden.new_empty(hidden.shape if hidden_grad else 0, dtype=hidden_grad_dtype(hidden.dtype)),
         hidden.new_empty(rows if hidden_grad else 0, **floats),
         weight.new_empty(weight.shape if weight_grad else 0, **precise),
         weight.new_empty(weight.shape[0] if bias_grad else 0, **precise),
@@ -198,13 +199,12 @@ def linear_token_logprobs_op(
     ignore_index, logit_scale, softcap, chunk_bytes, gemm_dtype, token_outputs, parallel,
 ):  # fmt: skip
     """hidden (N, D), labels (N,) on any device -> logp (N,), entropy and is_argmax (N,) or (0,); for backward, the normalizers (N, 2) with
-    `keep_stats`, or dlogp/dH (N, D), in float16 times FP16_PEAK, with `keep_hidden_grad`: two GEMMs are then all, which a frozen head allows.
-    """
+    `keep_stats`, or dlogp/dH (N, D), in float16 times FP16_PEAK, with `keep_hidden_grad`: a frozen head then needs two GEMMs in all."""
     options, ranks = HeadOptions(ignore_index, logit_scale, softcap), from_handle(parallel)
     rows = scored_rows(labels, None, ignore_index, weight.shape[0], ranks)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         head = _Head(hidden, weight, bias, gemm_dtype)
-        gradients = HeadGradients(hidden, weight, None, head.weight, (keep_hidden_grad, False, False))
+        gradients = HeadGradients(hidden, weight, None, head.weight, (keep_hidden_grad, False, False), scaled_later=True)
         tokens = _TokenOutputs(hidden.shape[0], hidden, extra=token_outputs)
         normalizer = hidden.new_zeros(hidden.shape[0] if keep_stats else 0, 2, dtype=statistics_dtype(hidden))
         places, scored_labels = (t.to(hidden.device, non_blocking=True) for t in (rows.places, rows.labels))
@@ -240,7 +240,7 @@ def _(
         hidden.new_empty(rows if token_outputs else 0, **floats),
         hidden.new_empty(rows if token_outputs else 0, dtype=torch.bool),
         hidden.new_empty(rows if keep_stats else 0, 2, **floats),
-        hidden.new_empty(hidden.shape if keep_hidden_grad else 0),
+        hidden.new_empty(hidden.shape if keep_hidden_grad else 0, dtype=hidden_grad_dtype(hidden.dtype)),
     )
 
 
@@ -260,7 +260,8 @@ def linear_token_logprobs_grad_op(
     rows = scored_rows(labels, None, ignore_index, weight.shape[0], ranks)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         head = _Head(hidden, weight, bias, gemm_dtype)
-        gradients = HeadGradients(hidden, weight, bias, head.weight, (hidden_grad, weight_grad, bias_grad))
+        needs, is_half = (hidden_grad, weight_grad, bias_grad), head.dtype == torch.float16
+        gradients = HeadGradients(hidden, weight, bias, head.weight, needs, scaled_later=is_half)
         row_scale = torch.ones_like(logp) if hidden_grad else logp.new_empty(0)
         places, scored_labels = (t.to(hidden.device, non_blocking=True) for t in (rows.places, rows.labels))
         for a, b in split_rows(0, places.numel(), head.rows_per_chunk(chunk_bytes, ranks)):
@@ -286,8 +287,9 @@ def _(
     ignore_index, logit_scale, softcap, chunk_bytes, gemm_dtype, token_outputs, parallel,
 ):  # fmt: skip
     precise = {"dtype": torch.promote_types(weight.dtype, torch.float32)}
+    is_half = (gemm_dtype or hidden.dtype) == torch.float16
     return (
-        hidden.new_empty(hidden.shape if hidden_grad else 0),
+        hidden.new_empty(hidden.shape if hidden_grad else 0, dtype=hidden_grad_dtype(hidden.dtype) if is_half else hidden.dtype),
         logp.new_empty(logp.shape if hidden_grad else 0),
         weight.new_empty(weight.shape if weight_grad else 0, **precise),
         weight.new_empty(weight.shape[0] if bias_grad else 0, **precise),

@@ -6,6 +6,7 @@ Started by test_parallel.py: rank, world size, rendezvous file. Exits with 1 whe
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -37,7 +38,7 @@ def problem(dtype: torch.dtype) -> dict[str, torch.Tensor]:
 def uneven(total: int, ranks: int) -> list[slice]:
     """Consecutive slices of different sizes."""
     bounds = [0, *(total * (r + 1) * (r + 2) // (ranks * (ranks + 1)) for r in range(ranks))]
-    return [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [slice(a, b) for a, b in pairwise(bounds)]
 
 
 def close(got: torch.Tensor, want: torch.Tensor, what: str, tolerance: float) -> None:

@@ -10,7 +10,7 @@ if not INTERPRETED:
 import triton
 import triton.language as tl
 from inside import Memory
-from meter import Meter
+from benchmarks.instruments.traffic import Meter
 
 import mpo_kernels
 

@@ -111,7 +111,7 @@ def test_tiles_can_be_overridden_and_wrong_ones_are_refused():
     cpu = torch.device("cpu")
     with use_tiles(stats=Tile(1024, 2)):
         assert tile_for("stats", 5000, cpu) == Tile(1024, 2)
-        assert tile_for("grad", 5000, cpu) == Tile(4096, 8)
+        assert tile_for("grad", 5000, cpu) == Tile(4096, 4)
     assert tile_for("stats", 50000, cpu) == Tile(8192, 8)
     with pytest.raises(ValueError, match="stats: block is 1000; it must be a power of two"), use_tiles(stats=Tile(1000, 4)):
         pass

@@ -1,0 +1,167 @@
+"""The cases of the numerics matrix, and what one of them is compared with."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from cases import relative_error
+
+import mpo_kernels
+from mpo_kernels import reference
+
+AXES: dict[str, tuple] = {
+    "dtype": (torch.float32, torch.bfloat16, torch.float16),
+    "vocab": (1, 127, 32000, 50257, 128256, 151936, 256000, 262144),
+    "hidden": (64, 896, 2048, 33),
+    "pairs": (1, 2, 7),
+    "mask": ("none", "prompt", "all but one"),
+    "option": ("softcap", "bias", "scale", "frozen weight", "frozen hidden", "tied", "strided", "packed", "left-padded", "right-padded"),
+    "regime": ("flat", "certain", "unlikely", "huge", "minus infinity", "equal", "error near 0"),
+}
+TOKENS = 4
+FP32_BAR = 1e-5
+HALF_BAR = 1.25  # times the error of plain autograd in the same dtype
+
+
+def covering(axes: Mapping[str, Sequence], together: Sequence[tuple[str, ...]], seed: int = 0) -> Iterator[dict]:
+    """Cases that hold every combination of values of each group of axes in `together`, greedily few, always the same."""
+    rng = random.Random(seed)
+    open_sets = {group: set(itertools.product(*(range(len(axes[name])) for name in group))) for group in together}
+    while any(open_sets.values()):
+        group, values = max(((g, v) for g, v in open_sets.items() if v), key=lambda item: len(item[1]))
+        fixed = dict(zip(group, min(values), strict=True))
+        tries = [{n: fixed.get(n, rng.randrange(len(axes[n]))) for n in axes} for _ in range(40)]
+        best = max(tries, key=lambda t: sum(tuple(t[n] for n in g) in v for g, v in open_sets.items()))
+        for g, v in open_sets.items():
+            v.discard(tuple(best[n] for n in g))
+        yield {name: axes[name][index] for name, index in best.items()}
+
+
+@dataclass
+class Problem:
+    """Inputs in the case's dtype, and the options of the loss."""
+
+    hidden: torch.Tensor  # (2P, T, D), leaf
+    weight: torch.Tensor  # (V, D), leaf
+    bias: torch.Tensor | None
+    labels: torch.Tensor  # (2P, T)
+    gap: torch.Tensor  # (P,)
+    options: dict
+
+
+def problem(case: Mapping) -> Problem:
+    """A problem of the case's regime, as far as its options allow the regime."""
+    generator = torch.Generator().manual_seed(_seed(case))
+    dtype, V, D, S, option = case["dtype"], case["vocab"], case["hidden"], 2 * case["pairs"], case["option"]
+    labels = torch.randint(0, V, (S, TOKENS), generator=generator)
+    weight = torch.randn(V, D, generator=generator).mul_(D**-0.5)
+    hidden = torch.randn(S, TOKENS, D, generator=generator)
+    bias = torch.randn(V, generator=generator) if option == "bias" or case["regime"] == "minus infinity" else None
+    toward = weight[labels] / weight[labels].square().sum(-1, keepdim=True)  # moves the label's logit by 1 each
+    match case["regime"]:
+        case "flat":
+            hidden.mul_(1e-2)
+        case "certain":
+            hidden.mul_(0.3).add_(toward * 18)
+        case "unlikely":
+            hidden.mul_(0.3).sub_(toward * 55)
+        case "huge":
+            hidden.mul_(2500)
+        case "minus infinity" if bias is not None and V > 2:
+            bias[torch.arange(V) % 3 == 2] = float("-inf")
+            labels[labels % 3 == 2] -= 1
+        case "equal":
+            weight.zero_()
+    if case["mask"] == "prompt":
+        labels[:, : TOKENS // 2] = -100
+    elif case["mask"] == "all but one":
+        labels[:, :-1] = -100
+    if option == "left-padded":
+        labels[::2, 0] = -100
+        hidden[::2, 0] = 3e4
+    elif option == "right-padded" and case["mask"] != "all but one":
+        labels[::2, -1] = -100
+        hidden[::2, -1] = 3e4
+    options = {"beta": 1.3, **{"softcap": {"softcap": 30.0}, "scale": {"logit_scale": 0.5}}.get(option, {})}
+    rounded = [None if t is None else t.to(dtype) for t in (hidden, weight, bias)]
+    gap = torch.randn(case["pairs"], generator=generator)
+    if case["regime"] == "error near 0":
+        with torch.no_grad():
+            gap = _plain(*(None if t is None else t.float() for t in rounded), labels, gap, options).reward_gap * 1.3 + 1e-3
+    return Problem(*rounded, labels, gap, options)
+
+
+def _seed(case: Mapping) -> int:
+    """The same in every process, unlike hash()."""
+    return sum((i + 1) * 7919 * axis.index(case[name]) for i, (name, axis) in enumerate(AXES.items())) % 100_003
+
+
+def _plain(hidden, weight, bias, labels, gap, options):
+    """What one would write: the head in its dtype, an fp32 log-softmax, autograd for the rest."""
+    logits = torch.nn.functional.linear(hidden, weight, bias).float()
+    return mpo_kernels.MPOLossOutput(*reference.mpo_loss(logits, labels, gap, **options))
+
+
+def _ours(hidden, weight, bias, labels, gap, options):
+    return mpo_kernels.linear_mpo_loss(hidden, weight, labels, gap, bias=bias, **options)
+
+
+def _oracle(hidden, weight, bias, labels, gap, options):
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    return mpo_kernels.MPOLossOutput(*reference.mpo_loss(logits, labels, gap.double(), **options))
+
+
+def results(function, given: Problem, option: str, wide: bool = False) -> dict[str, torch.Tensor]:
+    """Loss, gaps and gradients of one way to compute."""
+
+    def leaf(tensor: torch.Tensor | None, trained: bool) -> torch.Tensor | None:
+        return None if tensor is None else tensor.detach().to(torch.float64 if wide else tensor.dtype).requires_grad_(trained)
+
+    hidden, weight, bias = (
+        leaf(given.hidden, option != "frozen hidden"),
+        leaf(given.weight, option != "frozen weight"),
+        leaf(given.bias, False),
+    )
+    labels, options, shown = given.labels, dict(given.options), hidden
+    if option == "tied":  # the embedding of some tokens is added, so the weight gets gradients from both ends
+        shown = hidden + weight[given.labels.clamp_min(0)]
+    elif option == "strided":
+        shown = torch.cat([hidden, hidden.detach()], 1)[:, :TOKENS]
+    elif option == "packed" and function is _ours:
+        sequences = labels.shape[0]
+        shown, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+        options["cu_seqlens"] = torch.arange(0, sequences * TOKENS + 1, TOKENS, dtype=torch.int32)
+    elif option in ("left-padded", "right-padded") and function is _plain:
+        shown = hidden.masked_fill((labels == -100)[..., None], 0)  # where it would overflow float16 and become NaN
+    out = function(shown, weight, bias, labels, given.gap, options)
+    (out.loss * 1.7).backward()
+    found = {"loss": out.loss.detach(), "reward_gap": out.reward_gap.detach(), "dH": hidden.grad, "dW": weight.grad}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def check(case: Mapping) -> dict[str, float]:
+    """Ratio of each result's error to that of plain autograd, and an AssertionError where one misses its bar."""
+    given, option = problem(case), case["option"]
+    ours, plain = results(_ours, given, option), results(_plain, given, option)
+    exact = results(_oracle, given, option, wide=True)
+    error_size = (given.options["beta"] * exact["reward_gap"] - given.gap).abs().clamp_min(1e-12)
+    # Where the gap is nearly right, the last digits of it are all that is left of the error, and of everything that is proportional to it.
+    lost = float(((given.options["beta"] * exact["reward_gap"]).abs() + given.gap.abs()).div(error_size).max()) * 4e-7
+    rounding = torch.finfo(case["dtype"]).eps / 2
+    ratios = {}
+    for name, want in exact.items():
+        if float(want.abs().max()) > torch.finfo(ours[name].dtype).max:
+            continue  # float16 cannot hold it
+        assert torch.isfinite(ours[name]).all(), name
+        error, theirs = relative_error(ours[name], want), relative_error(plain[name], want)
+        bar = max(FP32_BAR, lost, HALF_BAR * theirs)
+        if case["dtype"] != torch.float32 and int((given.labels != -100).sum()) < 16:
+            bar = max(bar, 2 * rounding)  # so few rows that their luck in rounding decides
+        assert error <= bar, f"{name}: {error:.2e}, plain autograd {theirs:.2e}, bar {bar:.2e}"
+        if error > FP32_BAR and theirs > FP32_BAR:
+            ratios[name] = error / theirs
+    return ratios

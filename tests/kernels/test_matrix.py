@@ -1,0 +1,52 @@
+"""Accuracy over dtypes, vocabularies, hidden sizes, pairs, masks, options and regimes, against float64 and plain autograd.
+
+By default a sample in which every two values of any two axes meet, at sizes that leave it under two minutes. The `slow` run has every
+combination of dtype, vocabulary, hidden size and option, with all triples of the rest.
+"""
+
+import itertools
+import statistics
+
+import pytest
+from cases import INTERPRETED
+from matrix import AXES, check, covering
+
+if INTERPRETED:
+    pytest.skip("the matrix is of real sizes; the interpreter runs small ones in the other files", allow_module_level=True)
+
+LARGEST = 33_000_000  # elements of the weight in the default run
+PAIRWISE = [case for case in covering(AXES, list(itertools.combinations(AXES, 2))) if case["vocab"] * case["hidden"] <= LARGEST]
+WHOLE = list(covering(AXES, [("dtype", "vocab", "hidden", "option"), ("pairs", "mask", "regime"), ("option", "regime", "dtype")]))
+
+
+def name(case):
+    return "-".join(str(value).removeprefix("torch.").replace(" ", "_") for value in case.values())
+
+
+RATIOS: list[float] = []
+
+
+@pytest.mark.parametrize("case", PAIRWISE, ids=name)
+def test_sample(case):
+    RATIOS.extend(check(case).values())
+
+
+def test_on_average_no_worse_than_plain_autograd():
+    """After the sample: the geometric mean of error over plain autograd's error, where either is above fp32 rounding."""
+    if len(RATIOS) < 40:
+        pytest.skip("needs the sample to have run in this process")
+    assert statistics.geometric_mean(RATIOS) < 1.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", WHOLE, ids=name)
+def test_whole(case):
+    check(case)
+
+
+def test_the_sample_covers_all_pairs_of_values_that_fit():
+    for first, second in itertools.combinations(AXES, 2):
+        if {first, second} == {"vocab", "hidden"}:
+            continue
+        met = {(case[first], case[second]) for case in covering(AXES, [(first, second)])}
+        assert met == set(itertools.product(AXES[first], AXES[second]))
