@@ -129,7 +129,8 @@ def logprob_grad(
             grad = torch.mul(t, softcap).sub_(peak).exp_().mul_(-slope / total)
         grad.scatter_(1, at_label, torch.where(here, not_label, grad.gather(1, at_label)))
         if softcap is not None:
-            grad.mul_(t.square_().neg_().add_(1))
+            # 1 - tanh^2 = 1 / cosh^2, which does not cancel where the cap saturates.
+            grad.mul_(torch.mul(block.to(dtype), logit_scale / softcap, out=t).cosh_().square_().reciprocal_())
         if grad is not target:
             target[keep] = grad.to(target.dtype)
 

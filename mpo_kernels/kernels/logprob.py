@@ -38,6 +38,14 @@ def _tanh(x):
 
 
 @triton.jit
+def _tanh_and_slope(x):
+    # The same, and 1 - tanh(x)^2 without the cancellation that saturated logits would suffer.
+    e = tl.exp(tl.minimum(2.0 * x, 80.0))  # finite, so that the slope is 0 and not NaN far out
+    q = 1.0 / (e + 1.0)
+    return 1.0 - 2.0 * q, 4.0 * q * (q * e)
+
+
+@triton.jit
 def _log1p(x):
     # log(1 + x) for 0 <= x <= 1 to full relative precision: 2 atanh(s) with s = x / (2 + x) <= 1/3, whose series needs eight terms in fp32.
     s = x / (2.0 + x)
@@ -306,13 +314,13 @@ def _logprob_grad_kernel(
             u = u * logit_scale
         z = u
         if HAS_SOFTCAP:
-            t = _tanh(u * inverse_softcap)
+            t, capped_slope = _tanh_and_slope(u * inverse_softcap)
             z = softcap * t
         grad = tl.exp(z - peak) * at_others
         if label_column // BLOCK == program % blocks:  # the other blocks need no comparison per element
             grad = tl.where(columns == label_column, slope * _one_minus_exp(tl.load(logp_ptr + row)), grad)
         if HAS_SOFTCAP:
-            grad = grad * (1.0 - t * t)
+            grad = grad * capped_slope
         tl.store(out_ptr, grad.to(grad_ptr.dtype.element_ty), mask=inside)
 
 

@@ -139,8 +139,9 @@ def results(function, given: Problem, option: str, wide: bool = False) -> dict[s
         shown = hidden.masked_fill((labels == -100)[..., None], 0)  # where it would overflow float16 and become NaN
     out = function(shown, weight, bias, labels, given.gap, options)
     (out.loss * 1.7).backward()
-    found = {"loss": out.loss.detach(), "reward_gap": out.reward_gap.detach(), "dH": hidden.grad, "dW": weight.grad}
-    return {name: value for name, value in found.items() if value is not None}
+    found = {"loss": out.loss, "reward_gap": out.reward_gap, "dH": hidden.grad, "dW": weight.grad}
+    found |= {"chosen": out.chosen_logps, "rejected": out.rejected_logps}
+    return {name: value.detach() for name, value in found.items() if value is not None}
 
 
 def check(case: Mapping) -> dict[str, float]:
@@ -148,17 +149,21 @@ def check(case: Mapping) -> dict[str, float]:
     given, option = problem(case), case["option"]
     ours, plain = results(_ours, given, option), results(_plain, given, option)
     exact = results(_oracle, given, option, wide=True)
-    error_size = (given.options["beta"] * exact["reward_gap"] - given.gap).abs().clamp_min(1e-12)
-    # Where the gap is nearly right, the last digits of it are all that is left of the error, and of everything that is proportional to it.
-    lost = float(((given.options["beta"] * exact["reward_gap"]).abs() + given.gap.abs()).div(error_size).max()) * 4e-7
+    beta = given.options["beta"]
+    wrong_by = (beta * exact["reward_gap"] - given.gap).abs().clamp_min(1e-12)
+    # Where the gap is nearly right, the last digits of the two means are all that is left of the error, and of what is proportional to it.
+    means = exact["chosen"].abs() + exact["rejected"].abs()
+    lost = {"reward_gap": float((means / exact["reward_gap"].abs().clamp_min(1e-12)).max()) * 2e-7}
+    lost |= dict.fromkeys(("loss", "dH", "dW"), float(((beta * means + given.gap.abs()) / wrong_by).max()) * 2e-7)
     rounding = torch.finfo(case["dtype"]).eps / 2
     ratios = {}
-    for name, want in exact.items():
+    for name in exact.keys() - {"chosen", "rejected"}:
+        want = exact[name]
         if float(want.abs().max()) > torch.finfo(ours[name].dtype).max:
             continue  # float16 cannot hold it
         assert torch.isfinite(ours[name]).all(), name
         error, theirs = relative_error(ours[name], want), relative_error(plain[name], want)
-        bar = max(FP32_BAR, lost, HALF_BAR * theirs)
+        bar = max(FP32_BAR, lost.get(name, 0.0), HALF_BAR * theirs)
         if case["dtype"] != torch.float32 and int((given.labels != -100).sum()) < 16:
             bar = max(bar, 2 * rounding)  # so few rows that their luck in rounding decides
         assert error <= bar, f"{name}: {error:.2e}, plain autograd {theirs:.2e}, bar {bar:.2e}"

@@ -10,9 +10,9 @@ if not INTERPRETED:
 import triton
 import triton.language as tl
 from inside import Memory
-from benchmarks.instruments.traffic import Meter
 
 import mpo_kernels
+from benchmarks.instruments.traffic import Meter
 
 P, T = 2, 6
 
