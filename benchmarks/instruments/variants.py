@@ -59,9 +59,7 @@ class Variant:
         aligned = {n for n in names if n.endswith("_ptr")}
         if self.aligned:
             aligned |= {n for n in names if n in _DIVISIBLE or "stride" in n}
-        return report(
-            self.kernel, {n: _type(n) for n in names}, constants, aligned, target, tile.num_warps, elements_per_program=elements
-        )
+        return report(self.kernel, {n: _type(n) for n in names}, constants, aligned, target, tile.num_warps, elements_per_program=elements)
 
 
 def _type(name: str) -> str:

@@ -22,8 +22,8 @@ class HeadGradients:
     """Accumulates dH, dW and db chunk by chunk; what is not needed is not computed.
 
     weight (V, D) and bias (V,) are at least float32, since sums over many chunks in bf16 would lose most of what the later chunks add.
-    hidden (N, D), zero where no row was added, is so too where it will be multiplied by a factor that is not known yet, so that it is rounded
-    once and not twice.
+    hidden (N, D), zero where no row was added, is so too where it will be multiplied by a factor that is not known yet, so that it
+    is rounded once and not twice.
     """
 
     def __init__(
@@ -38,11 +38,11 @@ class HeadGradients:
     ) -> None:
         """`head`: the weight (V, D) as the GEMMs take it; the others as their gradients are wanted."""
         self._head, self._needs = head, needs
-        precise = {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device}
+        precise = torch.promote_types(weight.dtype, torch.float32)
         dtype = hidden_grad_dtype(hidden.dtype) if scaled_later else hidden.dtype
-        self.hidden = torch.zeros(hidden.shape if needs[0] else 0, dtype=dtype, device=hidden.device)
-        self.weight = torch.empty(weight.shape if needs[1] else 0, **precise)
-        self.bias = torch.zeros(weight.shape[0] if needs[2] else 0, **precise)
+        self.hidden = torch.zeros(hidden.shape if needs[0] else (0,), dtype=dtype, device=hidden.device)
+        self.weight = torch.empty(weight.shape if needs[1] else (0,), dtype=precise, device=weight.device)
+        self.bias = torch.zeros(weight.shape[0] if needs[2] else 0, dtype=precise, device=weight.device)
         self.weight_is_empty = True  # its first product is written over what the memory holds, so nothing is filled with zeros first
         if bias is None:
             assert not needs[2]
