@@ -430,25 +430,21 @@ class _Threads:
     # Memory
 
     def load(self, instruction: Instruction, mask: Mask) -> None:
-        kind = instruction.types[-1]
-        names = instruction.operands[0]
+        names, width = instruction.operands[0], _width(instruction.types[-1])
+        kind = f"{'s' if instruction.types[-1][0] == 's' else 'b'}{width}"  # a signed number keeps its sign in a wider register
         if "param" in instruction.modifiers:
-            value = self._parameters[instruction.operands[1][0].strip("[] ")] & ((1 << _width(kind)) - 1)
-            self.write(names[0], np.full(self._count, value, _UNSIGNED[_width(kind)]), f"b{_width(kind)}", mask)
+            value = self._parameters[instruction.operands[1][0].strip("[] ")] & ((1 << width) - 1)
+            self.write(names[0], _decode(np.full(self._count, value, _UNSIGNED[width]), kind), kind, mask)
             return
-        size = _width(kind) // 8 * len(names)
-        read = np.zeros((self._count, size), np.uint8)
-        memory, threads, places = self._reach(instruction, instruction.operands[1][0], size, mask)
+        read = np.zeros((self._count, width // 8 * len(names)), np.uint8)
+        memory, threads, places = self._reach(instruction, instruction.operands[1][0], read.shape[1], mask)
         self._track(instruction, memory, threads, places, None)
         read[threads] = memory.bytes[places]
         if memory is self._shared and not self._shared_written[places].all():
             self._findings.add("undefined", f"shared memory is read and was not written: {instruction.text}")
-        columns: np.ndarray = read.view(_UNSIGNED[_width(kind)])
+        columns: np.ndarray = read.view(_UNSIGNED[width])
         for i, name in enumerate(names):
-            raw = np.ascontiguousarray(columns[:, i])
-            self.write(
-                name, raw.view(_SIGNED[_width(kind)]) if kind[0] == "s" else raw, ("s" if kind[0] == "s" else "b") + str(_width(kind)), mask
-            )
+            self.write(name, _decode(np.ascontiguousarray(columns[:, i]), kind), kind, mask)
 
     def store(self, instruction: Instruction, mask: Mask) -> None:
         width = _width(instruction.types[-1])
