@@ -139,6 +139,7 @@ def mpo_loss(
         ValueError: shapes, dtypes, devices or values do not fit.
     """
     check.check_options(logit_scale, softcap, beta, reduction)
+    check.check_integers(ignore_index)
     check.check_rows("logits", logits, labels)
     sequences = check.check_layout(logits, cu_seqlens, "logits", pairs=True)
     _check_pair_vectors(reference_gap, pair_weights, sequences // 2, logits.device)
@@ -242,6 +243,7 @@ def linear_mpo_loss(
         ValueError: shapes, dtypes, devices or values do not fit; a sequence has no scored token.
     """
     check.check_options(logit_scale, softcap, beta, reduction)
+    check.check_integers(ignore_index, chunk_bytes)
     gemm_dtype = _check_head(hidden, weight, bias, labels, parallel)
     sequences = check.check_layout(hidden, cu_seqlens, "hidden", pairs=True)
     _check_pair_vectors(reference_gap, pair_weights, sequences // 2, hidden.device)
@@ -369,6 +371,7 @@ def _from_logits(
     """Checks, and logp (N,), normalizer, entropy and is_argmax (N,) or (0,)."""
     check.check_rows("logits", logits, labels)
     check.check_options(logit_scale, softcap)
+    check.check_integers(ignore_index)
     check.check_slice("logits", logits.shape[-1], parallel)
     if _reads_data(logits, validate):
         check.check_label_values(labels, _vocab(logits.shape[-1], parallel), ignore_index)
@@ -392,6 +395,7 @@ def _from_hidden(
 ) -> tuple[torch.Tensor, ...]:
     """Checks, and logp (N,), entropy and is_argmax (N,) or (0,), and what backward keeps."""
     check.check_options(logit_scale, softcap)
+    check.check_integers(ignore_index, chunk_bytes)
     gemm_dtype = _check_head(hidden, weight, bias, labels, parallel)
     hidden_grad, *head_grads = _needs(hidden, weight, bias)
     return linear_token_logprobs_op(

@@ -39,6 +39,14 @@ def check_options(logit_scale: float, softcap: float | None, beta: float = 1.0, 
         raise ValueError(f"reduction is {reduction!r}; it can be 'mean', 'sum' or 'none'.")
 
 
+def check_integers(ignore_index: int, chunk_bytes: int | None = None) -> None:
+    """Refuses what is no whole number, and a budget that holds nothing."""
+    if isinstance(ignore_index, bool | float | torch.Tensor) or ignore_index is None:
+        raise ValueError(f"ignore_index must be an int, not {ignore_index!r}.")
+    if chunk_bytes is not None and (isinstance(chunk_bytes, bool | float | torch.Tensor) or chunk_bytes < 1):
+        raise ValueError(f"chunk_bytes is {chunk_bytes!r}; it must be a positive int, or None for 512 MiB.")
+
+
 def check_rows(name: str, rows: torch.Tensor, labels: torch.Tensor, *, host_labels_ok: bool = False) -> None:
     """rows (..., X) and labels (...) fit together. `host_labels_ok`: labels may stay on the CPU."""
     check_float(name, rows)

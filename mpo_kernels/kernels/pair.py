@@ -1,6 +1,6 @@
 """From log-probabilities of tokens to the loss of pairs: tiny, deterministic, and the only device place of the loss formula.
 
-With avg the mean over a sequence's scored rows, chosen sequence p and rejected sequence P + p:
+With avg the mean over a sequence's scored rows, chosen sequence p and rejected sequence P + p (equations 1, 2 and 8):
 
     RG_p = avg_p - avg_{P+p}        e_p = beta * RG_p - RG_ref_p        loss_p = w_p * e_p^2        dloss_p/dRG_p = 2 * beta * w_p * e_p
     dRG_p/dlogp_row = +1/|y_p| on chosen rows, -1/|y_{P+p}| on rejected rows

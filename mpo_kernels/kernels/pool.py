@@ -1,4 +1,4 @@
-"""Mean over the rows of each sequence in fp32, and its transpose."""
+"""Mean over the rows of each sequence in fp32 (equation 3), and its transpose (equation 9)."""
 
 from __future__ import annotations
 

@@ -164,8 +164,11 @@ def check(case: Mapping) -> dict[str, float]:
         assert torch.isfinite(ours[name]).all(), name
         error, theirs = relative_error(ours[name], want), relative_error(plain[name], want)
         bar = max(FP32_BAR, lost.get(name, 0.0), HALF_BAR * theirs)
-        if case["dtype"] != torch.float32 and int((given.labels != -100).sum()) < 16:
-            bar = max(bar, 2 * rounding)  # so few rows that their luck in rounding decides
+        if int((given.labels != -100).sum()) < 16:  # so few rows that their luck in rounding decides
+            if case["dtype"] != torch.float32:
+                bar = max(bar, 2 * rounding)
+            elif name == "dH":  # BLAS adds the V terms of such a thin product one after another
+                bar = max(bar, rounding * case["vocab"] ** 0.5)
         assert error <= bar, f"{name}: {error:.2e}, plain autograd {theirs:.2e}, bar {bar:.2e}"
         if error > FP32_BAR and theirs > FP32_BAR:
             ratios[name] = error / theirs

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mpo_kernels
-from mpo_kernels import linear_mpo_loss, linear_token_logprobs, mean_pool, mpo_loss, retention_loss, token_logprobs
+from mpo_kernels import Parallel, linear_mpo_loss, linear_token_logprobs, mean_pool, mpo_loss, retention_loss, token_logprobs
 
 LOGITS = torch.zeros(4, 3, 7)
 LABELS = torch.ones(4, 3, dtype=torch.int64)
@@ -56,6 +56,14 @@ REFUSED = [
     (lambda: linear_mpo_loss(HIDDEN, WEIGHT, EMPTY, GAP), "has no scored position"),
     (lambda: linear_mpo_loss(HIDDEN, WEIGHT, bad_label(9), GAP), r"labels\[5\] is 9"),
     (lambda: linear_token_logprobs(HIDDEN, WEIGHT, bad_label(9)), r"labels\[5\] is 9"),
+    (lambda: linear_mpo_loss(HIDDEN, WEIGHT, LABELS, GAP, chunk_bytes=0), "chunk_bytes is 0; it must be a positive int, or None"),
+    (lambda: linear_token_logprobs(HIDDEN, WEIGHT, LABELS, chunk_bytes=1e9), "chunk_bytes is 1000000000.0"),
+    (lambda: token_logprobs(LOGITS, LABELS, ignore_index=None), "ignore_index must be an int, not None"),
+    (lambda: linear_mpo_loss(HIDDEN, WEIGHT, LABELS.to("meta"), GAP), "labels are on meta and hidden on cpu"),
+    (lambda: linear_mpo_loss(HIDDEN, WEIGHT.to("meta"), LABELS, GAP), "weight is torch.float32 on meta and hidden torch.float32 on cpu"),
+    (lambda: linear_mpo_loss(HIDDEN, WEIGHT, LABELS, GAP.to("meta")), "reference_gap is on meta; move it to cpu"),
+    (lambda: Parallel(), "Parallel needs a vocab_group, a context_group or both"),
+    (lambda: Parallel(vocab_slice=4), "vocab_group and vocab_slice .* go together"),
     (lambda: mean_pool(HIDDEN, mask=torch.ones(4, 3)), "mask is torch.float32"),
     (lambda: mean_pool(HIDDEN, mask=torch.zeros(4, 3, dtype=torch.bool)), "Sequence 0 has no pooled position"),
     (lambda: mean_pool(HIDDEN[0]), "For packed rows"),
