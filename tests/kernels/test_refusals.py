@@ -80,6 +80,22 @@ def test_refused(place):
         call()
 
 
+def test_partitioned_weight():
+    """A DTensor over two ranks; the process group is torch's fake one, which starts no thread and sends nothing."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        weight = distribute_tensor(torch.zeros(8, 4), init_device_mesh("cpu", (2,)), [Shard(0)])
+        with pytest.raises(ValueError, match=r"weight is a DTensor: its data are partitioned .* Call the loss inside the head"):
+            linear_token_logprobs(torch.zeros(1, 4), weight, torch.tensor([1]))
+    finally:
+        dist.destroy_process_group()
+
+
 def test_unknown_backend(monkeypatch):
     monkeypatch.setenv("MPO_KERNELS_BACKEND", "cuda")
     with pytest.raises(ValueError, match="MPO_KERNELS_BACKEND is 'cuda'; it can be auto, triton or torch"):
