@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import torch
 
-ROWS_BYTES = 4 << 20
+ROWS_BYTES = 2 << 20
 """Bytes of a block of rows in the computing dtype: it should stay in the last-level cache between its passes."""
 
 
@@ -47,6 +47,7 @@ def logprob_partials(
     peak, total and weighted sum of the columns besides the label, and the label's final logit, -inf where another slice has it."""
     V, dtype = logits.shape[-1], _computing_dtype(logits)
     partials = torch.zeros(labels.numel(), 4, dtype=dtype, device=logits.device)
+    scratch = logits.new_empty(0, dtype=dtype)  # one for all blocks: new memory costs more than the arithmetic on it
     for rows, block, keep in _scored_blocks(logits, labels, ignore_index, dtype):
         wanted = labels[rows][keep]
         here = ((wanted >= 0) & (wanted < V))[:, None]
@@ -56,7 +57,10 @@ def logprob_partials(
         # The largest of all columns serves as the peak of the others: finite unless all are -inf, and one pass less.
         peak = z.amax(-1, keepdim=True)
         shift = peak.masked_fill(peak == float("-inf"), 0)
-        powers = torch.sub(z, shift, out=None if z is block or token_outputs else z).exp_()  # (rows, V)
+        may_overwrite = z is not block and not token_outputs
+        if not may_overwrite and scratch.shape[0] < z.shape[0]:
+            scratch = torch.empty_like(z, memory_format=torch.contiguous_format)
+        powers = torch.sub(z, shift, out=z if may_overwrite else scratch[: z.shape[0]]).exp_()  # (rows, V)
         # The label is kept out of the sum, so that p -> 1 keeps its digits.
         powers.scatter_(1, at_label, powers.gather(1, at_label).masked_fill_(here, 0))
         total = powers.sum(-1, keepdim=True)

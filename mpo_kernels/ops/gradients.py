@@ -126,6 +126,27 @@ def power_of_two_for(row_grad: torch.Tensor, dtype: torch.dtype) -> torch.Tensor
     return ratio / mantissa
 
 
+def scaled_in_backward(grad: torch.Tensor, row_scale: torch.Tensor | None, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """grad (R, ...) * scale () * row_scale (R,) in `dtype`: in the place of `grad` where nobody can ask for it again, else a new tensor.
+
+    A new tensor would be a second weight's gradient, for many heads the largest tensor of a step.
+    """
+    if grad.dtype == dtype and _graph_ends_here(grad, scale):
+        return grad.mul_(_factor(grad, row_scale, scale))
+    return scaled(grad, row_scale, scale, dtype)
+
+
+def _graph_ends_here(*tensors: torch.Tensor) -> bool:
+    """Whether this is a backward pass without retain_graph on plain tensors, not traced by a compiler and not under vmap."""
+    keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return not keeps_graph() and all(type(tensor) is torch.Tensor and not is_wrapped(tensor) for tensor in tensors)
+
+
+def _factor(grad: torch.Tensor, row_scale: torch.Tensor | None, scale: torch.Tensor) -> torch.Tensor:
+    return scale if row_scale is None else (row_scale * scale).view(-1, *(1,) * (grad.ndim - 1))
+
+
 @torch.library.custom_op(
     "mpo_kernels::scaled",
     mutates_args=(),
@@ -133,8 +154,7 @@ def power_of_two_for(row_grad: torch.Tensor, dtype: torch.dtype) -> torch.Tensor
 )
 def scaled(grad, row_scale, scale, dtype):
     """grad (R, ...) * scale () * row_scale (R,) in `dtype`, in one pass that does not change `grad`, so that retain_graph is safe."""
-    factor = scale if row_scale is None else (row_scale * scale).view(-1, *(1,) * (grad.ndim - 1))
-    return torch.mul(grad, factor, out=torch.empty(grad.shape, dtype=dtype, device=grad.device))
+    return torch.mul(grad, _factor(grad, row_scale, scale), out=torch.empty(grad.shape, dtype=dtype, device=grad.device))
 
 
 @scaled.register_fake

@@ -17,7 +17,7 @@ import torch
 
 from mpo_kernels.backend import backend_for
 from mpo_kernels.distributed import Parallel, from_handle
-from mpo_kernels.ops.gradients import FP16_PEAK, HeadGradients, hidden_grad_dtype, power_of_two_for, scaled
+from mpo_kernels.ops.gradients import FP16_PEAK, HeadGradients, hidden_grad_dtype, power_of_two_for, scaled_in_backward
 from mpo_kernels.ops.head import HeadOptions, RowStats, row_stats, statistics_dtype, write_logit_grads
 from mpo_kernels.ops.pair import pair_losses
 from mpo_kernels.ops.rows import rows_of_chunks, scored_rows
@@ -179,7 +179,7 @@ def _pair_loss_backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tu
     hidden, row_scale, weight, bias = ctx.saved_tensors
     scales = (row_scale, None, None)
     grads = [
-        scaled(grad, scale, grad_loss, dtype) if needed else None
+        scaled_in_backward(grad, scale, grad_loss, dtype) if needed else None
         for grad, scale, dtype, needed in zip((hidden, weight, bias), scales, ctx.dtypes, ctx.needs, strict=True)
     ]
     return *grads, *none[3:]
@@ -315,10 +315,12 @@ def _token_logprobs_backward(ctx: Any, grad_logp: torch.Tensor | None, *_: Any) 
     one = grad_logp.new_ones(())
     if ctx.keep_hidden_grad:
         (grad,) = ctx.saved_tensors
-        return scaled(grad, grad_logp / _unit(ctx.gemm_dtype), one, ctx.dtypes[0]), *none[1:]
+        return scaled_in_backward(grad, grad_logp / _unit(ctx.gemm_dtype), one, ctx.dtypes[0]), *none[1:]
     needs = ctx.needs_input_grad[:3]
     hidden, row_scale, weight, bias = linear_token_logprobs_grad_op(grad_logp, *ctx.saved_tensors, *needs, *ctx.head)
-    grads = (scaled(hidden, row_scale, one, ctx.dtypes[0]) if needs[0] and ctx.gemm_dtype == torch.float16 else hidden, weight, bias)
+    if needs[0] and ctx.gemm_dtype == torch.float16:
+        hidden = scaled_in_backward(hidden, row_scale, one, ctx.dtypes[0])
+    grads = (hidden, weight, bias)
     return *(g.to(dtype) if needed else None for g, dtype, needed in zip(grads, ctx.dtypes, needs, strict=True)), *none[3:]
 
 

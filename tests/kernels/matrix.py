@@ -169,6 +169,10 @@ def check(case: Mapping) -> dict[str, float]:
                 bar = max(bar, 2 * rounding)
             elif name == "dH":  # BLAS adds the V terms of such a thin product one after another
                 bar = max(bar, rounding * case["vocab"] ** 0.5)
+        elif (
+            case["regime"] == "huge"
+        ):  # one or two logits carry a row's whole gradient: its luck in two roundings, of the logits' and of its own
+            bar = max(bar, 2 * rounding)
         assert error <= bar, f"{name}: {error:.2e}, plain autograd {theirs:.2e}, bar {bar:.2e}"
         if error > FP32_BAR and theirs > FP32_BAR:
             ratios[name] = error / theirs
