@@ -17,7 +17,7 @@ import torch
 
 from mpo_kernels.backend import backend_for
 from mpo_kernels.distributed import Parallel, from_handle
-from mpo_kernels.ops.gradients import FP16_PEAK, HeadGradients, hidden_grad_dtype, power_of_two_for, scaled_in_backward
+from mpo_kernels.ops.gradients import FP16_PEAK, HeadGradients, hidden_grad_dtype, power_of_two_for, scaled, scaled_in_backward
 from mpo_kernels.ops.head import HeadOptions, RowStats, row_stats, statistics_dtype, write_logit_grads
 from mpo_kernels.ops.pair import pair_losses
 from mpo_kernels.ops.rows import rows_of_chunks, scored_rows
@@ -72,7 +72,9 @@ def linear_pair_loss_op(
     ignore_index, logit_scale, softcap, chunk_bytes, gemm_dtype, token_outputs, parallel,
 ):  # fmt: skip
     """hidden (N, D), labels (N,) and cu_seqlens (2P + 1,) on any device -> sum of the pairs' losses (), means (2P,), gaps (P,);
-    logp, entropy, is_argmax (N,) or (0,); dH (N, D) and the factors (N,) still to be applied to its rows, dW (V, D), db (V,), or (0,)."""
+    logp, entropy, is_argmax (N,) or (0,); dH (N, D) and the factors (N,) still to be applied to its rows, dW (V, D), db (V,), or (0,).
+
+    Backward may scale the gradients in place: nobody but it may use them."""
     options, ranks = HeadOptions(ignore_index, logit_scale, softcap), from_handle(parallel)
     needs = (hidden_grad, weight_grad, bias_grad)
     rows = scored_rows(labels, cu_seqlens, ignore_index, weight.shape[0], ranks)
@@ -315,11 +317,11 @@ def _token_logprobs_backward(ctx: Any, grad_logp: torch.Tensor | None, *_: Any) 
     one = grad_logp.new_ones(())
     if ctx.keep_hidden_grad:
         (grad,) = ctx.saved_tensors
-        return scaled_in_backward(grad, grad_logp / _unit(ctx.gemm_dtype), one, ctx.dtypes[0]), *none[1:]
+        return scaled(grad, grad_logp / _unit(ctx.gemm_dtype), one, ctx.dtypes[0]), *none[1:]
     needs = ctx.needs_input_grad[:3]
     hidden, row_scale, weight, bias = linear_token_logprobs_grad_op(grad_logp, *ctx.saved_tensors, *needs, *ctx.head)
     if needs[0] and ctx.gemm_dtype == torch.float16:
-        hidden = scaled_in_backward(hidden, row_scale, one, ctx.dtypes[0])
+        hidden = scaled(hidden, row_scale, one, ctx.dtypes[0])
     grads = (hidden, weight, bias)
     return *(g.to(dtype) if needed else None for g, dtype, needed in zip(grads, ctx.dtypes, needs, strict=True)), *none[3:]
 

@@ -237,7 +237,7 @@ def test_no_gradient_work_under_no_grad():
 
 
 def test_memory_is_the_chunk_and_the_gradients_whatever_the_number_of_tokens():
-    """Beyond the inputs: one chunk of logits (and of rows), dW in fp32, dH; then the gradients that backward hands out."""
+    """Beyond the inputs: one chunk of logits (and of rows), dW in fp32, dH; backward scales these in place and hands them out."""
     extra = []
     for tokens in (200, 800):
         hidden, weight, _, labels = inputs(tokens=tokens)
@@ -251,7 +251,7 @@ def test_memory_is_the_chunk_and_the_gradients_whatever_the_number_of_tokens():
         assert forward.largest <= max(chunk, hidden.nbytes)
         with Memory() as backward:
             loss.backward()
-        assert backward.peak <= weight.nbytes + hidden.nbytes + small
+        assert backward.peak <= small
     assert max(extra) <= 1.1 * chunk
 
 

@@ -1,0 +1,158 @@
+"""Where results go: a table on the terminal, JSON with everything needed to judge them, and pictures."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.harness import Comparison, Row, Timing
+from benchmarks.workloads import SEED
+
+PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "trl", "cut-cross-entropy", "quack-kernels", "mpo-kernels")
+COLORS = {"ok": "#8fa3b8", "wrong": "#c0392b", "bound": "#d9d9d9"}
+OURS = "#1f77b4"
+
+
+class Machine(BaseModel):
+    """Where it ran."""
+
+    device: str
+    cpu: str
+    cores: int
+    threads: int
+    python: str
+    versions: dict[str, str]
+
+    @classmethod
+    def here(cls, device: torch.device) -> Machine:
+        """This process on this machine. Packages that are not installed are named as absent."""
+        cpu = _cpu_name()
+        return cls(
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU: {cpu}",
+            cpu=cpu,
+            cores=os.cpu_count() or 1,
+            threads=torch.get_num_threads(),
+            python=platform.python_version(),
+            versions={name: _version(name) for name in PACKAGES},
+        )
+
+    @property
+    def folder(self) -> str:
+        """Its name as a folder's."""
+        return re.sub(r"[^a-z0-9]+", "-", f"{self.device} {self.cores} cores".lower()).strip("-")
+
+
+class Result(BaseModel):
+    """What one command measured."""
+
+    benchmark: str
+    machine: Machine
+    seed: int = SEED
+    quick: bool
+    comparisons: list[Comparison]
+
+
+def show(comparison: Comparison, console: Console) -> None:
+    """A table: times with their 20th and 80th percentile, memory, worst error, and time as a multiple of the best of the others."""
+    settings = ", ".join(f"{name} {value}" for name, value in comparison.settings.items())
+    table = Table(title=f"{comparison.workload}: {settings}", title_justify="left")
+    for column in ("", "forward ms", "backward ms", "both ms (20-80%)", "peak MiB", "worst error", "x fastest peer", ""):
+        table.add_column(column, justify="left" if not column else "right", no_wrap=not column)
+    peer = comparison.fastest(ours=False)
+    for row in comparison.rows:
+        table.add_row(
+            row.candidate,
+            _median(row.forward),
+            _median(row.backward),
+            _spread(row.both),
+            "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f}",
+            f"{max(row.errors.values()):.1e}" if row.errors else "",
+            "" if row.both is None or _is_missing(peer) else f"{row.both.median / _seconds(peer):.2f}",
+            row.status if row.status in ("ok", "bound") else f"{row.status}: {row.reason}",
+            style="bold" if row.ours else "red" if row.status in ("wrong", "failed") else "dim" if row.status != "ok" else None,
+        )
+    console.print(table)
+
+
+def save(result: Result, folder: Path, console: Console) -> Path:
+    """`<folder>/<benchmark>.json` and a picture of bars; returns the JSON's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{result.benchmark}.json"
+    path.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    bars(result, folder / f"{result.benchmark}.png")
+    console.print(f"{path} and {path.with_suffix('.png').name}")
+    return path
+
+
+def bars(result: Result, path: Path) -> None:
+    """Time and memory of every candidate that ran, one line of panels per comparison."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    count = len(result.comparisons)
+    figure, axes = plt.subplots(count, 2, figsize=(12, 0.9 + 3.3 * count), squeeze=False, layout="constrained")
+    figure.suptitle(f"{result.benchmark} on {result.machine.device}, {result.machine.threads} threads", fontsize=10)
+    for (left, right), comparison in zip(axes, result.comparisons, strict=True):
+        rows = [row for row in reversed(comparison.rows) if row.both is not None]
+        names = [row.candidate + (" (WRONG)" if row.status == "wrong" else "") for row in rows]
+        colors = [OURS if row.ours else COLORS[row.status] for row in rows]
+        times = [_seconds(row) * 1e3 for row in rows]
+        low = [(_timing(row).median - _timing(row).p20) * 1e3 for row in rows]
+        high = [(_timing(row).p80 - _timing(row).median) * 1e3 for row in rows]
+        left.barh(names, times, xerr=[low, high], color=colors, capsize=2)
+        left.set_xlabel("forward and backward, ms (bars from the 20th to the 80th percentile)", fontsize=8)
+        left.set_title(f"{comparison.workload}: " + ", ".join(f"{k} {v}" for k, v in comparison.settings.items()), fontsize=8, loc="left")
+        right.barh(names, [(row.peak_bytes or 0) / 2**20 for row in rows], color=colors)
+        right.set_xlabel("peak memory above the inputs, gradients included, MiB", fontsize=8)
+        for axis in (left, right):
+            axis.tick_params(labelsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _is_missing(row: Row | None) -> bool:
+    """Whether there is nothing to compare with."""
+    return row is None or row.both is None
+
+
+def _timing(row: Row) -> Timing:
+    assert row.both is not None
+    return row.both
+
+
+def _seconds(row: Row | None) -> float:
+    assert row is not None and row.both is not None
+    return row.both.median
+
+
+def _median(timing: Timing | None) -> str:
+    return "" if timing is None else f"{timing.median * 1e3:.2f}"
+
+
+def _spread(timing: Timing | None) -> str:
+    return "" if timing is None else f"{timing.median * 1e3:.2f} ({timing.p20 * 1e3:.2f}-{timing.p80 * 1e3:.2f})"
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
