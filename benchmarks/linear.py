@@ -29,7 +29,7 @@ def workloads(device: torch.device, quick: bool) -> list[FromHidden]:
 
 
 def main(quick: Quick = False, repetitions: Repetitions = 20, threads: Threads = 2, out: Out = None) -> None:
-    """Forward and backward from hidden states: plain PyTorch, torch.compile, Liger, TRL, cut-cross-entropy, torch's own and this package."""
+    """Forward and backward from hidden states: plain PyTorch, torch.compile, Liger, TRL, cut-cross-entropy, torch's own, and ours."""
     device, machine, folder, console = set_up(threads, out)
     comparisons = []
     for workload in workloads(device, quick):

@@ -33,6 +33,7 @@ class _Head:
         self.dtype = gemm_dtype or hidden.dtype
         self.weight = weight.to(self.dtype)
         self.bias: torch.Tensor | None = None if bias is None else bias.to(self.dtype)
+        self._logits = self.weight.new_empty(0, self.weight.shape[0])
 
     def rows_per_chunk(self, chunk_bytes: int | None, ranks: Parallel | None) -> int:
         """Rows whose logits fit the budget, the same on all ranks."""
@@ -40,8 +41,15 @@ class _Head:
         return rows_per_chunk(vocab if ranks is None else ranks.chunk_vocab(vocab), self.dtype.itemsize, chunk_bytes)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(n, D) -> (1, n, V)."""
-        return torch.nn.functional.linear(hidden, self.weight, self.bias)[None]
+        """(n, D) -> (1, n, V), in the memory of the last call's: two chunks are never there at once."""
+        rows = hidden.shape[0]
+        if self._logits.shape[0] < rows:
+            self._logits = self._logits.new_empty(0)  # goes before its larger successor comes
+            self._logits = self.weight.new_empty(rows, self.weight.shape[0])
+        out = self._logits[:rows]
+        if self.bias is None:
+            return torch.mm(hidden, self.weight.t(), out=out)[None]
+        return torch.addmm(self.bias, hidden, self.weight.t(), out=out)[None]
 
 
 class _TokenOutputs:

@@ -9,9 +9,9 @@ if not INTERPRETED:
 
 import triton
 import triton.language as tl
-from inside import Memory
 
 import mpo_kernels
+from benchmarks.instruments.operators import Memory
 from benchmarks.instruments.traffic import Meter
 from mpo_kernels.kernels.tiles import Tile, use_tiles
 

@@ -5,10 +5,10 @@ import torch
 from cases import INTERPRETED, labels_of, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inside import Flops, Memory
 
 import mpo_kernels
-from mpo_kernels import reference
+from benchmarks.instruments.operators import Flops, Memory
+from mpo_kernels import reference, twin
 from mpo_kernels.planning import Chunk, plan_pairs, rows_per_chunk, split_rows
 
 P, T, D, V = 3, 9, 24, 211
@@ -253,6 +253,18 @@ def test_memory_is_the_chunk_and_the_gradients_whatever_the_number_of_tokens():
             loss.backward()
         assert backward.peak <= small
     assert max(extra) <= 1.1 * chunk
+
+
+def test_one_chunk_of_logits_at_a_time():
+    """At a vocabulary that leaves everything else small: the budget, the CPU's working block, dW, dH, and a tenth for the rest."""
+    vocab, hidden_size, budget, pairs, tokens = 20_000, 16, 20 << 20, 4, 256
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2 * pairs, tokens, hidden_size, generator=generator).requires_grad_()
+    weight = torch.randn(vocab, hidden_size, generator=generator).requires_grad_()
+    labels = torch.randint(0, vocab, (2 * pairs, tokens), generator=generator)
+    with Memory() as seen:
+        mpo_kernels.linear_mpo_loss(hidden, weight, labels, torch.zeros(pairs), chunk_bytes=budget).loss.backward()
+    assert seen.peak <= 1.1 * (budget + twin.ROWS_BYTES + weight.nbytes + hidden.nbytes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from types import FrameType
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -85,7 +86,7 @@ class Memory(TorchDispatchMode):
 
 def _in_interpreter() -> bool:
     """Triton's interpreter copies its arguments; that is no memory of ours."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_filename.endswith("runtime/interpreter.py"):
             return True

@@ -1,0 +1,195 @@
+"""What this package promises of itself, each with the value measured now: `python -m benchmarks.bars [--quick]`.
+
+Exits with status 1 if one is missed. Bars of the whole training step are read from the newest `step.json` of `benchmarks.step`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # triton's default until 3.10; it decides about instruction counts
+
+import mpo_kernels
+from benchmarks.candidates import from_hidden
+from benchmarks.harness import Comparison, compare, peak_bytes
+from benchmarks.instruments import moved_bytes, numerics
+from benchmarks.instruments.operators import Flops
+from benchmarks.options import RESULTS, Quick, Threads
+from benchmarks.workloads import FromHidden
+
+ACCURACY_ELEMENTS = 9_000_000
+"""Elements of the largest head in the accuracy sample."""
+PEERS = ("plain PyTorch", "Liger fused, chunk 1", "Liger fused, chunk 16", "TRL chunked log-probs")
+
+
+class Bar(NamedTuple):
+    """One promise."""
+
+    what: str
+    promised: str
+    measured: str
+    holds: bool | None  # None: not measured here
+
+
+def main(quick: Quick = False, threads: Threads = 2) -> None:
+    """Each bar with the value measured beside it."""
+    torch.set_num_threads(threads)
+    console = Console()
+    table = Table("", "bar", "measured", "", title="Bars", title_justify="left")
+    missed = 0
+    for section in (accuracy, traffic, work, memory, compiled, emulated, peers, step):
+        with console.status(section.__name__):
+            for bar in section(quick):
+                table.add_row(bar.what, bar.promised, bar.measured, {True: "holds", False: "[red]MISSED[/]", None: "-"}[bar.holds])
+                missed += bar.holds is False
+    console.print(table)
+    raise typer.Exit(1 if missed else 0)
+
+
+def accuracy(quick: bool) -> Iterator[Bar]:
+    """Errors of the linear loss over a sample of the numerics matrix."""
+    largest = ACCURACY_ELEMENTS // (8 if quick else 1)
+    cases = numerics.covering(numerics.AXES, list(itertools.combinations(numerics.AXES, 2)))
+    missed, ratios, single = [], [], []
+    for case in (case for case in cases if case["vocab"] * case["hidden"] <= largest):
+        try:
+            errors = numerics.check(case)
+        except AssertionError as error:
+            missed.append(str(error))
+            continue
+        if case["dtype"] == torch.float32:
+            single += [ours for ours, _ in errors.values()]
+        else:
+            ratios += numerics.ratios(errors)
+    mean, rare = statistics.geometric_mean(ratios), statistics.quantiles(ratios, n=20)[-1]
+    text = f"geometric mean {mean:.3f}x, 95th percentile {rare:.2f}x of {len(ratios)}; {len(missed)} results beyond their bar"
+    yield Bar("bf16, fp16: error / error of plain autograd", "<= 1.25", text, not missed and mean < 1.05)
+    yield Bar("fp32: relative error", "<= 1e-5 (median)", f"median {statistics.median(single):.1e}", statistics.median(single) <= 1e-5)
+
+
+def traffic(quick: bool) -> Iterator[Bar]:
+    """Bytes from logits, counted in the interpreter."""
+    found = moved_bytes.in_interpreter([8192] if quick else [8192, 20011])
+    for vocab, values in found.items():
+        yield Bar(
+            f"bytes per bf16 logit, forward and backward, V = {vocab}",
+            "<= 6.05",
+            f"{values['bytes_per_element']:.3f}",
+            values["bytes_per_element"] <= 6.05,
+        )
+    ignored = max(values["bytes_of_ignored_rows"] for values in found.values())
+    yield Bar("bytes of ignored rows, forward", "0", f"{ignored:.0f}", ignored == 0)
+    share = max(values["in_place_share"] for values in found.values())
+    yield Bar("new memory in place, share of the logits", "< 1 %", f"{share:.2%}", share < 0.01)
+
+
+def work(quick: bool) -> Iterator[Bar]:
+    """FLOPs from hidden states, counted."""
+    for trainable, gemms in ((True, 3), (False, 2)):
+        workload = FromHidden(2, 64, 64, 1000, trainable=trainable)
+        inputs = workload.inputs()
+        with Flops() as counter:
+            mpo_kernels.linear_mpo_loss(inputs["hidden"], inputs["weight"], workload.labels, workload.gap).loss.backward()
+        times = counter.total / (2 * int((workload.labels != -100).sum()) * workload.hidden * workload.vocab)
+        kind = "trainable" if trainable else "frozen"
+        yield Bar(f"head FLOPs / (2 x scored x D x V), {kind} head", f"<= {gemms}", f"{times:g}", times <= gemms)
+
+
+def memory(quick: bool) -> Iterator[Bar]:
+    """Peak above the inputs, for one and for many chunks."""
+    budget, hidden, vocab = 32 << 20, 128, 32000
+    for tokens in (128, 1024):
+        workload = FromHidden(4, tokens, hidden, vocab, scored=1.0)
+
+        def loss(inputs, workload=workload):
+            return mpo_kernels.linear_mpo_loss(
+                inputs["hidden"], inputs["weight"], workload.labels, workload.gap, chunk_bytes=budget
+            ).loss  # fmt: skip
+
+        peak = peak_bytes(workload, loss)
+        named = budget + 4 * vocab * hidden + 4 * 8 * tokens * hidden
+        rest = (peak - named) / named
+        yield Bar(f"peak / (budget + dW + dH), {8 * tokens} tokens from hidden states", "<= 1.5", f"{1 + rest:.2f}", rest <= 0.5)
+
+
+def compiled(quick: bool) -> Iterator[Bar]:
+    """What Triton's compiler makes of every kernel."""
+    from benchmarks.instruments.machine_code import TARGETS
+    from benchmarks.instruments.variants import facts, variants
+
+    for target in ("sm_90",) if quick else TARGETS:
+        made = [(variant, facts(variant.compiled(target))) for variant in variants()]
+        spilled = sum(values["spilled"] for _, values in made)
+        widths = {values["widest_bits"] for variant, values in made if variant.tiled_as is not None and variant.aligned}
+        stats = next(values for variant, values in made if variant.name == "stats plain aligned")
+        text = (
+            f"{spilled} spills in {len(made)} variants; {min(widths)}-bit; statistics {stats['registers']} registers, "
+            f"{stats['instructions_per_element']} instructions per element"
+        )
+        yield Bar(f"compiled for {target}", "no spills; 128-bit where aligned", text, spilled == 0 and widths == {128})
+
+
+def emulated(quick: bool) -> Iterator[Bar]:
+    """The emitted PTX on the emulator, through the package's own launches."""
+    from benchmarks.instruments.launch import TARGETS, gpu_on_cpu
+    from mpo_kernels import reference
+
+    vocab, gap = 2051, torch.tensor([0.3, -0.2])
+    labels = torch.randint(0, vocab, (4, 3), generator=torch.Generator().manual_seed(0))
+    exact = torch.randn(4, 3, vocab, generator=torch.Generator().manual_seed(1)).bfloat16()
+    wide = exact.double().requires_grad_()
+    reference.mpo_loss(wide, labels, gap.double())[0].backward()
+    os.environ["MPO_KERNELS_BACKEND"] = "triton"
+    try:
+        for target in ("sm_90",) if quick else TARGETS:
+            logits = exact.clone().requires_grad_()
+            with gpu_on_cpu(target, strict=False) as launches:
+                mpo_kernels.mpo_loss(logits, labels, gap).loss.backward()
+            error = numerics.relative_error(logits.grad, wide.grad)  # type: ignore[arg-type]
+            findings = sum(not launch.findings.clean for launch in launches)
+            text = f"gradient off by {error:.1e}; findings in {findings} of {len(launches)} launches"
+            yield Bar(f"PTX for {target} emulated", "the oracle; no race, no bad access", text, error < 4e-3 and findings == 0)
+    finally:
+        os.environ.pop("MPO_KERNELS_BACKEND")
+
+
+def peers(quick: bool) -> Iterator[Bar]:
+    """CPU, beside plain PyTorch, Liger and TRL, at 62.5 % scored rows."""
+    candidates = [c for c in from_hidden() if c.name in PEERS or c.name == "mpo_kernels"]
+    result: Comparison = compare(FromHidden(1, 256, 576, 49152), candidates, repetitions=3 if quick else 12)
+    ours, theirs = result.fastest(ours=True), result.fastest(ours=False)
+    absent = [row.candidate for row in result.rows if row.status == "absent"]
+    if ours is None or theirs is None or ours.both is None or theirs.both is None:
+        yield Bar("CPU time / fastest of plain, Liger, TRL", "<= 0.65", f"nothing right to compare with; absent: {absent}", False)
+        return
+    ratio = ours.both.median / theirs.both.median
+    text = f"{ratio:.2f} of {theirs.candidate}" + (f"; absent: {', '.join(absent)}" if absent else "")
+    yield Bar("CPU time / fastest of plain, Liger, TRL", "<= 0.65", text, ratio <= 0.65)
+    smallest = min((row for row in result.rows if row.status == "ok" and not row.ours), key=lambda row: row.peak_bytes or 0)
+    share = (ours.peak_bytes or 0) / (smallest.peak_bytes or 1)
+    yield Bar("CPU peak memory / leanest of them", "< 1", f"{share:.2f} of {smallest.candidate}", share < 1)
+
+
+def step(quick: bool) -> Iterator[Bar]:
+    """The whole step, from what `benchmarks.step` wrote."""
+    found = sorted([*RESULTS.glob("*/step.json"), *Path("runs/benchmarks").glob("*/step.json")], key=lambda path: path.stat().st_mtime)
+    if not found:
+        yield Bar("whole training step", "1.8x; 0.55 of the memory", "run python -m benchmarks.step", None)
+        return
+    for bar in json.loads(found[-1].read_text(encoding="utf-8"))["bars"]:
+        yield Bar(f"step, {bar['what']} ({found[-1].parent.name})", bar["promised"], bar["measured"], bar["holds"])
+
+
+if __name__ == "__main__":
+    typer.run(main)
