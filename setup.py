@@ -6,10 +6,12 @@ from setuptools import find_packages, setup
 
 TRAIN = [
     "accelerate>=1.0",  # transformers loads the demo model's GGUF file through it
+    "datasets>=3.0",  # Parquet files and the hub's datasets
     "deepspeed>=0.19.8",  # first release with managed_gradient_accumulation=false on every ZeRO stage used here
     "gguf>=0.10",  # reads the demo model
     "matplotlib>=3.7",
     "omegaconf>=2.3",
+    "peft>=0.17",
     "py3langid>=0.4",
     "pydantic>=2.7",
     "rich>=13.7",

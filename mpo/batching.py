@@ -7,7 +7,7 @@ pass never waits for one.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -124,9 +124,9 @@ class Schedule:
 
     rows: int
     pairs_per_step: int
-    pairs_per_micro_batch: int
     epochs: float
     max_steps: int | None
+    repeats_first_step: bool = False
 
     @property
     def steps(self) -> int:
@@ -140,19 +140,30 @@ class Schedule:
 
     def positions(self, step: int) -> range:
         """Positions of the step's pairs in the concatenated epochs."""
+        step = 0 if self.repeats_first_step else step
         return range(step * self.pairs_per_step, min((step + 1) * self.pairs_per_step, self.pairs))
 
-    def micro_batches(self, step: int, rank: int, world: int) -> Iterator[list[int | None]]:
-        """This rank's micro-batches as positions. Every rank gets the same number of them; None is a filler pair.
-
-        Ranks take contiguous shares, so that rows that the order keeps together stay together.
-        """
+    def share(self, step: int, rank: int, world: int) -> list[int]:
+        """The rank's positions of a step. Ranks take contiguous shares, so that rows that the order keeps together stay together."""
         positions = self.positions(step)
         share = math.ceil(len(positions) / world)
-        mine: list[int | None] = list(positions[rank * share : (rank + 1) * share])
-        size = self.pairs_per_micro_batch
-        for start in range(0, share, size):
-            yield mine[start : start + size] or [None]
+        return list(positions[rank * share : (rank + 1) * share])
+
+
+def in_micro_batches(positions: Sequence[int], pairs: int, tokens: int | None, size: Callable[[Sequence[int]], int]) -> list[list[int]]:
+    """Cuts positions into consecutive micro-batches of at most `pairs`; with a budget of `tokens` of as many as fit it, at least one.
+
+    size(positions) is the number of packed tokens that they take together, shared dominant sequences counted once.
+    """
+    if tokens is None:
+        return [list(positions[i : i + pairs]) for i in range(0, len(positions), pairs)]
+    batches: list[list[int]] = []
+    for position in positions:
+        if batches and size([*batches[-1], position]) <= tokens:
+            batches[-1].append(position)
+        else:
+            batches.append([position])
+    return batches
 
 
 def _to_device(batch, device: torch.device):

@@ -16,9 +16,12 @@ import deepspeed
 import deepspeed.comm as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mpo import lora
+from mpo.config import ModelConfig
 from mpo.distributed import is_main, on_main
 from mpo.errors import UserError
 from mpo.files import new_folder, read_json, write_json
+from mpo.model import load_model
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,14 @@ def newest(checkpoints: Path) -> Checkpoint | None:
     names = sorted(p.name for p in checkpoints.glob("step-*") if re.fullmatch(r"step-\d{8}", p.name))
     if not names:
         return None
-    folder = checkpoints / names[-1]
+    return named(checkpoints, names[-1])
+
+
+def named(checkpoints: Path, name: str) -> Checkpoint | None:
+    """The checkpoint of that name, or None where there is none."""
+    folder = checkpoints / name
+    if not (folder / "state.json").is_file():
+        return None
     state = read_json(folder / "state.json")
     return Checkpoint(folder, state["step"], state["world_size"], state["zero_stage"])
 
@@ -78,14 +88,24 @@ def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, zero_stage: 
     return state["mpo"]["step"]
 
 
-def export(engine: deepspeed.DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase, folder: Path, zero_stage: int) -> None:
-    """Writes the model as safetensors with its config and tokenizer; `from_pretrained` opens the folder. Called by all ranks."""
+def export(
+    engine: deepspeed.DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase, folder: Path, zero_stage: int, config: ModelConfig
+) -> None:
+    """Writes the model, or its adapters, as safetensors with config and tokenizer; `from_pretrained` opens the folder. Called by all ranks.
+
+    Merged adapters are also kept alone, in `adapter` beside the folder: the base model is loaded again to take them in.
+    """
     model: PreTrainedModel = engine.module
     state = _consolidated_state_dict(engine) if zero_stage == 3 else None
+    merge = config.lora is not None and config.lora.export == "merged"
+    target = folder.with_name("adapter") if merge else folder
     if is_main():
-        with new_folder(folder) as temporary:
+        with new_folder(target) as temporary:
             model.save_pretrained(temporary, state_dict=state)
             tokenizer.save_pretrained(temporary)
+        if merge:
+            base = load_model(config.model_copy(update={"lora": None, "activation_checkpointing": False}))
+            lora.export_merged(base, target, tokenizer, folder)
     dist.barrier()
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,6 +15,10 @@ from mpo.config import load_config
 from mpo.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+
+ConfigFile = Annotated[Path, typer.Argument(help="YAML file of the run, or the name of a shipped recipe.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Fields to set, e.g. loss.beta=1.5 train.max_steps=20.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
 @app.callback()
@@ -27,10 +33,11 @@ def main(
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML file of the run.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Fields to set, e.g. loss.beta=1.5 train.max_steps=20.", show_default=False)
-    ] = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, show steps and memory, load no weights.")] = False,
+    overfit_batch: Annotated[bool, typer.Option("--overfit-batch", help="Train on the first step's rows only: loss must go to 0.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Trains a model and shows its reward gaps before and after.
 
@@ -38,14 +45,127 @@ def train(
 
     With changes: `mpo train mpo/recipes/demo.yaml train.max_steps=5 output_dir=runs/short`
 
+    What it would do and take: `mpo train mpo/recipes/llama-3.1-8b.yaml --dry-run`
+
     Several GPUs: `deepspeed --num_gpus 8 --module mpo train mpo/recipes/llama-3.1-8b.yaml`
 
     An interrupted run goes on with the same command.
     """
-    checked = load_config(config, overrides)
-    from mpo.train import train as run  # after the configuration: the libraries behind it take seconds to import
+    checked = load_config(config, [*(overrides or []), *(["train.overfit_batch=true"] if overfit_batch else [])])
+    if dry_run:
+        with _aside(as_json):
+            from mpo.dry_run import describe, show
 
-    run(checked)
+            report = describe(checked)
+        _print(report, show, as_json)
+        return
+    with _aside(as_json):
+        from mpo.train import train as run  # after the configuration: the libraries behind it take seconds to import
+
+    with _aside(as_json):
+        result = run(checked)
+    if as_json and _is_main():
+        print(json.dumps(result))
+
+
+@app.command()
+def validate(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with status 1 if rows look suspicious or were dropped.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Reads the rows and says what is in them: counts and lengths per language, suspicious rows, and what is scored.
+
+    `mpo validate mpo/recipes/demo.yaml`
+
+    `mpo validate mpo/recipes/published.yaml data.train=[llama_mpo_data.json] --json > report.json`
+    """
+    checked = load_config(config, overrides)
+    with _aside(as_json):
+        from mpo.prepare import prepare
+        from mpo.validate import examine, show
+
+        report = examine(checked, prepare(checked, _note))
+    _print(report, show, as_json)
+    if strict and (report["suspicious"] or report["dropped"]):
+        raise typer.Exit(1)
+
+
+@app.command()
+def precompute(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Builds the reference store, which training otherwise builds on first use. Any number of runs and ranks may share it.
+
+    `mpo precompute mpo/recipes/llama-3.1-8b.yaml reference.store=stores/llama`
+
+    `deepspeed --num_gpus 8 --module mpo precompute mpo/recipes/llama-3.1-8b.yaml reference.store=stores/llama`
+    """
+    checked = load_config(config, overrides)
+    from mpo.train import precompute as run
+
+    folder = run(checked)
+    if _is_main():
+        print(f"Reference store: {folder}")
+
+
+@app.command()
+def gaps(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="Model folder, adapter folder or hub id; several are shown side by side.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measures reward gaps per language on the configuration's rows: by default of its model and, if there is one, of the trained one.
+
+    `mpo gaps mpo/recipes/demo.yaml`
+
+    `mpo gaps mpo/recipes/demo.yaml --model runs/a/model --model runs/b/model --json`
+    """
+    checked = load_config(config, overrides)
+    with _aside(as_json):
+        from mpo.gaps import compare_models, show
+        from mpo.prepare import prepare
+        from mpo.progress import Progress
+
+        prepared = prepare(checked, _note)
+        trained = Path(checked.output_dir) / "model"
+        models = model or [prepared.model.path, *([str(trained)] if trained.is_dir() else [])]
+        report = compare_models(checked, prepared, models, Progress(enabled=True))
+    _print(report, show, as_json)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run's output folder.")],
+    to: Annotated[Path, typer.Option(help="Folder to write.")],
+    checkpoint: Annotated[str | None, typer.Option(help="Such as step-00000040. By default the newest.", show_default=False)] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Of a run with adapters write a whole model.")] = False,
+) -> None:
+    """Writes a Hugging Face model folder from a run's checkpoint, also of a run that is not finished.
+
+    `mpo export runs/demo --to models/at-40 --checkpoint step-00000040`
+    """
+    from mpo.export import export_checkpoint
+
+    export_checkpoint(run, checkpoint, to, merge, _note)
+    print(f"Model: {to}")
+
+
+@app.command()
+def plot(
+    runs: Annotated[list[Path], typer.Argument(help="Output folders of runs, finished or not.")],
+    to: Annotated[Path, typer.Option(help="PNG to write.")] = Path("mpo.png"),
+) -> None:
+    """Draws loss curves and reward gaps per language of one run, or of several on top of each other.
+
+    `mpo plot runs/demo runs/second --to compare.png`
+    """
+    from mpo.report import plot_runs
+
+    plot_runs(runs, to)
+    print(f"Plot: {to}")
 
 
 def run() -> None:
@@ -65,6 +185,35 @@ def run() -> None:
         sys.exit(130)
 
 
+def _is_main() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def _aside(as_json: bool) -> contextlib.AbstractContextManager[Any]:
+    """Within the block whatever prints to standard output, such as DeepSpeed's logger, goes to standard error if JSON is to come."""
+    return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+
+
+def _print(report: Any, show: Any, as_json: bool) -> None:
+    """A report as JSON on standard output, or as tables; in a log, whose lines have no edge, 140 columns wide."""
+    if not _is_main():
+        return
+    if as_json:
+        print(json.dumps(report, ensure_ascii=False))
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 140
+    show(report, console)
+
+
+def _note(line: str) -> None:
+    """Progress goes to standard error, so that --json is all that standard output holds."""
+    _complain(line)
+
+
 def _complain(message: str) -> None:
-    if int(os.environ.get("RANK", 0)) == 0:
+    if _is_main():
         print(message, file=sys.stderr, flush=True)

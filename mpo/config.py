@@ -26,6 +26,21 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class LoraConfig(Section):
+    """Low-rank adapters (peft) are trained instead of the model's own weights."""
+
+    rank: int = Field(default=16, ge=1)
+    """Rank of each update."""
+    alpha: int = Field(default=32, ge=1)
+    """The update is scaled by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """On the adapters' input. The step-0 self-check runs without it."""
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Names of the linear modules that get adapters, such as q_proj; `all-linear`: every one but the LM head."""
+    export: Literal["adapter", "merged"] = "adapter"
+    """What `<output_dir>/model` holds at the end: the adapters alone, or a whole model with them added."""
+
+
 class ModelConfig(Section):
     """The model that is trained. The reference is the same model before the first step."""
 
@@ -42,6 +57,10 @@ class ModelConfig(Section):
     """Recompute each block in backward: less memory for about a third more compute."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Off unless asked for by name."""
+    lora: LoraConfig | None = None
+    """Train adapters instead of all weights, e.g. model.lora.rank=16."""
+    quantize: Literal["nf4", "int8"] | None = None
+    """Load the frozen weights in 4 or 8 bits through bitsandbytes; needs `lora` and a GPU."""
 
 
 class DataConfig(Section):
@@ -78,6 +97,15 @@ class LossConfig(Section):
     """Byte budget of one chunk of logits under `linear`. None: the kernel's default."""
 
 
+class ReferenceConfig(Section):
+    """Where the numbers of the model before training come from."""
+
+    mode: Literal["stored", "live"] = "stored"
+    """`stored`: computed once and kept. `live`: computed in every step with the adapters off; needs model.lora."""
+    store: str | None = None
+    """Folder of the store, which any number of runs may share. None: `<output_dir>/reference`."""
+
+
 class TrainConfig(Section):
     """How many rows, in which order, and how the weights move."""
 
@@ -89,6 +117,10 @@ class TrainConfig(Section):
     """Rows behind one optimizer step, over all ranks. The result does not depend on the number of ranks."""
     pairs_per_micro_batch: int = Field(default=1, ge=1)
     """Rows that one rank packs into one forward pass: more is faster, and needs more memory."""
+    tokens_per_micro_batch: int | None = Field(default=None, ge=1)
+    """Packed tokens of one forward pass at most, instead of `pairs_per_micro_batch`. A row that is larger alone goes alone."""
+    overfit_batch: bool = False
+    """Train on the first step's rows over and over: the loss must go to 0, or something is wrong. For finding mistakes."""
     group_by_dominant: bool = False
     """Keep rows that share a dominant pair next to each other in the order: rows of one micro-batch then share its forward pass."""
     learning_rate: float = Field(default=6e-7, gt=0)
@@ -131,6 +163,21 @@ class CheckpointConfig(Section):
     """Write the trained model as a Hugging Face folder (`<output_dir>/model`) at the end."""
 
 
+class TrackConfig(Section):
+    """Live trackers beside metrics.jsonl, through DeepSpeed's monitor. Each needs its own package installed."""
+
+    tensorboard: bool = False
+    """Event files in `<output_dir>/tensorboard`."""
+    wandb: bool = False
+    """Weights & Biases, with its own environment variables for keys and hosts."""
+    comet: bool = False
+    """Comet, likewise."""
+    project: str = "mpo"
+    """Project name at W&B and Comet."""
+    run_name: str | None = None
+    """Name of the run there. None: the output folder's name."""
+
+
 class Config(Section):
     """One run."""
 
@@ -139,9 +186,11 @@ class Config(Section):
     model: ModelConfig
     data: DataConfig
     loss: LossConfig = LossConfig()
+    reference: ReferenceConfig = ReferenceConfig()
     train: TrainConfig = TrainConfig()
     zero: ZeroConfig = ZeroConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    track: TrackConfig = TrackConfig()
     log_every: int = Field(default=1, ge=1)
     """Steps between lines of `metrics.jsonl` and of the log."""
 
@@ -152,6 +201,20 @@ class Config(Section):
                 f"train.pairs_per_micro_batch ({self.train.pairs_per_micro_batch}) is larger than train.pairs_per_step "
                 f"({self.train.pairs_per_step}); lower it or raise pairs_per_step"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_go_with_what_needs_them(self) -> Config:
+        if self.model.lora is None:
+            if self.reference.mode == "live":
+                raise ValueError(
+                    "reference.mode=live needs model.lora: with the adapters off the model is its own reference. "
+                    "Set model.lora.rank=16, or reference.mode=stored"
+                )
+            if self.model.quantize is not None:
+                raise ValueError(
+                    f"model.quantize={self.model.quantize} needs model.lora, e.g. model.lora.rank=16: quantized weights do not train"
+                )
         return self
 
 
@@ -217,6 +280,8 @@ def _fields_at(location: tuple[int | str, ...]) -> list[str]:
     section: Any = Config
     for name in location:
         section = section.model_fields[name].annotation
+        # An optional section is a union with None.
+        section = next((part for part in getattr(section, "__args__", ()) if part is not type(None)), section)
     return list(section.model_fields)
 
 

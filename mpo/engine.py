@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import resource
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -29,9 +32,42 @@ def deepspeed_settings(config: Config) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
+        **_trackers(config),
     }
     _merge(settings, config.zero.deepspeed, "zero.deepspeed")
     return settings
+
+
+def _trackers(config: Config) -> dict[str, Any]:
+    """Sections of DeepSpeed's monitor. Raises UserError where a tracker's package is not installed."""
+    track, out = config.track, Path(config.output_dir)
+    name = track.run_name or out.name
+    sections: dict[str, tuple[str, dict[str, Any]]] = {
+        "tensorboard": ("tensorboard", {"output_path": str(out), "job_name": "tensorboard"}),
+        "wandb": ("wandb", {"project": track.project, "group": name}),
+        "comet": ("comet_ml", {"project": track.project, "experiment_name": name}),
+    }
+    asked = {section: of for section, of in sections.items() if getattr(track, section)}
+    for section, (package, _) in asked.items():
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"track.{section}=true needs the package {package}: pip install {package.replace('_', '-')}.")
+    return {section: {"enabled": True, **settings} for section, (_, settings) in asked.items()}
+
+
+def track(engine: deepspeed.DeepSpeedEngine, row: dict[str, Any]) -> None:
+    """Hands a row of metrics to the live trackers, the gaps as one curve per language. DeepSpeed writes on rank 0 only."""
+    if not engine.monitor.enabled:
+        return
+    numbers = {key: value for key, value in row.items() if isinstance(value, int | float) and key not in ("step", "skipped")}
+    numbers |= {f"gap/{language}": gap for language, gap in row["gap"].items()}
+    engine.monitor.write_events([(f"mpo/{key}", value, row["step"]) for key, value in numbers.items()])
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory that this process has held: the GPU's, or without one the resident set of the process."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)  # Linux counts in KiB
 
 
 def _merge(settings: dict[str, Any], extra: dict[str, Any], where: str) -> None:

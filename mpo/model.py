@@ -12,10 +12,17 @@ from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import is_flash_attn_2_available
 
-from mpo import attention
+from mpo import attention, lora
 from mpo.batching import MPOBatch, PackedSequences
 from mpo.config import LossConfig, ModelConfig
 from mpo.errors import UserError
@@ -51,6 +58,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 def check_model(config: ModelConfig) -> None:
     """Refuses, before anything is loaded, a path that is no model and an architecture whose head is not understood."""
+    if lora.is_adapter(config.path):
+        return check_model(config.model_copy(update={"path": lora.base_of(config.path)}))
     path = Path(config.path)
     if path.exists() and not (path / "config.json").is_file():
         raise UserError(
@@ -66,7 +75,13 @@ def check_model(config: ModelConfig) -> None:
 
 
 def load_model(config: ModelConfig) -> PreTrainedModel:
-    """Loads the weights in `config.dtype`. Under ZeRO-3 an HfDeepSpeedConfig must be alive, which partitions them while loading."""
+    """Loads the weights in `config.dtype`. Under ZeRO-3 an HfDeepSpeedConfig must be alive, which partitions them while loading.
+
+    A folder of adapters gives their base model with the adapters added to its weights. `config.lora` attaches new adapters.
+    """
+    if lora.is_adapter(config.path):
+        base = load_model(config.model_copy(update={"path": lora.base_of(config.path), "lora": None}))
+        return lora.merged(base, config.path)
     on_gpu = torch.cuda.is_available()
     chosen: str = config.attention
     if chosen == "auto":
@@ -78,12 +93,29 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
             dtype=getattr(torch, config.dtype),
             attn_implementation=chosen,
             trust_remote_code=config.trust_remote_code,
+            **_quantization(config),
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"The model at {config.path} could not be loaded with {chosen} attention: {error}") from error
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.lora is not None:
+        lora.attach(model, config.lora)
     return model
+
+
+def _quantization(config: ModelConfig) -> dict[str, Any]:
+    """Arguments of from_pretrained that load the weights in few bits."""
+    if config.quantize is None:
+        return {}
+    if not torch.cuda.is_available():
+        raise UserError(f"model.quantize={config.quantize} needs a GPU and bitsandbytes; remove it to train here.")
+    dtype = getattr(torch, config.dtype)
+    if config.quantize == "int8":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    return {
+        "quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype),
+    }
 
 
 def bind_mpo_forward(model: PreTrainedModel, loss: LossConfig) -> PreTrainedModel:

@@ -7,24 +7,33 @@ while training.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import deepspeed
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mpo.batching import Pool
+from mpo.batching import Pool, pack_for_scoring
+from mpo.distributed import on_main
 from mpo.errors import UserError
 from mpo.files import new_folder, read_json, sha256_of_files, write_json
-from mpo.scoring import Scores, score_sequences
+from mpo.lora import adapters_off
+from mpo.model import Scores
+from mpo.scoring import score_sequences
 from mpo.tokenizing import Example, TokenizedResponse
 
 FORMAT = 1
+PART = 256
+"""Sequences of one piece of a store that is being built; what an interruption loses at most."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,10 @@ class ReferenceStore:
         """RG of the example's dominant pair under the reference: the constant of L1."""
         chosen, rejected = self.rows[example.dominant_chosen], self.rows[example.dominant_rejected]
         return float(self.scores.mean_logp[chosen] - self.scores.mean_logp[rejected])
+
+    def of(self, examples: Sequence[Example]) -> ReferenceStore:
+        """The store that holds these examples: itself."""
+        return self
 
     def pooled(self, sequence: TokenizedResponse) -> torch.Tensor:
         """(D,) fp32 pooled hidden state of one dominant sequence under the reference: the constant of L2."""
@@ -80,18 +93,94 @@ def build(
     pool: Pool,
     device: torch.device,
     advance: Callable[[int], None],
+    folder: Path,
+    manifest: dict[str, Any],
 ) -> ReferenceStore:
-    """Scores every distinct dominant sequence with the model as it is now, the ranks sharing the work."""
+    """Scores every distinct dominant sequence with the model as it is now, the ranks sharing the work, and writes the store to `folder`.
+
+    Finished parts are kept beside it until then, so that an interrupted build goes on where it was.
+    """
     sequences = dominant_sequences(examples)
-    scores = score_sequences(engine, sequences, pool=pool, device=device, advance=advance)
-    bad = torch.nonzero(~(scores.mean_logp.isfinite() & scores.pooled.isfinite().all(1)))[:, 0].tolist()
+    parts = _Parts(folder.with_name(f".{folder.name}.parts"), manifest)
+    done = on_main(parts.finished)
+    scores = []
+    for number, first in enumerate(range(0, len(sequences), PART)):
+        mine = sequences[first : first + PART]
+        if number in done:
+            part = done[number]
+            advance(len(mine))
+        else:
+            part = score_sequences(engine, mine, pool=pool, device=device, advance=advance)
+            on_main(functools.partial(parts.keep, number, part))
+        scores.append(part)
+    whole = Scores(torch.cat([part.mean_logp for part in scores]), torch.cat([part.pooled for part in scores]))
+    bad = torch.nonzero(~(whole.mean_logp.isfinite() & whole.pooled.isfinite().all(1)))[:, 0].tolist()
     if bad:
+        on_main(parts.remove)
         names = [e.source for e in examples if {e.dominant_chosen, e.dominant_rejected} & {sequences[i] for i in bad}]
         raise UserError(
             f"The model gives non-finite log-probabilities or hidden states for {len(bad)} dominant sequence(s), e.g. in {names[0]}. "
             "Check the model's weights, or train with model.dtype=float32."
         )
-    return ReferenceStore({sequence: i for i, sequence in enumerate(sequences)}, scores)
+    store = ReferenceStore({sequence: i for i, sequence in enumerate(sequences)}, whole)
+
+    def finish() -> None:
+        save(store, folder, manifest)
+        parts.remove()
+
+    on_main(finish)
+    return store
+
+
+class _Parts:
+    """Finished pieces of a store that is being built: `<folder>/{manifest.json, 00000.safetensors, ...}`. Used by rank 0 alone."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self._folder, self._manifest = folder, manifest
+
+    def finished(self) -> dict[int, Scores]:
+        """Pieces of an interrupted build of the same store; those of another are removed."""
+        path = self._folder / "manifest.json"
+        if not path.is_file() or read_json(path) != self._manifest:
+            self.remove()
+            write_json(path, self._manifest)
+            return {}
+        files = {int(file.stem): load_file(file) for file in self._folder.glob("*.safetensors") if file.stem.isdecimal()}
+        return {number: Scores(values["mean_logp"], values["pooled"]) for number, values in files.items()}
+
+    def keep(self, number: int, scores: Scores) -> None:
+        """Writes one piece, whole or not at all."""
+        temporary = self._folder / f".{number:05d}"
+        save_file({"mean_logp": scores.mean_logp.contiguous(), "pooled": scores.pooled.contiguous()}, temporary)
+        os.replace(temporary, self._folder / f"{number:05d}.safetensors")
+
+    def remove(self) -> None:
+        """Removes everything."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class Reference(Protocol):
+    """Where the reference's values come from."""
+
+    def of(self, examples: Sequence[Example]) -> ReferenceStore:
+        """A store that holds these examples."""
+
+
+class LiveReference:
+    """The reference of a model with adapters: the same model with them off, computed where it is needed and never stored."""
+
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, pool: Pool, device: torch.device) -> None:
+        self._engine, self._pool, self._device = engine, pool, device
+
+    def of(self, examples: Sequence[Example]) -> ReferenceStore:
+        """The values of these examples. One forward pass on every rank, each on its own examples."""
+        sequences = dominant_sequences(examples)
+        was_training = self._engine.training
+        self._engine.eval()
+        with torch.no_grad(), adapters_off(self._engine.module):
+            scores = self._engine(batch=pack_for_scoring(sequences, self._pool).to(self._device))
+        self._engine.train(was_training)
+        return ReferenceStore({s: i for i, s in enumerate(sequences)}, Scores(scores.mean_logp.float().cpu(), scores.pooled.float().cpu()))
 
 
 def save(store: ReferenceStore, folder: Path, manifest: dict[str, Any]) -> None:
@@ -117,8 +206,8 @@ def load(folder: Path, manifest: dict[str, Any], examples: Sequence[Example]) ->
     if differing:
         changes = "; ".join(f"{key}: {stored.get(key)} stored, {manifest[key]} now" for key in differing)
         raise UserError(
-            f"The reference store {folder} was built for something else ({changes}). Train into another output_dir, or delete "
-            f"{folder} to build it again."
+            f"The reference store {folder} was built for something else ({changes}). Train into another output_dir, name another "
+            f"reference.store, or delete {folder} and run `mpo precompute` with this configuration to build it again."
         )
     values = load_file(folder / "values.safetensors")
     sequences = dominant_sequences(examples)

@@ -12,7 +12,7 @@ import torch
 from mpo.batching import MPOBatch
 from mpo.model import MPOForward
 
-_L1, _L2, _TOKENS, _STOP, _FIRST_LANGUAGE = range(5)
+_L1, _L2, _TOKENS, _PADDED, _STOP, _FIRST_LANGUAGE = range(6)
 
 
 class StepSums:
@@ -34,6 +34,7 @@ class StepSums:
             sums[_L1] += output.l1.double().sum().cpu()
             sums[_L2] += output.l2.double().cpu()
             sums[_TOKENS] += batch.packed.input_ids.numel()
+            sums[_PADDED] += max(batch.packed.lengths) * len(batch.packed.lengths)
             gaps, weights = output.reward_gap.tolist(), batch.pair_weights.tolist()
             for language, gap, weight in zip(batch.languages, gaps, weights, strict=True):
                 place = _FIRST_LANGUAGE + 2 * self._languages.index(language)
@@ -59,7 +60,10 @@ class StepTotals:
         return self.sums[_STOP] > 0
 
     def means(self, pairs: int, retention_weight: float) -> dict[str, Any]:
-        """Loss, L1 and L2 per pair, the mean reward gap per language in nats per token, and the packed tokens of the step."""
+        """Loss, L1 and L2 per pair, the mean reward gap per language in nats per token, and the packed tokens of the step.
+
+        None of these is padding; `padding_avoided` is the share of it that the same micro-batches would have as rectangles.
+        """
         l1, l2 = self.sums[_L1] / pairs, self.sums[_L2] / pairs
         by_language = self.sums[_FIRST_LANGUAGE:]
         gaps = {
@@ -67,4 +71,8 @@ class StepTotals:
             for language, total, count in zip(self.languages, by_language[::2], by_language[1::2], strict=True)
             if count
         }
-        return {"loss": l1 + retention_weight * l2, "l1": l1, "l2": l2, "gap": gaps, "tokens": int(self.sums[_TOKENS])}
+        return {"loss": l1 + retention_weight * l2, "l1": l1, "l2": l2, "gap": gaps, **self._tokens()}
+
+    def _tokens(self) -> dict[str, Any]:
+        tokens = int(self.sums[_TOKENS])
+        return {"tokens": tokens, "padding_avoided": round(1 - tokens / self.sums[_PADDED], 4) if self.sums[_PADDED] else 0.0}

@@ -11,31 +11,30 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import deepspeed.comm as dist
 import torch
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import set_seed
 from transformers.integrations import HfDeepSpeedConfig
 
 from mpo import checkpoint, reference, report
-from mpo.batching import MPOBatch, Schedule, order_of_rows, pack
-from mpo.config import Config
-from mpo.data import BadRow, load_rows
-from mpo.demo_model import resolve_model
+from mpo.batching import MPOBatch, Schedule, in_micro_batches, order_of_rows, pack
+from mpo.config import Config, ReferenceConfig
 from mpo.distributed import is_main, on_main, start
-from mpo.engine import build_engine, deepspeed_settings, learning_rate
+from mpo.engine import build_engine, deepspeed_settings, learning_rate, peak_memory_gib, track
 from mpo.errors import UserError
 from mpo.files import write_json
 from mpo.interruption import Interrupted, interruptions
-from mpo.model import MPOForward, bind_mpo_forward, check_model, load_model, load_tokenizer
+from mpo.model import MPOForward, bind_mpo_forward, load_model
 from mpo.output_folder import OutputFolder
+from mpo.prepare import Prepared, prepare
 from mpo.progress import Progress
-from mpo.reference import ReferenceStore
+from mpo.reference import LiveReference, Reference, ReferenceStore
 from mpo.scoring import distinct_sequences, measure_gaps
 from mpo.step_metrics import StepSums
-from mpo.tokenizing import Example, tokenize_rows
+from mpo.tokenizing import Example
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -51,33 +50,21 @@ def train(config: Config) -> dict[str, Any]:
 
     # Everything that can be refused is refused before the weights are loaded.
     settings = deepspeed_settings(config)
-    model_path = resolve_model(config.model.path, progress.log)  # on every rank: nodes have caches of their own
-    model_config = config.model.model_copy(update={"path": model_path})
-    check_model(model_config)
-    tokenizer = load_tokenizer(model_config)
-    examples, dropped = _read_examples(config.data.train, tokenizer, config)
-    held_out, dropped_held_out = _read_examples(config.data.eval, tokenizer, config) if config.data.eval else (examples, [])
-    measured = _evenly_spaced(held_out, config.data.eval_rows_per_language)
+    prepared = prepare(config, progress.log)
+    tokenizer, examples, measured, dropped = prepared.tokenizer, prepared.examples, prepared.measured, prepared.dropped
     folder = OutputFolder(Path(config.output_dir))
     on_main(lambda: folder.open(config, reference.digest(distinct_sequences([*examples, *measured]))))
-    dropped += dropped_held_out
     if is_main() and dropped:
         folder.write_dropped(dropped)
 
-    schedule = Schedule(
-        rows=len(examples),
-        pairs_per_step=config.train.pairs_per_step,
-        pairs_per_micro_batch=config.train.pairs_per_micro_batch,
-        epochs=config.train.epochs,
-        max_steps=config.train.max_steps,
-    )
+    schedule = schedule_of(config, len(examples))
     progress.header(config, examples, measured, dropped, schedule, dist.get_world_size())
     keep_alive = HfDeepSpeedConfig(settings) if config.zero.stage == 3 else None  # from_pretrained looks for it
-    model = bind_mpo_forward(load_model(model_config), config.loss)
+    model = bind_mpo_forward(load_model(prepared.model), config.loss)
     engine, guard = build_engine(model, config, settings)
     del keep_alive
 
-    store = _open_reference_store(engine, tokenizer, model_path, examples, config, folder, device, progress)
+    values = _open_reference(engine, prepared, config, folder, device, progress)
     before = on_main(folder.load_gaps_before)
     if before is None:
         with progress.task("Gaps before training", len(distinct_sequences(measured))) as advance:
@@ -91,10 +78,10 @@ def train(config: Config) -> dict[str, Any]:
         first_step = checkpoint.load(engine, latest, config.zero.stage)
         progress.log(f"Going on from {latest.folder} ({first_step} of {schedule.steps} steps done)")
     else:
-        _self_check(engine, examples, store, config, device)
+        _self_check(engine, examples, values, config, device)
     on_main(lambda: folder.truncate_metrics(first_step))
 
-    batches = _BatchMaker(examples, store, schedule, config)
+    batches = _BatchMaker(examples, values, schedule, config)
     languages = sorted({e.language for e in examples})
     skipped_in_a_row = 0
     with interruptions() as interruption, progress.steps(schedule.steps, first_step, config.log_every) as show:
@@ -106,7 +93,7 @@ def train(config: Config) -> dict[str, Any]:
                 group["lr"] = rate
             sums = StepSums(languages)
             pairs = len(schedule.positions(step))
-            for positions in schedule.micro_batches(step, dist.get_rank(), dist.get_world_size()):
+            for positions in batches.micro_batches(step, dist.get_rank(), dist.get_world_size()):
                 batch = batches.make(positions)
                 output = engine(batch=batch.to(device))
                 engine.backward(output.loss * (dist.get_world_size() / pairs), scale_wrt_gas=False)
@@ -116,16 +103,21 @@ def train(config: Config) -> dict[str, Any]:
             skipped = guard.skipped(engine)
             skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
 
+            seconds = time.perf_counter() - began
+            means = totals.means(pairs, config.loss.retention_weight)
             row = {
                 "step": step + 1,
                 "epoch": schedule.positions(step).stop / schedule.rows,
                 "pairs": pairs,
-                **totals.means(pairs, config.loss.retention_weight),
+                **means,
                 "learning_rate": rate,
                 "grad_norm": guard.grad_norm(engine),
                 "skipped": skipped,
-                "seconds": time.perf_counter() - began,
+                "seconds": seconds,
+                "tokens_per_second": round(means["tokens"] / seconds, 1),
+                "peak_memory_gib": peak_memory_gib(device),
             }
+            track(engine, row)
             if is_main() and ((step + 1) % config.log_every == 0 or skipped or last):
                 folder.append_metrics(row)
             show(row)
@@ -144,7 +136,7 @@ def train(config: Config) -> dict[str, Any]:
     with progress.task("Gaps after training", len(distinct_sequences(measured))) as advance:
         after = measure_gaps(engine, measured, pool=config.loss.pool, device=device, advance=advance)
     if config.checkpoint.export:
-        checkpoint.export(engine, tokenizer, folder.model, config.zero.stage)
+        checkpoint.export(engine, tokenizer, folder.model, config.zero.stage, prepared.model)
     result = on_main(lambda: report.summarise(measured, before, after, config.loss.beta))
     if is_main():
         write_json(folder.result, result)
@@ -155,50 +147,65 @@ def train(config: Config) -> dict[str, Any]:
     return result
 
 
-def _read_examples(files: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: Config) -> tuple[list[Example], list[BadRow]]:
-    rows, unreadable = load_rows(files, config.data)
-    examples, untokenizable = tokenize_rows(rows, tokenizer, config.data)
-    return examples, unreadable + untokenizable
+def schedule_of(config: Config, rows: int) -> Schedule:
+    """The steps of a run over so many rows."""
+    train = config.train
+    return Schedule(rows, train.pairs_per_step, train.epochs, train.max_steps, train.overfit_batch)
 
 
-def _evenly_spaced(examples: Sequence[Example], per_language: int | None) -> list[Example]:
-    """At most `per_language` examples of each language, evenly spaced, in their order."""
-    if per_language is None:
-        return list(examples)
-    chosen: set[int] = set()
-    for language in {e.language for e in examples}:
-        places = [i for i, e in enumerate(examples) if e.language == language]
-        count = min(per_language, len(places))
-        chosen.update(places[i * len(places) // count] for i in range(count))
-    return [e for i, e in enumerate(examples) if i in chosen]
+def precompute(config: Config) -> Path:
+    """Builds the reference store of a configuration, or finds it built, and returns its folder.
+
+    Raises:
+        UserError: bad configuration, data or model; or a store of something else is there.
+    """
+    device = start()
+    progress = Progress(enabled=is_main())
+    settings = deepspeed_settings(config)
+    prepared = prepare(config, progress.log)
+    keep_alive = HfDeepSpeedConfig(settings) if config.zero.stage == 3 else None
+    model = bind_mpo_forward(load_model(prepared.model.model_copy(update={"lora": None})), config.loss)
+    # Scoring needs no optimizer; only ZeRO-3 needs an engine, which gathers the weights.
+    engine: Any = deepspeed.initialize(model=model, config=settings)[0] if keep_alive else cast(torch.nn.Module, model).to(device)
+    folder = OutputFolder(Path(config.output_dir))
+    stored = config.model_copy(update={"reference": ReferenceConfig(store=config.reference.store)})
+    _open_reference(engine, prepared, stored, folder, device, progress)
+    dist.barrier()
+    return store_folder(config, folder)
 
 
-def _open_reference_store(
+def store_folder(config: Config, folder: OutputFolder) -> Path:
+    """Where the run's reference store is."""
+    return folder.reference if config.reference.store is None else Path(config.reference.store)
+
+
+def _open_reference(
     engine: deepspeed.DeepSpeedEngine,
-    tokenizer: PreTrainedTokenizerBase,
-    model_path: str,
-    examples: Sequence[Example],
+    prepared: Prepared,
     config: Config,
     folder: OutputFolder,
     device: torch.device,
     progress: Progress,
-) -> ReferenceStore:
-    """The run's reference store, built on first use."""
-    manifest = on_main(lambda: reference.identity(engine.module, tokenizer, model_path, examples, config.loss.pool))
-    store = on_main(lambda: reference.load(folder.reference, manifest, examples))
-    if store is None:
-        sequences = len(reference.dominant_sequences(examples))
-        with progress.task("Reference store", sequences) as advance:
-            store = reference.build(engine, examples, pool=config.loss.pool, device=device, advance=advance)
-        built = store
-        on_main(lambda: reference.save(built, folder.reference, manifest))
-    return store
+) -> Reference:
+    """The run's reference: the store, built on first use, or the model itself with its adapters off."""
+    if config.reference.mode == "live":
+        return LiveReference(engine, config.loss.pool, device)
+    model, examples, path = getattr(engine, "module", engine), prepared.examples, store_folder(config, folder)
+    manifest = on_main(lambda: reference.identity(model, prepared.tokenizer, prepared.model.path, examples, config.loss.pool))
+    store = on_main(lambda: reference.load(path, manifest, examples))
+    if store is not None:
+        progress.log(f"Reference {path} ({len(store.rows)} sequences)")
+        return store
+    with progress.task("Reference store", len(reference.dominant_sequences(examples))) as advance:
+        return reference.build(
+            engine, examples, pool=config.loss.pool, device=device, advance=advance, folder=path, manifest=manifest
+        )  # fmt: skip
 
 
 def _self_check(
     engine: deepspeed.DeepSpeedEngine,
     examples: Sequence[Example],
-    store: ReferenceStore,
+    values: Reference,
     config: Config,
     device: torch.device,
 ) -> None:
@@ -208,7 +215,7 @@ def _self_check(
     that leaks. Compared in training mode, packed with other sequences than the store's.
     """
     probe = examples[:2]
-    first = probe[0]
+    first, store = probe[0], values.of(probe)
     batch = make_batch(probe, [1.0] * len(probe), store, config).to(device)
     with torch.no_grad():
         output: MPOForward = engine(batch=batch)
@@ -254,14 +261,28 @@ def make_batch(examples: Sequence[Example], weights: Sequence[float], store: Ref
 class _BatchMaker:
     """Turns positions in the concatenated epochs into packed micro-batches."""
 
-    def __init__(self, examples: Sequence[Example], store: ReferenceStore, schedule: Schedule, config: Config) -> None:
-        self._examples, self._store, self._config = examples, store, config
+    def __init__(self, examples: Sequence[Example], values: Reference, schedule: Schedule, config: Config) -> None:
+        self._examples, self._values, self._schedule, self._config = examples, values, schedule, config
         self._orders: dict[int, list[int]] = {}
+
+    def micro_batches(self, step: int, rank: int, world: int) -> list[list[int | None]]:
+        """The rank's micro-batches as positions. Every rank gets the same number of them; None is a filler pair."""
+        train = self._config.train
+        cut: list[list[list[int]]] = [
+            in_micro_batches(self._schedule.share(step, r, world), train.pairs_per_micro_batch, train.tokens_per_micro_batch, self._tokens)
+            for r in range(world)
+        ]
+        mine: list[list[int | None]] = [list(batch) for batch in cut[rank]]
+        return mine + [[None]] * (max(map(len, cut)) - len(mine))
 
     def make(self, positions: Sequence[int | None]) -> MPOBatch:
         examples = [self._examples[0] if p is None else self._examples[self._row(p)] for p in positions]
         weights = [0.0 if p is None else 1.0 for p in positions]
-        return make_batch(examples, weights, self._store, self._config)
+        return make_batch(examples, weights, self._values.of(examples), self._config)
+
+    def _tokens(self, positions: Sequence[int]) -> int:
+        """Packed tokens of a micro-batch."""
+        return packed_tokens([self._examples[self._row(p)] for p in positions])
 
     def _row(self, position: int) -> int:
         epoch, place = divmod(position, len(self._examples))
@@ -269,3 +290,9 @@ class _BatchMaker:
             train = self._config.train
             self._orders[epoch] = order_of_rows(self._examples, epoch, train.seed, train.group_by_dominant)
         return self._orders[epoch][place]
+
+
+def packed_tokens(examples: Sequence[Example]) -> int:
+    """Tokens of the examples in one packed row, shared dominant sequences counted once."""
+    shared = dict.fromkeys(s for e in examples for s in (e.dominant_chosen, e.dominant_rejected))
+    return sum(len(s.input_ids) for e in examples for s in (e.target_chosen, e.target_rejected)) + sum(len(s.input_ids) for s in shared)

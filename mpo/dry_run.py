@@ -1,0 +1,71 @@
+"""What a run would do and take, without loading a weight."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+from rich.console import Console
+
+from mpo import memory
+from mpo.batching import in_micro_batches
+from mpo.config import Config
+from mpo.engine import deepspeed_settings
+from mpo.prepare import prepare
+from mpo.train import packed_tokens, schedule_of
+
+
+def describe(config: Config) -> dict[str, Any]:
+    """`rows`, `languages`, `steps`, batch arithmetic for one rank, `size` of the model, and computed `memory` per number of GPUs."""
+    deepspeed_settings(config)  # refuses settings that contradict each other
+    prepared = prepare(config, lambda line: print(line, file=sys.stderr))
+    examples = prepared.examples
+    schedule = schedule_of(config, len(examples))
+    batches = in_micro_batches(
+        range(len(examples)),
+        config.train.pairs_per_micro_batch,
+        config.train.tokens_per_micro_batch,
+        lambda positions: packed_tokens([examples[p] for p in positions]),
+    )
+    tokens = [packed_tokens([examples[p] for p in batch]) for batch in batches]
+    size = memory.size_of(prepared.model)
+    languages: dict[str, int] = {}
+    for example in examples:
+        languages[example.language] = languages.get(example.language, 0) + 1
+    return {
+        "model": prepared.model.path,
+        "rows": len(examples),
+        "languages": dict(sorted(languages.items())),
+        "measured": len(prepared.measured),
+        "dropped": len(prepared.dropped),
+        "steps": schedule.steps,
+        "pairs_per_step": config.train.pairs_per_step,
+        "micro_batches_per_step_one_rank": math.ceil(len(batches) * config.train.pairs_per_step / len(examples)),
+        "tokens_per_micro_batch": {"mean": round(sum(tokens) / len(tokens)), "max": max(tokens)},
+        "reference_sequences": len({s for e in examples for s in (e.dominant_chosen, e.dominant_rejected)}),
+        "size": size._asdict(),
+        "zero_stage": config.zero.stage,
+        "dtype": config.model.dtype,
+        "memory": memory.table(config, size, max(tokens)),
+    }
+
+
+def show(report: dict[str, Any], console: Console) -> None:
+    """The report for people."""
+    languages = ", ".join(f"{language} {count}" for language, count in report["languages"].items())
+    tokens = report["tokens_per_micro_batch"]
+    for name, text in (
+        ("Model", f"{report['model']} ({report['dtype']}), ZeRO-{report['zero_stage']}"),
+        ("Rows", f"{report['rows']} ({languages}), {report['measured']} measured, {report['dropped']} dropped"),
+        ("Reference", f"{report['reference_sequences']} dominant sequences to score once"),
+        ("Steps", f"{report['steps']} of {report['pairs_per_step']} pairs"),
+        (
+            "Batches",
+            f"{report['micro_batches_per_step_one_rank']} micro-batches per step on one rank, {tokens['mean']} tokens on average, "
+            f"{tokens['max']} at most",
+        ),
+    ):
+        console.print(f"{name:<10}{text}", markup=False, soft_wrap=True)
+    memory.show(report["memory"], report, console)
+    console.print("Nothing was loaded or written.")

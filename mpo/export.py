@@ -1,0 +1,60 @@
+"""A model folder from a checkpoint, in one process and without an engine, whatever ranks and stage wrote it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+from mpo import checkpoint as checkpoints
+from mpo import lora
+from mpo.config import Config
+from mpo.demo_model import resolve_model
+from mpo.errors import UserError
+from mpo.files import new_folder, read_json
+from mpo.model import load_model, load_tokenizer
+from mpo.output_folder import OutputFolder
+
+
+def export_checkpoint(run: Path, name: str | None, to: Path, merge: bool, log: Callable[[str], None]) -> None:
+    """Writes the model, or the adapters, of a checkpoint of `run` to `to`.
+
+    Raises:
+        UserError: no run, no such checkpoint, `to` is not empty, or --merge without adapters.
+    """
+    folder = OutputFolder(run)
+    if not folder.config.is_file():
+        raise UserError(f"{run} holds no MPO run (no config.json). Give a run's output folder.")
+    config = Config.model_validate(read_json(folder.config)["config"])
+    if to.exists() and any(to.iterdir()):
+        raise UserError(f"{to} is not empty. Name another folder with --to.")
+    if merge and config.model.lora is None:
+        raise UserError(f"{run} trained all weights; there are no adapters to merge. Leave out --merge.")
+    found = checkpoints.newest(folder.checkpoints) if name is None else checkpoints.named(folder.checkpoints, name)
+    if found is None:
+        raise UserError(f"{folder.checkpoints} holds no whole checkpoint{f' {name}' if name else ''}. Set checkpoint.every when training.")
+    model_config = config.model.model_copy(update={"path": resolve_model(config.model.path, log), "activation_checkpointing": False})
+    model, tokenizer = load_model(model_config), load_tokenizer(model_config)
+    state = _weights(found)
+    missing, unknown = model.load_state_dict({key: value.to(model.dtype) for key, value in state.items()}, strict=False)
+    trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    if unknown or trained & set(missing):
+        raise UserError(f"{found.folder} does not fit the model {model_config.path}: {(unknown or sorted(trained & set(missing)))[:3]}.")
+    with new_folder(to) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    if merge:
+        adapter = to.with_name(f"{to.name}-adapter")
+        to.rename(adapter)
+        lora.export_merged(load_model(model_config.model_copy(update={"lora": None})), adapter, tokenizer, to)
+
+
+def _weights(found: checkpoints.Checkpoint) -> dict[str, torch.Tensor]:
+    """The whole state dict of a checkpoint. DeepSpeed's files are pickles: they are opened because the user names them."""
+    if found.zero_stage > 0:
+        return get_fp32_state_dict_from_zero_checkpoint(str(found.folder.parent), tag=found.folder.name)
+    (path,) = [p for p in found.folder.glob("*model_states.pt") if re.match(r"mp_rank_00", p.name)]
+    return torch.load(path, map_location="cpu", weights_only=False)["module"]

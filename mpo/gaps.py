@@ -1,0 +1,100 @@
+"""Reward gaps of any models on the measured rows, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mpo.config import Config
+from mpo.distributed import start
+from mpo.model import bind_mpo_forward, check_model, load_model
+from mpo.prepare import Prepared
+from mpo.progress import Progress
+from mpo.scoring import Gaps, distinct_sequences, measure_gaps
+from mpo.tokenizing import Example
+
+RESAMPLES = 2000
+INTERVAL = 0.95
+
+
+def compare_models(config: Config, prepared: Prepared, models: Sequence[str], progress: Progress) -> dict[str, Any]:
+    """Measures each model, one after the other in one process, and returns the report of `summarise`."""
+    device = start()
+    measured: dict[str, Gaps] = {}
+    for path in models:
+        check_model(prepared.model.model_copy(update={"path": path}))
+    for path in models:
+        bound = bind_mpo_forward(load_model(prepared.model.model_copy(update={"path": path, "lora": None})), config.loss)
+        model = cast(torch.nn.Module, bound).to(device)
+        with progress.task(f"Gaps of {path}", len(distinct_sequences(prepared.measured))) as advance:
+            measured[path] = measure_gaps(model, prepared.measured, pool=config.loss.pool, device=device, advance=advance)
+        del model, bound
+    return summarise(prepared.measured, measured, config.loss.beta)
+
+
+def summarise(examples: Sequence[Example], measured: dict[str, Gaps], beta: float) -> dict[str, Any]:
+    """Per model, language and over all rows (`all`), in nats per token:
+
+    n                         rows
+    target_gap, dominant_gap  mean reward gaps
+    distance                  mean |beta * target gap - dominant gap of the first model|: what L1 brings down
+    sign_accuracy             share of target pairs whose chosen answer is the likelier one
+    *_interval                95 % bootstrap interval (percentiles over resampled rows) of target_gap and distance
+    """
+    languages = sorted({e.language for e in examples})
+    anchor = next(iter(measured.values())).dominant
+
+    def row(gaps: Gaps, places: list[int]) -> dict[str, Any]:
+        target, distance = gaps.target[places], (beta * gaps.target[places] - anchor[places]).abs()
+        return {
+            "n": len(places),
+            "target_gap": float(target.mean()),
+            "target_gap_interval": bootstrap_interval(target),
+            "dominant_gap": float(gaps.dominant[places].mean()),
+            "distance": float(distance.mean()),
+            "distance_interval": bootstrap_interval(distance),
+            "sign_accuracy": float((target > 0).float().mean()),
+        }
+
+    places = {language: [i for i, e in enumerate(examples) if e.language == language] for language in languages}
+    places["all"] = list(range(len(examples)))
+    return {"beta": beta, "models": {name: {key: row(gaps, of) for key, of in places.items()} for name, gaps in measured.items()}}
+
+
+def bootstrap_interval(values: torch.Tensor, seed: int = 0) -> tuple[float, float]:
+    """Percentile interval of the mean, (n,) -> (low, high)."""
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.randint(0, values.numel(), (RESAMPLES, values.numel()), generator=generator)
+    means = values[picks].double().mean(1)
+    low, high = means.quantile(torch.tensor([(1 - INTERVAL) / 2, (1 + INTERVAL) / 2], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def show(report: dict[str, Any], console: Console) -> None:
+    """One line per language and model."""
+    table = Table(title=f"Reward gaps (nats per token, beta {report['beta']:g}; in brackets {INTERVAL:.0%} bootstrap intervals)")
+    table.add_column("language")
+    table.add_column("model")
+    for name in ("rows", "target gap", "dominant gap", "distance", "sign accuracy"):
+        table.add_column(name, justify="right")
+    models = report["models"]
+    for language in next(iter(models.values())):
+        for place, (name, rows) in enumerate(models.items()):
+            row = rows[language]
+            low, high = row["target_gap_interval"]
+            near, far = row["distance_interval"]
+            table.add_row(
+                language if place == 0 else "",
+                name,
+                str(row["n"]) if place == 0 else "",
+                f"{row['target_gap']:+.3f} [{low:+.3f}, {high:+.3f}]".replace("[", r"\["),
+                f"{row['dominant_gap']:+.3f}",
+                f"{row['distance']:.3f} [{near:.3f}, {far:.3f}]".replace("[", r"\["),
+                f"{row['sign_accuracy']:.0%}",
+                end_section=place == len(models) - 1,
+            )
+    console.print(table)

@@ -1,0 +1,80 @@
+"""Low-rank adapters through peft: attached to the model in place, so that its forward, its names and ZeRO's hooks stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mpo.config import LoraConfig
+from mpo.errors import UserError
+from mpo.files import new_folder
+
+ADAPTER_FILE = "adapter_config.json"
+
+
+def attach(model: torch.nn.Module, config: LoraConfig) -> None:
+    """Adds the adapters and freezes everything else. The LM head stays frozen, which saves its gradient's GEMM.
+
+    Raises:
+        UserError: peft is not installed, or no module has a name of `target_modules`.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise UserError("model.lora needs peft: pip install peft.") from error
+    wanted = config.target_modules if config.target_modules == "all-linear" else list(config.target_modules)
+    settings = peft.LoraConfig(
+        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=wanted, task_type="CAUSAL_LM"
+    )  # fmt: skip
+    try:
+        model.add_adapter(settings)  # type: ignore[operator]
+    except ValueError as error:
+        names = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)})
+        raise UserError(f"model.lora.target_modules {wanted}: {error}. This model's linear modules are {', '.join(names)}.") from error
+
+
+def trainable_parameters(empty: torch.nn.Module, config: LoraConfig) -> int:
+    """Parameters that the adapters of a model on the meta device have."""
+    attach(empty, config)
+    return sum(p.numel() for p in empty.parameters() if p.requires_grad)
+
+
+@contextmanager
+def adapters_off(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block the model is what it was before training."""
+    model.disable_adapters()
+    try:
+        yield
+    finally:
+        model.enable_adapters()
+
+
+def is_adapter(path: str) -> bool:
+    """Whether the folder holds adapters instead of a whole model."""
+    return (Path(path) / ADAPTER_FILE).is_file()
+
+
+def base_of(path: str) -> str:
+    """The model that the adapters in the folder belong to."""
+    import peft
+
+    return str(peft.PeftConfig.from_pretrained(path).base_model_name_or_path)
+
+
+def merged(base: PreTrainedModel, adapter: str) -> PreTrainedModel:
+    """The base model with the adapters of a folder added to its weights."""
+    import peft
+
+    return peft.PeftModel.from_pretrained(base, adapter).merge_and_unload()
+
+
+def export_merged(base: PreTrainedModel, adapter: Path, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes base and adapters as one model folder."""
+    whole = merged(base, str(adapter))
+    with new_folder(folder) as temporary:
+        whole.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)

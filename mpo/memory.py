@@ -1,0 +1,92 @@
+"""How much GPU memory a run takes, computed from the model's configuration: no weight is loaded, nothing is measured."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import init_empty_weights
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mpo.config import Config, ModelConfig
+
+GIB = 2**30
+WORLDS = (1, 2, 4, 8, 16, 32, 64)
+DEFAULT_CHUNK = 512 << 20
+"""Bytes of logits that the linear loss holds at a time unless loss.chunk_bytes says otherwise."""
+
+
+class Size(NamedTuple):
+    """What of the model decides about memory."""
+
+    parameters: int
+    trained: int
+    vocab: int
+    hidden: int
+    intermediate: int
+    layers: int
+
+
+def size_of(model: ModelConfig) -> Size:
+    """Counts parameters on the meta device."""
+    hf = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    with init_empty_weights():
+        empty = AutoModelForCausalLM.from_config(hf, trust_remote_code=model.trust_remote_code)
+    total = sum(p.numel() for p in empty.parameters())
+    trained = total
+    if model.lora is not None:
+        from mpo.lora import trainable_parameters
+
+        trained = trainable_parameters(empty, model.lora)
+    return Size(total, trained, hf.vocab_size, hf.hidden_size, hf.intermediate_size, hf.num_hidden_layers)
+
+
+def per_gpu(config: Config, size: Size, tokens: int, world: int) -> dict[str, float]:
+    """Bytes per GPU by purpose, for `tokens` packed tokens in the longest micro-batch.
+
+    weights, gradients and optimizer are divided over `world` by the ZeRO stage; AdamW keeps two fp32 moments and under bfloat16 an fp32
+    master copy. Activations: about 7 D + 3 intermediate numbers per token and layer, or with activation checkpointing one
+    saved input per layer and one layer in full. head: a chunk of logits, and the fp32 gradient of a head that is trained.
+    """
+    stage, bytes_each = config.zero.stage, 2 if config.model.dtype == "bfloat16" else 4
+    divided = {purpose: world if stage >= needed else 1 for purpose, needed in (("optimizer", 1), ("gradients", 2), ("weights", 3))}
+    master = 4 if bytes_each == 2 else 0
+    optimizer = 0 if config.zero.offload_optimizer else size.trained * (8 + master) / divided["optimizer"]
+    per_layer = tokens * bytes_each * (7 * size.hidden + 3 * size.intermediate)
+    kept = tokens * bytes_each * size.hidden * size.layers
+    activations = kept + per_layer if config.model.activation_checkpointing else per_layer * size.layers
+    head_gradient = size.vocab * size.hidden * 4 if config.model.lora is None else 0
+    return {
+        "weights": size.parameters * bytes_each / divided["weights"] + (size.vocab * size.hidden * bytes_each if stage == 3 else 0),
+        "gradients": size.trained * 4 / divided["gradients"],
+        "optimizer": optimizer,
+        "activations": activations,
+        "head": (config.loss.chunk_bytes or DEFAULT_CHUNK) + head_gradient,
+    }
+
+
+def table(config: Config, size: Size, tokens: int) -> list[dict[str, Any]]:
+    """`per_gpu` in GiB for each number of GPUs."""
+    rows = []
+    for world in WORLDS:
+        parts = {name: value / GIB for name, value in per_gpu(config, size, tokens, world).items()}
+        rows.append({"gpus": world, **parts, "total": sum(parts.values())})
+    return rows
+
+
+def show(rows: list[dict[str, Any]], report: dict[str, Any], console: Console) -> None:
+    """The table for people; it says that it is computed. `report` is that of the dry run."""
+    size = report["size"]
+    made = Table(
+        title=f"COMPUTED memory per GPU in GiB, {size['parameters'] / 1e9:.2f} billion parameters, {size['trained'] / 1e6:.1f} million "
+        f"trained, micro-batches of {report['tokens_per_micro_batch']['max']} tokens"
+    )
+    for name in rows[0]:
+        made.add_column(name, justify="right")
+    for row in rows:
+        made.add_row(*(str(value) if isinstance(value, int) else f"{value:.2f}" for value in row.values()))
+    console.print(made)
+    if torch.cuda.is_available():
+        console.print(f"This machine's GPU has {torch.cuda.get_device_properties(0).total_memory / GIB:.0f} GiB.")

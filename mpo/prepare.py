@@ -1,0 +1,64 @@
+"""What every command does first: the model's files, its tokenizer, and the rows as tokens. Everything that can be refused is refused here,
+before any weight is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from mpo.config import Config, ModelConfig
+from mpo.data import BadRow, Row, load_rows
+from mpo.demo_model import resolve_model
+from mpo.model import check_model, load_tokenizer
+from mpo.tokenizing import Example, tokenize_rows
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A configuration's model and rows."""
+
+    model: ModelConfig
+    """With `path` a folder or a hub id."""
+    tokenizer: PreTrainedTokenizerBase
+    rows: list[Row]
+    """Training rows that could be read."""
+    examples: list[Example]
+    """Training rows, tokenised."""
+    measured: list[Example]
+    """Rows whose gaps are reported: held-out ones where data.eval names files, else training rows."""
+    dropped: list[BadRow]
+
+
+def prepare(config: Config, log: Callable[[str], None]) -> Prepared:
+    """Reads and checks model and data of a configuration.
+
+    Raises:
+        UserError: the model is no model or of an unknown kind, the tokenizer has no template, files or rows are bad.
+    """
+    model = config.model.model_copy(update={"path": resolve_model(config.model.path, log)})  # on every rank: nodes have caches of their own
+    check_model(model)
+    tokenizer = load_tokenizer(model)
+    rows, examples, dropped = _read(config.data.train, tokenizer, config)
+    _, held_out, dropped_held_out = _read(config.data.eval, tokenizer, config) if config.data.eval else ([], examples, [])
+    measured = _evenly_spaced(held_out, config.data.eval_rows_per_language)
+    return Prepared(model, tokenizer, rows, examples, measured, dropped + dropped_held_out)
+
+
+def _read(files: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: Config) -> tuple[list[Row], list[Example], list[BadRow]]:
+    rows, unreadable = load_rows(files, config.data)
+    examples, untokenizable = tokenize_rows(rows, tokenizer, config.data)
+    return rows, examples, unreadable + untokenizable
+
+
+def _evenly_spaced(examples: Sequence[Example], per_language: int | None) -> list[Example]:
+    """At most `per_language` examples of each language, evenly spaced, in their order."""
+    if per_language is None:
+        return list(examples)
+    chosen: set[int] = set()
+    for language in {e.language for e in examples}:
+        places = [i for i, e in enumerate(examples) if e.language == language]
+        count = min(per_language, len(places))
+        chosen.update(places[i * len(places) // count] for i in range(count))
+    return [e for i, e in enumerate(examples) if i in chosen]
