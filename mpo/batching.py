@@ -166,6 +166,18 @@ def in_micro_batches(positions: Sequence[int], pairs: int, tokens: int | None, s
     return batches
 
 
+def of_every_rank(
+    schedule: Schedule, step: int, rank: int, world: int, cut: Callable[[list[int]], list[list[int]]]
+) -> list[list[int | None]]:
+    """The rank's micro-batches of a step. Every rank gets the same number of them; None is a filler pair.
+
+    cut: makes micro-batches of a rank's share; a function of the positions alone, so that every rank knows how many the others have.
+    """
+    batches = [cut(schedule.share(step, r, world)) for r in range(world)]
+    mine: list[list[int | None]] = [list(batch) for batch in batches[rank]]
+    return mine + [[None]] * (max(map(len, batches)) - len(mine))
+
+
 def _to_device(batch, device: torch.device):
     """The same dataclass with every tensor on `device`."""
     moved: dict[str, Any] = {}

@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import deepspeed
 import deepspeed.comm as dist
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mpo import lora
@@ -36,10 +38,11 @@ class Checkpoint:
 
 def newest(checkpoints: Path) -> Checkpoint | None:
     """The newest whole checkpoint in the folder, or None."""
-    names = sorted(p.name for p in checkpoints.glob("step-*") if re.fullmatch(r"step-\d{8}", p.name))
-    if not names:
-        return None
-    return named(checkpoints, names[-1])
+    return next((found for name in reversed(_names(checkpoints)) if (found := named(checkpoints, name)) is not None), None)
+
+
+def _names(checkpoints: Path) -> list[str]:
+    return sorted(p.name for p in checkpoints.glob("step-*") if re.fullmatch(r"step-\d{8}", p.name))
 
 
 def named(checkpoints: Path, name: str) -> Checkpoint | None:
@@ -51,23 +54,47 @@ def named(checkpoints: Path, name: str) -> Checkpoint | None:
     return Checkpoint(folder, state["step"], state["world_size"], state["zero_stage"])
 
 
-def save(engine: deepspeed.DeepSpeedEngine, checkpoints: Path, step: int, zero_stage: int, keep: int) -> None:
-    """Writes a checkpoint after `step` optimizer steps and removes all but the newest `keep`. Called by all ranks."""
+def save(engine: deepspeed.DeepSpeedEngine, checkpoints: Path, step: int, zero_stage: int, keep: int) -> str | None:
+    """Writes a checkpoint after `step` optimizer steps and removes all but the newest `keep`. Called by all ranks.
+
+    Returns None, or on every rank why it could not be written, such as a full disk; older checkpoints are then as they were.
+    """
     name = f"step-{step:08d}"
     incomplete = checkpoints / f"{name}.incomplete"
-    on_main(lambda: shutil.rmtree(incomplete, ignore_errors=True))
-    engine.save_checkpoint(str(checkpoints), tag=incomplete.name, client_state={"mpo": {"step": step}}, save_latest=False)
-    dist.barrier()
+    on_main(lambda: _remove(checkpoints.glob("*.incomplete")))
+    failure = None
+    try:
+        engine.save_checkpoint(str(checkpoints), tag=incomplete.name, client_state={"mpo": {"step": step}}, save_latest=False)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        failure = str(error).splitlines()[0]
+    failures: list[str | None] = [failure]
+    if dist.get_world_size() > 1:
+        failures = [None] * dist.get_world_size()
+        torch.distributed.all_gather_object(failures, failure)
 
-    def finish() -> None:
-        state = {"step": step, "world_size": dist.get_world_size(), "zero_stage": zero_stage}
-        write_json(incomplete / "state.json", state)
-        shutil.rmtree(checkpoints / name, ignore_errors=True)
-        os.replace(incomplete, checkpoints / name)
-        for old in sorted(p for p in checkpoints.glob("step-*") if re.fullmatch(r"step-\d{8}", p.name))[:-keep]:
-            shutil.rmtree(old)
+    def finish() -> str | None:
+        problem = next((f for f in failures if f), None)
+        if problem is None:
+            try:
+                state = {"step": step, "world_size": dist.get_world_size(), "zero_stage": zero_stage}
+                write_json(incomplete / "state.json", state)
+                shutil.rmtree(checkpoints / name, ignore_errors=True)
+                os.replace(incomplete, checkpoints / name)
+                _remove(checkpoints / old for old in _names(checkpoints)[:-keep])
+                return None
+            except OSError as error:
+                problem = str(error)
+        _remove([incomplete])
+        kept = newest(checkpoints)
+        older = f"The newest whole one is {kept.folder.name}." if kept else "There is no older one."
+        return f"The checkpoint after step {step} could not be written to {checkpoints}: {problem}. {older}"
 
-    on_main(finish)
+    return on_main(finish)
+
+
+def _remove(folders: Iterable[Path]) -> None:
+    for folder in list(folders):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, zero_stage: int) -> int:

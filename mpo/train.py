@@ -20,7 +20,7 @@ from transformers import set_seed
 from transformers.integrations import HfDeepSpeedConfig
 
 from mpo import checkpoint, reference, report
-from mpo.batching import MPOBatch, Schedule, in_micro_batches, order_of_rows, pack
+from mpo.batching import MPOBatch, Schedule, in_micro_batches, of_every_rank, order_of_rows, pack
 from mpo.config import Config, ReferenceConfig
 from mpo.distributed import is_main, on_main, start
 from mpo.engine import build_engine, deepspeed_settings, learning_rate, peak_memory_gib, track
@@ -129,7 +129,11 @@ def train(config: Config) -> dict[str, Any]:
             due = config.checkpoint.every is not None and (last or (step + 1) % config.checkpoint.every == 0)
             stop = totals.stop_requested and not last
             if due or stop:
-                checkpoint.save(engine, folder.checkpoints, step + 1, config.zero.stage, config.checkpoint.keep)
+                failure = checkpoint.save(engine, folder.checkpoints, step + 1, config.zero.stage, config.checkpoint.keep)
+                if failure and stop:
+                    raise UserError(failure)
+                if failure:
+                    progress.log(f"WARNING: {failure} Training goes on.")
             if stop:
                 raise Interrupted(f"Stopped after step {step + 1} of {schedule.steps}. The same command goes on from {folder.checkpoints}.")
 
@@ -266,14 +270,13 @@ class _BatchMaker:
         self._orders: dict[int, list[int]] = {}
 
     def micro_batches(self, step: int, rank: int, world: int) -> list[list[int | None]]:
-        """The rank's micro-batches as positions. Every rank gets the same number of them; None is a filler pair."""
+        """The rank's micro-batches as positions; None is a filler pair."""
         train = self._config.train
-        cut: list[list[list[int]]] = [
-            in_micro_batches(self._schedule.share(step, r, world), train.pairs_per_micro_batch, train.tokens_per_micro_batch, self._tokens)
-            for r in range(world)
-        ]
-        mine: list[list[int | None]] = [list(batch) for batch in cut[rank]]
-        return mine + [[None]] * (max(map(len, cut)) - len(mine))
+
+        def cut(share: list[int]) -> list[list[int]]:
+            return in_micro_batches(share, train.pairs_per_micro_batch, train.tokens_per_micro_batch, self._tokens)
+
+        return of_every_rank(self._schedule, step, rank, world, cut)
 
     def make(self, positions: Sequence[int | None]) -> MPOBatch:
         examples = [self._examples[0] if p is None else self._examples[self._row(p)] for p in positions]

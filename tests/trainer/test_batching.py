@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpo.batching import Schedule, order_of_rows, pack, pack_for_scoring
+from mpo.batching import Schedule, in_micro_batches, of_every_rank, order_of_rows, pack, pack_for_scoring
 from mpo.tokenizing import TokenizedResponse
 
 SEQUENCES = st.lists(st.integers(1, 6).flatmap(lambda start: st.tuples(st.just(start), st.integers(1, 5))), min_size=1, max_size=6)
@@ -52,22 +52,31 @@ def test_pool_all_takes_every_position_and_only_named_sequences():
     micro=st.integers(1, 4),
     world=st.integers(1, 5),
     epochs=st.sampled_from([0.5, 1, 2, 2.3]),
+    budget=st.sampled_from([None, 1, 10, 25]),
 )
-def test_every_pair_once_and_every_rank_as_many_micro_batches(rows, per_step, micro, world, epochs):
-    schedule = Schedule(rows, per_step, min(micro, per_step), epochs, None)
+def test_every_pair_once_and_every_rank_as_many_micro_batches(rows, per_step, micro, world, epochs, budget):
+    schedule = Schedule(rows, per_step, epochs, None)
+
+    def tokens(positions):
+        return sum(3 + p % 5 for p in positions)
+
+    def cut(share):
+        return in_micro_batches(share, micro, budget, tokens)
+
     seen = []
     for step in range(schedule.steps):
-        shares = [list(schedule.micro_batches(step, rank, world)) for rank in range(world)]
+        shares = [of_every_rank(schedule, step, rank, world, cut) for rank in range(world)]
         assert len({len(share) for share in shares}) == 1
         in_step = [p for share in shares for batch in share for p in batch if p is not None]
         assert in_step == list(schedule.positions(step))
-        assert all(batch and len(batch) <= micro for share in shares for batch in share)
+        batches = [batch for share in shares for batch in share]
+        assert all(batch and (len(batch) <= micro if budget is None else len(batch) == 1 or tokens(batch) <= budget) for batch in batches)
         seen += in_step
     assert seen == list(range(max(1, round(rows * epochs))))
 
 
 def test_max_steps_overrides_epochs():
-    schedule = Schedule(10, 4, 4, 2, 7)
+    schedule = Schedule(10, 4, 2, 7)
     assert (schedule.steps, schedule.pairs) == (7, 28)
 
 

@@ -1,0 +1,131 @@
+"""Runs that die at any moment and go on: killed, out of disk, half-written checkpoints, a rank that dies."""
+
+import json
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from test_train import interrupt, losses, project, run, weights  # noqa: F401  (project is a fixture)
+
+from mpo import checkpoint
+from mpo.output_folder import read_metrics
+
+OPTIONS = ["zero.stage=2", "train.epochs=16", "checkpoint.every=2", "checkpoint.keep=2"]
+
+
+@pytest.fixture(scope="module")
+def whole(project):  # noqa: F811
+    """The run that nothing interrupts."""
+    return run(project, "uninterrupted", *OPTIONS)[0]
+
+
+def killed_again_and_again(project, name, times, seed):  # noqa: F811
+    """Starts a run, kills it after a random time, starts it again...; at last lets it end. Returns its folder."""
+    rng = random.Random(seed)
+    out = project / name
+    command = [sys.executable, "-m", "mpo", "train", str(project / "run.yaml"), f"output_dir={out}", *OPTIONS]
+    kills = 0
+    while kills < times:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        # Some die while libraries load or the reference is built, most between here and there in training.
+        before, began = _last_step(out), time.monotonic()
+        patience = rng.choice([rng.uniform(0, 5), None, None])
+        while process.poll() is None:
+            if patience is not None and time.monotonic() - began > patience:
+                break
+            if patience is None and _last_step(out) > before:
+                time.sleep(rng.uniform(0, 0.15))
+                break
+            time.sleep(0.002)
+        if process.poll() is not None:
+            assert process.returncode == 0, process.communicate()[0]
+            break
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += 1
+    if not (out / "result.json").exists():
+        run(project, name, *OPTIONS)
+    return out, kills
+
+
+def _last_step(out):
+    metrics = out / "metrics.jsonl"
+    rows = read_metrics(metrics) if metrics.exists() else []
+    return rows[-1]["step"] if rows else 0
+
+
+def same(out, whole):
+    assert [row["step"] for row in read_metrics(out / "metrics.jsonl")] == [row["step"] for row in read_metrics(whole / "metrics.jsonl")]
+    assert torch.equal(losses(out), losses(whole))
+    ours, theirs = weights(out), weights(whole)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert json.loads((out / "result.json").read_text()) == json.loads((whole / "result.json").read_text())
+
+
+def test_killed_at_random_moments_the_run_ends_bit_equal(project, whole):  # noqa: F811
+    same(killed_again_and_again(project, "killed-3", 3, seed=1)[0], whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_killed_at_many_random_moments_the_run_ends_bit_equal(project, whole, seed):  # noqa: F811
+    """Seven points for each of four seeds."""
+    out, kills = killed_again_and_again(project, f"killed-many-{seed}", 7, seed=100 + seed)
+    assert kills >= 5
+    same(out, whole)
+
+
+def test_half_written_checkpoints_are_passed_over(project, whole):  # noqa: F811
+    """A folder that a crash left before its rename, and one that lost its state file."""
+    out = project / "half"
+    code, _ = interrupt(project, out, 9, signal.SIGKILL, *OPTIONS)
+    assert code == -signal.SIGKILL
+    newest = checkpoint.newest(out / "checkpoints")
+    shutil.copytree(newest.folder, out / "checkpoints" / "step-00000099.incomplete")
+    shutil.copytree(newest.folder, out / "checkpoints" / "step-00000098")
+    (out / "checkpoints" / "step-00000098" / "state.json").unlink()
+    assert checkpoint.newest(out / "checkpoints") == newest
+    shutil.rmtree(out / "checkpoints" / "step-00000098")
+    run(project, "half", *OPTIONS)
+    same(out, whole)
+    assert sorted(p.name for p in (out / "checkpoints").glob("step-*")) == ["step-00000042", "step-00000043"]
+
+
+def test_a_full_disk_costs_the_checkpoint_and_not_the_run(project):  # noqa: F811
+    """No file may grow beyond 20 kB, as on a full disk; the model's own file is written with checkpoint.export=false left out."""
+    out = project / "full"
+    options = ["zero.stage=2", "checkpoint.every=2", "checkpoint.export=false", f"output_dir={out}"]
+    result = subprocess.run(
+        [sys.executable, "-m", "mpo", "train", str(project / "run.yaml"), *options],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
+    )
+    text = result.stdout + result.stderr
+    assert "The checkpoint after step 2 could not be written" in text and "There is no older one. Training goes on." in text
+    assert len(read_metrics(out / "metrics.jsonl")) == 6
+    assert not list((out / "checkpoints").glob("step-*"))
+
+
+def test_a_rank_that_dies_ends_the_others(project):  # noqa: F811
+    """Under torch's launcher the other rank is ended instead of waiting for ever."""
+    out = project / "dies"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "mpo", "train", str(project / "run.yaml")]
+    command = [sys.executable, *launcher, f"output_dir={out}", "zero.stage=3", "train.epochs=400"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 90
+    while _last_step(out) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
+    assert len(children) == 2
+    subprocess.run(["kill", "-9", children[1]], check=True)
+    output, _ = process.communicate(timeout=90)
+    assert (process.returncode != 0 and "SIGKILL" in output) or "exitcode  : -9" in output
+    assert not (out / "result.json").exists()
