@@ -105,9 +105,15 @@ def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, zero_stage: 
     """
     world = dist.get_world_size()
     if (checkpoint.world_size, checkpoint.zero_stage) != (world, zero_stage):
+        from mpo import convert  # it reads checkpoints itself
+
+        if (convert.portable(checkpoint) / convert.VALUES).is_file():
+            return convert.load(engine, convert.portable(checkpoint), zero_stage)
+        run = checkpoint.folder.parent.parent
         raise UserError(
             f"{checkpoint.folder} was written by {checkpoint.world_size} rank(s) under ZeRO-{checkpoint.zero_stage}; this is {world} "
-            f"rank(s) under ZeRO-{zero_stage}. Go on with the same number of ranks and stage, or train into another output_dir."
+            f"rank(s) under ZeRO-{zero_stage}. Go on with the same number of ranks and stage, or convert it and repeat this command:\n"
+            f"  mpo convert {run}"
         )
     path, state = engine.load_checkpoint(str(checkpoint.folder.parent), tag=checkpoint.folder.name)
     if path is None or state is None:

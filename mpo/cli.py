@@ -154,6 +154,17 @@ def export(
 
 
 @app.command()
+def convert(run: Annotated[Path, typer.Argument(help="A run's output folder.")]) -> None:
+    """Makes the newest checkpoint of an interrupted run fit any number of ranks and any ZeRO stage.
+
+    `mpo convert runs/demo`, then the training command again, with other ranks or zero.stage
+    """
+    from mpo.convert import convert as work
+
+    print(f"Portable checkpoint: {work(run, _note)}")
+
+
+@app.command()
 def plot(
     runs: Annotated[list[Path], typer.Argument(help="Output folders of runs, finished or not.")],
     to: Annotated[Path, typer.Option(help="PNG to write.")] = Path("mpo.png"),

@@ -26,8 +26,8 @@ from mpo.errors import UserError
 from mpo.files import new_folder, read_json, write_json
 from mpo.scoring import Gaps
 
-MAY_CHANGE = {"output_dir", "log_every", "checkpoint"}
-"""Fields that do not change what a run computes, so an interrupted one may go on with others."""
+MAY_CHANGE = {"output_dir", "log_every", "checkpoint", "track", "zero"}
+"""Sections that do not change what a run computes, so an interrupted one may go on with others."""
 
 
 class OutputFolder:

@@ -31,7 +31,7 @@ def killed_again_and_again(project, name, times, seed):  # noqa: F811
     out = project / name
     command = [sys.executable, "-m", "mpo", "train", str(project / "run.yaml"), f"output_dir={out}", *OPTIONS]
     kills = 0
-    while kills < times:
+    while kills < times and not (out / "result.json").exists():
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         # Some die while libraries load or the reference is built, most between here and there in training.
         before, began = _last_step(out), time.monotonic()
@@ -129,3 +129,34 @@ def test_a_rank_that_dies_ends_the_others(project):  # noqa: F811
     output, _ = process.communicate(timeout=90)
     assert (process.returncode != 0 and "SIGKILL" in output) or "exitcode  : -9" in output
     assert not (out / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((2, 1), (3, 2)),
+        *(pytest.param(*places, marks=pytest.mark.slow) for places in (((3, 2), (0, 1)), ((0, 1), (1, 2)), ((1, 2), (2, 1)))),
+    ],
+    ids=lambda place: f"zero{place[0]}x{place[1]}",
+)
+def test_another_stage_and_world_size_go_on_from_a_converted_checkpoint(project, before, after):  # noqa: F811
+    """A run of 12 steps stops after 4; converted, the other 8 are the same as without the stop, to rounding."""
+    name = "from-{}x{}".format(*before)
+    options = ["train.epochs=4", "train.max_steps=12", "checkpoint.keep=9"]
+    plain, _ = run(project, f"{name}-whole", *options, f"zero.stage={after[0]}", ranks=after[1])
+    out, _ = run(project, name, *options, f"zero.stage={before[0]}", "checkpoint.every=4", ranks=before[1])
+    shutil.rmtree(out / "checkpoints" / "step-00000012")
+    shutil.rmtree(out / "checkpoints" / "step-00000008")
+    for finished in ("result.json", "result.png"):
+        (out / finished).unlink()
+    other = [*options, f"zero.stage={after[0]}"]
+    _, refused = run(project, name, *other, ranks=after[1], expect=1 if after[1] > 1 else 2)
+    assert f"mpo convert {out}" in refused.stderr
+    converted = subprocess.run([sys.executable, "-m", "mpo", "convert", str(out)], capture_output=True, text=True, check=True)
+    assert "step-00000004.portable" in converted.stdout
+    _, process = run(project, name, *other, ranks=after[1])
+    assert "4 of 12 steps done" in process.stdout
+    torch.testing.assert_close(losses(out), losses(plain), rtol=5e-3, atol=5e-5)
+    ours, theirs = weights(out), weights(plain)
+    for key in theirs:
+        assert (ours[key] - theirs[key]).norm() < 2e-3 * theirs[key].norm()
