@@ -24,6 +24,8 @@ def set_up(threads: int, out: Path | None) -> tuple[torch.device, Machine, Path,
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     machine, console = Machine.here(device), Console()
+    if not console.is_terminal:
+        console.width = 160  # a log has no edge; the table should not be folded
     console.print(f"[bold]{machine.device}[/], {machine.threads} threads, torch {machine.versions['torch']}")
     if device.type == "cpu":
         console.print("No GPU here: sizes that fit a laptop, and rows of candidates that need one say absent.")

@@ -82,12 +82,13 @@ def show(comparison: Comparison, console: Console) -> None:
     console.print(table)
 
 
-def save(result: Result, folder: Path, console: Console) -> Path:
-    """`<folder>/<benchmark>.json` and a picture of bars; returns the JSON's path."""
+def save(result: Result, folder: Path, console: Console, bars_too: bool = True) -> Path:
+    """`<folder>/<benchmark>.json` and, unless the caller draws one of its own, a picture of bars; returns the JSON's path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{result.benchmark}.json"
     path.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    bars(result, folder / f"{result.benchmark}.png")
+    if bars_too:
+        bars(result, folder / f"{result.benchmark}.png")
     console.print(f"{path} and {path.with_suffix('.png').name}")
     return path
 

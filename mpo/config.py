@@ -64,10 +64,16 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """Which rows are trained on and which are only measured. Files are native JSONL or the published MPO JSON."""
+    """Which rows are trained on and which are only measured.
+
+    A source is a file (native JSONL, the published MPO JSON, or Parquet with native columns), a folder that `datasets.save_to_disk` wrote,
+    or `hf:owner/name` or `hf:owner/name:split` for a dataset of the Hugging Face hub with native columns.
+    """
 
     train: tuple[str, ...] = Field(min_length=1)
-    """Files of training rows."""
+    """Sources of training rows."""
+    weights: tuple[float, ...] = ()
+    """One per source of `train`: 2 takes each of its rows twice an epoch, 0.5 every second one. Empty: all rows once."""
     eval: tuple[str, ...] = ()
     """Files of held-out rows for the before/after table. Empty: `eval_rows_per_language` training rows are measured instead."""
     eval_rows_per_language: int | None = Field(default=None, ge=1)
@@ -80,6 +86,14 @@ class DataConfig(Section):
     """Tokens kept of one prompt + response; the response is cut at the end. At least one of its tokens must remain."""
     on_bad_row: Literal["error", "drop"] = "error"
     """`error` refuses the run and lists bad rows with place and reason; `drop` leaves bad rows out and reports counts by reason."""
+
+    @model_validator(mode="after")
+    def _a_weight_for_each_source(self) -> DataConfig:
+        if self.weights and len(self.weights) != len(self.train):
+            raise ValueError(f"weights has {len(self.weights)} numbers for {len(self.train)} sources in train; give one for each, or none")
+        if any(weight <= 0 for weight in self.weights):
+            raise ValueError(f"weights {list(self.weights)}: each must be above 0; leave a source out of train instead")
+        return self
 
 
 class LossConfig(Section):

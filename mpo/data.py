@@ -77,8 +77,8 @@ class BadRow:
     detail: str
 
 
-def load_rows(files: Sequence[str], config: DataConfig) -> tuple[list[Row], list[BadRow]]:
-    """Reads all files in their order.
+def load_rows(files: Sequence[str], config: DataConfig, weights: Sequence[float] = ()) -> tuple[list[Row], list[BadRow]]:
+    """Reads all sources in their order, the rows of each as often as its weight says.
 
     Returns:
         The good rows, and the bad ones (none of them where config.on_bad_row is "error").
@@ -89,14 +89,16 @@ def load_rows(files: Sequence[str], config: DataConfig) -> tuple[list[Row], list
     rows: list[Row] = []
     bad: list[BadRow] = []
     detector = LanguageDetector(config.languages, config.dominant_language)
-    for file in files:
-        for source, value in _objects(Path(file)):
+    for file, weight in zip(files, weights or [1.0] * len(files), strict=True):
+        good: list[Row] = []
+        for source, value in _objects(file):
             row = _read_row(source, value, detector)
             problem = row if isinstance(row, BadRow) else _problem_of(row)
             if problem is not None:
                 bad.append(problem)
             elif isinstance(row, Row):
-                rows.append(row)
+                good.append(row)
+        rows += weighted(good, weight)
     settle_bad_rows(bad, len(rows), config)
     return rows, bad
 
@@ -115,8 +117,51 @@ def settle_bad_rows(bad: Sequence[BadRow], good: int, config: DataConfig) -> Non
         )
 
 
-def _objects(path: Path) -> Iterator[tuple[str, Any]]:
-    """(place, value) of each row of a file: of a JSON list, or of the lines of a JSONL file."""
+def weighted(rows: Sequence[Row], weight: float) -> list[Row]:
+    """Each row floor(weight) times, and for the rest of the weight evenly spaced rows once more. weight 1 is the rows as they are."""
+    whole, count = int(weight), round((weight - int(weight)) * len(rows))
+    return list(rows) * whole + [rows[i * len(rows) // count] for i in range(count)]
+
+
+def _objects(name: str) -> Iterator[tuple[str, Any]]:
+    """(place, value) of each row of a source."""
+    path = Path(name)
+    if name.startswith("hf:"):
+        yield from _of_dataset(name, *name.removeprefix("hf:").split(":"))
+    elif path.is_dir():
+        yield from _of_dataset(name)
+    elif path.suffix == ".parquet" and path.is_file():
+        yield from _of_parquet(path)
+    else:
+        yield from _of_json(path)
+
+
+def _of_dataset(name: str, repository: str = "", split: str = "train") -> Iterator[tuple[str, Any]]:
+    """Rows of a dataset of the hub, or of a folder of one. No code that comes with it is run: `datasets` has no way to."""
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(repository, split=split) if repository else datasets.load_from_disk(name)
+    except Exception as error:  # whatever the hub, the cache or the folder has to say
+        raise UserError(f"The dataset {name} cannot be read: {type(error).__name__}: {error}") from error
+    if isinstance(loaded, datasets.DatasetDict):
+        raise UserError(f"The dataset folder {name} holds several splits: {', '.join(loaded)}. Name one, e.g. {name}/{next(iter(loaded))}.")
+    yield from ((f"{Path(name).name}[{i}]", row) for i, row in enumerate(loaded))
+
+
+def _of_parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow.lib
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (OSError, pyarrow.lib.ArrowInvalid) as error:
+        raise UserError(f"{path} is no readable Parquet file: {error}") from error
+    yield from ((f"{path.name}[{i}]", row) for i, row in enumerate(table.to_pylist()))
+
+
+def _of_json(path: Path) -> Iterator[tuple[str, Any]]:
+    """Of a JSON list, or of the lines of a JSONL file."""
     if not path.is_file():
         raise UserError(f"No data file at {path}. Check data.train and data.eval; paths are relative to the configuration or to here.")
     try:

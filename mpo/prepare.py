@@ -40,14 +40,16 @@ def prepare(config: Config, log: Callable[[str], None]) -> Prepared:
     model = config.model.model_copy(update={"path": resolve_model(config.model.path, log)})  # on every rank: nodes have caches of their own
     check_model(model)
     tokenizer = load_tokenizer(model)
-    rows, examples, dropped = _read(config.data.train, tokenizer, config)
+    rows, examples, dropped = _read(config.data.train, tokenizer, config, config.data.weights)
     _, held_out, dropped_held_out = _read(config.data.eval, tokenizer, config) if config.data.eval else ([], examples, [])
     measured = _evenly_spaced(held_out, config.data.eval_rows_per_language)
     return Prepared(model, tokenizer, rows, examples, measured, dropped + dropped_held_out)
 
 
-def _read(files: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: Config) -> tuple[list[Row], list[Example], list[BadRow]]:
-    rows, unreadable = load_rows(files, config.data)
+def _read(
+    files: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: Config, weights: Sequence[float] = ()
+) -> tuple[list[Row], list[Example], list[BadRow]]:
+    rows, unreadable = load_rows(files, config.data, weights)
     examples, untokenizable = tokenize_rows(rows, tokenizer, config.data)
     return rows, examples, unreadable + untokenizable
 

@@ -158,3 +158,51 @@ def test_any_text_survives_the_file(tmp_path_factory, text, separator):
     if not any(0xD800 <= ord(c) <= 0xDFFF for c in text):
         loaded, _ = load_rows([str(write_rows(path, [row]))], config())
         assert loaded[0].target.chosen == text + separator + "x"
+
+
+def test_parquet_and_dataset_folders_hold_the_same_rows(tmp_path):
+    import datasets
+
+    rows = native_rows()
+    made = datasets.Dataset.from_list(rows)
+    made.to_parquet(tmp_path / "rows.parquet")
+    made.save_to_disk(tmp_path / "folder")
+    expected, _ = load_rows([str(write_rows(tmp_path / "rows.jsonl", rows))], config())
+    for name in ("rows.parquet", "folder"):
+        loaded, bad = load_rows([str(tmp_path / name)], config())
+        assert not bad and [(r.language, r.dominant, r.target) for r in loaded] == [(r.language, r.dominant, r.target) for r in expected]
+        assert loaded[2].source == f"{name}[2]"
+
+
+def test_sources_that_cannot_be_read_are_named(tmp_path):
+    import datasets
+
+    (tmp_path / "bad.parquet").write_text("no parquet")
+    (tmp_path / "empty").mkdir()
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(native_rows())}).save_to_disk(tmp_path / "splits")
+    for name, message in (
+        ("bad.parquet", "no readable Parquet file"),
+        ("empty", "cannot be read"),
+        ("splits", "holds several splits: train"),
+        ("gone.parquet", "No data file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_rows([str(tmp_path / name)], config())
+
+
+@pytest.mark.parametrize(("weight", "count"), [(1, 10), (2, 20), (0.5, 5), (1.3, 13), (0.01, 0)])
+def test_weights_repeat_or_thin_rows_evenly(tmp_path, weight, count):
+    rows = native_rows(dominants=5)
+    path = str(write_rows(tmp_path / "rows.jsonl", rows))
+    other = str(write_rows(tmp_path / "other.jsonl", rows))
+    loaded, _ = load_rows([path, other], config(), (weight, 1))
+    assert [r.source.split(":")[0] for r in loaded] == ["rows.jsonl"] * count + ["other.jsonl"] * 10
+    counts = [sum(r.source == f"rows.jsonl:{i + 1}" for r in loaded) for i in range(10)]
+    assert max(counts) - min(counts) <= 1
+
+
+def test_weights_fit_the_sources():
+    with pytest.raises(ValueError, match="2 numbers for 1 sources"):
+        config(weights=(1, 2))
+    with pytest.raises(ValueError, match="above 0"):
+        config(weights=(0,))
