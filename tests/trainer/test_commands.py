@@ -263,7 +263,7 @@ def test_an_interrupted_store_goes_on(project, tmp_path, tokenizer, monkeypatch)
 def test_yaml_of_the_recipes_is_understood():
     from mpo.config import load_config
 
-    for name in ("demo", "published", "llama-3.1-8b", "gemma-2-9b", "qwen2.5-7b"):
+    for name in ("demo", "published", "llama-3.1-8b", "llama-3.1-70b", "gemma-2-9b", "qwen2.5-7b"):
         assert load_config(name).model.lora is None
     with pytest.raises(Exception, match="live needs model"):
         load_config("demo", ["reference.mode=live"])
