@@ -134,7 +134,10 @@ def export(
     target = folder.with_name("adapter") if merge else folder
     if is_main():
         with new_folder(target) as temporary:
-            model.save_pretrained(temporary, state_dict=state)
+            if config.lora is None:
+                model.save_pretrained(temporary, state_dict=state)
+            else:
+                lora.save(model, temporary, state)
             tokenizer.save_pretrained(temporary)
         if merge:
             base = load_model(config.model_copy(update={"lora": None, "activation_checkpointing": False}))

@@ -44,7 +44,10 @@ def export_checkpoint(run: Path, name: str | None, to: Path, merge: bool, log: C
     if unknown or trained & set(missing):
         raise UserError(f"{found.folder} does not fit the model {model_config.path}: {(unknown or sorted(trained & set(missing)))[:3]}.")
     with new_folder(to) as temporary:
-        model.save_pretrained(temporary)
+        if model_config.lora is None:
+            model.save_pretrained(temporary)
+        else:
+            lora.save(model, temporary, None)
         tokenizer.save_pretrained(temporary)
     if merge:
         adapter = to.with_name(f"{to.name}-adapter")

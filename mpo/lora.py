@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mpo.config import LoraConfig
@@ -31,7 +32,7 @@ def attach(model: torch.nn.Module, config: LoraConfig) -> None:
         r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=wanted, task_type="CAUSAL_LM"
     )  # fmt: skip
     try:
-        model.add_adapter(settings)  # type: ignore[operator]
+        peft.inject_adapter_in_model(settings, model)
     except ValueError as error:
         names = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)})
         raise UserError(f"model.lora.target_modules {wanted}: {error}. This model's linear modules are {', '.join(names)}.") from error
@@ -44,13 +45,32 @@ def trainable_parameters(empty: torch.nn.Module, config: LoraConfig) -> int:
 
 
 @contextmanager
-def adapters_off(model: PreTrainedModel) -> Iterator[None]:
-    """Within the block the model is what it was before training."""
-    model.disable_adapters()
+def adapters_off(model: torch.nn.Module) -> Iterator[None]:
+    """Within the block the model is what it was before training. Which parameters train is as before afterwards."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
     try:
         yield
     finally:
-        model.enable_adapters()
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def save(model: PreTrainedModel, folder: Path, state: dict[str, torch.Tensor] | None) -> None:
+    """Writes the adapters as peft opens them; `state` is the model's whole state dict where the model itself is partitioned."""
+    import peft
+
+    tensors = peft.get_peft_model_state_dict(model, state_dict=state)
+    # Adapters that were put into the model itself lack the name of the wrapper that peft opens them with.
+    named = {f"base_model.model.{name.removeprefix('base_model.model.')}": tensor for name, tensor in tensors.items()}
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}, folder / "adapter_model.safetensors")
+    settings = model.peft_config["default"]
+    settings.base_model_name_or_path, settings.inference_mode = model.name_or_path, True
+    settings.save_pretrained(folder)
+    settings.inference_mode = False
 
 
 def is_adapter(path: str) -> bool:
