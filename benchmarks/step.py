@@ -112,7 +112,7 @@ def published(model: Any, reference: Any, examples: Sequence[Any], optimizer: to
             l1 = (target - dominant) ** 2
             ((l1 + (pooled - kept).square().mean()) / len(examples)).backward()
             parts.mark("backward")
-            total += float(l1) / len(examples)
+            total += float(l1.detach()) / len(examples)
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
         parts.mark("optimizer")
