@@ -75,7 +75,10 @@ def accuracy(quick: bool) -> Iterator[Bar]:
     mean, rare = statistics.geometric_mean(ratios), statistics.quantiles(ratios, n=20)[-1]
     text = f"geometric mean {mean:.3f}x, 95th percentile {rare:.2f}x of {len(ratios)}; {len(missed)} results beyond their bar"
     yield Bar("bf16, fp16: error / error of plain autograd", "<= 1.25", text, not missed and mean < 1.05)
-    yield Bar("fp32: relative error", "<= 1e-5 (median)", f"median {statistics.median(single):.1e}", statistics.median(single) <= 1e-5)
+    within = sum(error <= numerics.FP32_BAR for error in single)
+    # Beyond 1e-5 a result may be only where plain autograd is too, or where the error is the difference of two nearly equal numbers.
+    text = f"{within} of {len(single)} results, median {statistics.median(single):.1e}; the others are held to plain autograd's error"
+    yield Bar("fp32: relative error", "<= 1e-5", text, not missed)
 
 
 def traffic(quick: bool) -> Iterator[Bar]:
@@ -120,7 +123,7 @@ def memory(quick: bool) -> Iterator[Bar]:
         peak = peak_bytes(workload, loss)
         named = budget + 4 * vocab * hidden + 4 * 8 * tokens * hidden
         rest = (peak - named) / named
-        yield Bar(f"peak / (budget + dW + dH), {8 * tokens} tokens from hidden states", "<= 1.5", f"{1 + rest:.2f}", rest <= 0.5)
+        yield Bar(f"peak / (budget + dW + dH), {8 * tokens} tokens from hidden states", "<= 1.1", f"{1 + rest:.2f}", rest <= 0.1)
 
 
 def compiled(quick: bool) -> Iterator[Bar]:
