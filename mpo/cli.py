@@ -16,6 +16,9 @@ from mpo.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
+data = typer.Typer(no_args_is_help=True, help="Makes rows to train on.")
+app.add_typer(data, name="data")
+
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file of the run, or the name of a shipped recipe.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Fields to set, e.g. loss.beta=1.5 train.max_steps=20.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
@@ -177,6 +180,34 @@ def plot(
 
     plot_runs(runs, to)
     print(f"Plot: {to}")
+
+
+@data.command("build")
+def data_build(
+    config: Annotated[Path, typer.Argument(help="YAML file of the build; docs/data.md has one for each translator.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Fields to set, e.g. languages=[sw,zh].", show_default=False)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Makes rows to train on from preference pairs in one language: translates them, and drops what came out wrong.
+
+    By a model here: `mpo data build build.yaml`
+
+    Other languages: `mpo data build build.yaml languages=[sw,yo] output=rows-africa.jsonl`
+
+    By a server: `mpo data build build.yaml translator.server.base_url=http://localhost:8000/v1 --json > report.json`
+
+    An interrupted build goes on with the same command, and translates nothing twice.
+    """
+    from mpo.data_build.config import load_build_config
+
+    checked = load_build_config(config, overrides)
+    with _aside(as_json):
+        from mpo.data_build.build import build
+        from mpo.data_build.report import show
+        from mpo.progress import Progress
+
+        report = build(checked, Progress(enabled=_is_main()))
+    _print(report, show, as_json)
 
 
 def run() -> None:

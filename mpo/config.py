@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -242,6 +242,14 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         UserError: the file is missing or no YAML mapping, an override is malformed, or a field is unknown or has a wrong value.
     """
     path = _find(Path(path))
+    return _resolve_paths(read_config(path, overrides, Config), path.parent)
+
+
+Checked = TypeVar("Checked", bound=Section)
+
+
+def read_config(path: Path, overrides: list[str] | None, kind: type[Checked]) -> Checked:
+    """Reads, overrides and checks a YAML file of any kind, as `load_config` does with that of a run. Paths are left as they are."""
     try:
         tree: Any = OmegaConf.load(path)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
@@ -257,10 +265,15 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     except (OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path} with overrides {list(overrides or [])} does not resolve: {error}") from error
     try:
-        config = Config.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        raise UserError(_explain(path, error)) from error
-    return _resolve_paths(config, path.parent)
+        raise UserError(_explain(path, error, kind)) from error
+
+
+def beside(folder: Path, name: str) -> str:
+    """The file or folder of that name in the configuration's own folder where there is one, else the name as it is."""
+    there = folder / name
+    return str(there) if not Path(name).is_absolute() and there.exists() else name
 
 
 def _find(path: Path) -> Path:
@@ -272,13 +285,13 @@ def _find(path: Path) -> Path:
     raise UserError(f"No configuration file at {path}. Give the path of a YAML file, or a shipped recipe: {', '.join(shipped)}.")
 
 
-def _explain(path: Path, error: ValidationError) -> str:
+def _explain(path: Path, error: ValidationError, kind: type[Section]) -> str:
     """One line per wrong field: where, what was given, what is accepted, and the nearest name for an unknown one."""
     lines = [f"{path}: {error.error_count()} problem(s) in the configuration:"]
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            known = _fields_at(item["loc"][:-1])
+            known = _fields_at(item["loc"][:-1], kind)
             near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"known fields: {', '.join(known)}."
             lines.append(f"  {where}: unknown field; {hint}")
@@ -290,8 +303,8 @@ def _explain(path: Path, error: ValidationError) -> str:
     return "\n".join(lines)
 
 
-def _fields_at(location: tuple[int | str, ...]) -> list[str]:
-    section: Any = Config
+def _fields_at(location: tuple[int | str, ...], kind: type[Section]) -> list[str]:
+    section: Any = kind
     for name in location:
         section = section.model_fields[name].annotation
         # An optional section is a union with None.
@@ -303,8 +316,7 @@ def _resolve_paths(config: Config, folder: Path) -> Config:
     """Points the file names of the data section, and a local model folder, at what lies beside the configuration file."""
 
     def resolve(name: str) -> str:
-        beside = folder / name
-        return str(beside) if not Path(name).is_absolute() and beside.exists() else name
+        return beside(folder, name)
 
     data = config.data.model_copy(update={"train": tuple(map(resolve, config.data.train)), "eval": tuple(map(resolve, config.data.eval))})
     model = config.model.model_copy(update={"path": resolve(config.model.path)})

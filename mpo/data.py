@@ -91,7 +91,7 @@ def load_rows(files: Sequence[str], config: DataConfig, weights: Sequence[float]
     detector = LanguageDetector(config.languages, config.dominant_language)
     for file, weight in zip(files, weights or [1.0] * len(files), strict=True):
         good: list[Row] = []
-        for source, value in _objects(file):
+        for source, value in objects(file):
             row = _read_row(source, value, detector)
             problem = row if isinstance(row, BadRow) else _problem_of(row)
             if problem is not None:
@@ -99,21 +99,26 @@ def load_rows(files: Sequence[str], config: DataConfig, weights: Sequence[float]
             elif isinstance(row, Row):
                 good.append(row)
         rows += weighted(good, weight)
-    settle_bad_rows(bad, len(rows), config)
+    settle_bad_rows(bad, len(rows), config.train, config.on_bad_row)
     return rows, bad
 
 
-def settle_bad_rows(bad: Sequence[BadRow], good: int, config: DataConfig) -> None:
-    """Raises UserError that lists bad rows and counts their reasons, unless they may be dropped and something is left."""
-    if (bad and config.on_bad_row == "error") or not good:
+def settle_bad_rows(
+    bad: Sequence[BadRow], good: int, files: Sequence[str], on_bad_row: Literal["error", "drop"], option: str = "data.on_bad_row"
+) -> None:
+    """Raises UserError that lists bad rows and counts their reasons, unless they may be dropped and something is left.
+
+    `option` is what the user would set to drop them.
+    """
+    if (bad and on_bad_row == "error") or not good:
         counts = ", ".join(f"{count} {reason}" for reason, count in Counter(b.reason for b in bad).most_common())
         listed = "".join(f"\n  {b.source}: {b.reason}: {b.detail}" for b in bad[:LISTED])
         more = f"\n  ... and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
         if not good:
-            raise UserError(f"No usable row is left in {', '.join(config.train)} ({counts or 'the files hold none'}).{listed}{more}")
+            raise UserError(f"No usable row is left in {', '.join(files)} ({counts or 'the files hold none'}).{listed}{more}")
         raise UserError(
             f"{len(bad)} of {len(bad) + good} rows cannot be trained on ({counts}):{listed}{more}\n"
-            "Mend them, or set data.on_bad_row=drop to leave them out."
+            f"Mend them, or set {option}=drop to leave them out."
         )
 
 
@@ -123,7 +128,7 @@ def weighted(rows: Sequence[Row], weight: float) -> list[Row]:
     return list(rows) * whole + [rows[i * len(rows) // count] for i in range(count)]
 
 
-def _objects(name: str) -> Iterator[tuple[str, Any]]:
+def objects(name: str) -> Iterator[tuple[str, Any]]:
     """(place, value) of each row of a source."""
     path = Path(name)
     if name.startswith("hf:"):
@@ -235,14 +240,17 @@ def _problem_of(row: Row) -> BadRow | None:
     """The first reason why a well-formed row cannot be trained on."""
     if not row.language.strip():
         return BadRow(row.source, "empty_language", "language is empty; give a code such as sw")
-    for side, pair in (("dominant", row.dominant), ("target", row.target)):
-        if not pair.prompt or not any(message.content.strip() for message in pair.prompt):
-            return BadRow(row.source, "empty_prompt", f"the {side} prompt is empty")
-        if pair.prompt[-1].role != "user":
-            return BadRow(row.source, "prompt_not_ending_with_user", f"the {side} prompt ends with a {pair.prompt[-1].role} message")
-        for kind in ("chosen", "rejected"):
-            if not getattr(pair, kind).strip():
-                return BadRow(row.source, f"empty_{kind}", f"the {side} {kind} answer is empty")
-        if pair.chosen.strip() == pair.rejected.strip():
-            return BadRow(row.source, "chosen_equals_rejected", f"the {side} pair has no gap: both answers are the same")
-    return None
+    return next((problem for side in ("dominant", "target") for problem in problems_of_pair(row.source, side, getattr(row, side))), None)
+
+
+def problems_of_pair(source: str, side: str, pair: Pair) -> Iterator[BadRow]:
+    """Every reason why a pair cannot be trained on; `side` names it in the details."""
+    if not pair.prompt or not any(message.content.strip() for message in pair.prompt):
+        yield BadRow(source, "empty_prompt", f"the {side} prompt is empty")
+    elif pair.prompt[-1].role != "user":
+        yield BadRow(source, "prompt_not_ending_with_user", f"the {side} prompt ends with a {pair.prompt[-1].role} message")
+    for kind in ("chosen", "rejected"):
+        if not getattr(pair, kind).strip():
+            yield BadRow(source, f"empty_{kind}", f"the {side} {kind} answer is empty")
+    if pair.chosen.strip() == pair.rejected.strip():
+        yield BadRow(source, "chosen_equals_rejected", f"the {side} pair has no gap: both answers are the same")

@@ -10,19 +10,19 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from mpo.errors import UserError
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as JSON through a temporary file and a rename."""
+@contextmanager
+def new_file(path: Path) -> Iterator[TextIO]:
+    """Yields a UTF-8 file that takes the place of `path`, flushed to the disk, when the block ends without an exception."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(value, file, ensure_ascii=False, indent=2)
-            file.write("\n")
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
@@ -30,6 +30,13 @@ def write_json(path: Path, value: Any) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` as JSON through a temporary file and a rename."""
+    with new_file(path) as file:
+        json.dump(value, file, ensure_ascii=False, indent=2)
+        file.write("\n")
 
 
 def read_json(path: Path) -> Any:

@@ -9,6 +9,14 @@ from typing import Any
 from mpo.errors import UserError
 
 
+def detectable(languages: Sequence[str]) -> list[str]:
+    """Those of the languages (ISO 639-1) that a LanguageDetector knows, in their order."""
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    known = set(map(str, LanguageIdentifier.from_model_file(MODEL_FILE).labels))
+    return [language for language in languages if language in known]
+
+
 class LanguageDetector:
     """Chooses among the target languages and the dominant one (ISO 639-1), with py3langid's n-gram model."""
 

@@ -57,8 +57,8 @@ class Progress:
         )
 
     @contextmanager
-    def task(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
-        """A bar over `total` items. Yields the call that says how many more are done."""
+    def task(self, name: str, total: int, unit: str = "sequences") -> Iterator[Callable[[int], None]]:
+        """A bar over `total` of the unit. Yields the call that says how many more are done."""
         began = last_line = time.monotonic()
         done = 0
         with self._bars() as bars:
@@ -74,7 +74,7 @@ class Progress:
 
             yield advance
         if not self.console.is_terminal:
-            self.log(f"{name}: {done}/{total} sequences in {time.monotonic() - began:.1f} s")
+            self.log(f"{name}: {done}/{total} {unit} in {time.monotonic() - began:.1f} s")
 
     @contextmanager
     def steps(self, total: int, done: int, every: int) -> Iterator[Callable[[dict[str, Any]], None]]:

@@ -66,7 +66,7 @@ def tokenize_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, confi
             )
         except _Unusable as problem:
             bad.append(BadRow(row.source, problem.reason, problem.detail))
-    settle_bad_rows(bad, len(examples), config)
+    settle_bad_rows(bad, len(examples), config.train, config.on_bad_row)
     return examples, bad
 
 

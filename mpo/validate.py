@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,35 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from mpo.config import Config
 from mpo.data import Pair, Row
 from mpo.language import LanguageDetector
+from mpo.language_table import SCRIPTS, script_share
 from mpo.prepare import Prepared
 from mpo.tokenizing import Example, decode_view
-
-SCRIPTS = {
-    **dict.fromkeys(("ar", "fa", "ur", "ps"), ("ARABIC",)),
-    **dict.fromkeys(("ru", "uk", "bg", "sr", "kk", "mn"), ("CYRILLIC",)),
-    **dict.fromkeys(("hi", "mr", "ne"), ("DEVANAGARI",)),
-    "am": ("ETHIOPIC",),
-    "bn": ("BENGALI",),
-    "el": ("GREEK",),
-    "gu": ("GUJARATI",),
-    "he": ("HEBREW",),
-    "hy": ("ARMENIAN",),
-    "ja": ("HIRAGANA", "KATAKANA", "CJK"),
-    "ka": ("GEORGIAN",),
-    "km": ("KHMER",),
-    "kn": ("KANNADA",),
-    "ko": ("HANGUL",),
-    "lo": ("LAO",),
-    "ml": ("MALAYALAM",),
-    "my": ("MYANMAR",),
-    "pa": ("GURMUKHI",),
-    "si": ("SINHALA",),
-    "ta": ("TAMIL",),
-    "te": ("TELUGU",),
-    "th": ("THAI",),
-    "zh": ("CJK",),
-}
-"""Scripts of languages that are not written in Latin letters, as Unicode names its letters."""
 
 SHORTEST, LONGEST = 0.2, 6.0
 """Target tokens over dominant tokens outside of which a translation is probably cut or padded. Byte-level vocabularies inflate scripts."""
@@ -103,15 +76,6 @@ def show(report: dict[str, Any], console: Console) -> None:
             console.print(scored, style="reverse", markup=False, highlight=False, soft_wrap=True)
 
 
-def script_share(text: str, language: str) -> float:
-    """Share of the text's letters that belong to the language's script; 1 for a language that is not in SCRIPTS, or without letters."""
-    expected = SCRIPTS.get(language)
-    letters = [unicodedata.name(character, "").split(" ")[0] for character in text if character.isalpha()]
-    if expected is None or not letters:
-        return 1.0
-    return sum(name in expected for name in letters) / len(letters)
-
-
 def _suspicions(row: Row, example: Example, config: Config) -> Iterator[tuple[str, str]]:
     for side, pair in (("dominant", row.dominant), ("target", row.target)):
         for place, text in _texts(pair):
@@ -125,7 +89,8 @@ def _suspicions(row: Row, example: Example, config: Config) -> Iterator[tuple[st
         if mine.strip() == theirs.strip():
             yield "untranslated", f"the target {place} is the dominant one, word for word"
     detector = _detector(tuple(config.data.languages), config.data.dominant_language)
-    if row.language not in SCRIPTS and row.language in config.data.languages:
+    dominant_script = SCRIPTS.get(config.data.dominant_language)
+    if SCRIPTS.get(row.language, dominant_script) == dominant_script and row.language in config.data.languages:
         for place in ("chosen", "rejected"):
             if detector.detect(getattr(row.target, place)) == config.data.dominant_language:
                 yield "untranslated", f"the target {place} reads as {config.data.dominant_language}"

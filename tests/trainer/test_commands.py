@@ -10,7 +10,7 @@ from tiny import mpo_command, native_rows, write_rows
 from transformers import AutoModelForCausalLM
 
 from mpo.gaps import bootstrap_interval
-from mpo.validate import script_share
+from mpo.language_table import script_share
 
 
 def command(name, project, *arguments, expect=0, ranks=1):  # noqa: F811
@@ -93,7 +93,7 @@ def test_bootstrap_interval_is_that_of_a_mean():
 
 
 @pytest.mark.parametrize(
-    ("text", "language", "share"), [("안녕 ok", "ko", 0.5), ("hello", "sw", 1), ("123!", "ar", 1), ("私はTV", "ja", 0.5)]
+    ("text", "language", "share"), [("안녕 ok", "ko", 4 / 6), ("hello", "sw", 1), ("123!", "ar", 1), ("私はTV", "ja", 5 / 7)]
 )
 def test_script_share(text, language, share):
     assert script_share(text, language) == pytest.approx(share)

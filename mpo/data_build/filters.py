@@ -1,0 +1,95 @@
+"""What drops a translated row, and why: one stable reason for each thing that goes wrong in translation."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from mpo.data import Pair
+from mpo.data_build.config import FiltersConfig
+from mpo.data_build.preferences import places_of, texts_of
+from mpo.language import LanguageDetector, detectable
+from mpo.language_table import SCRIPTS, script_share, weight_of
+
+SLACK = 10
+"""Added to both lengths of a ratio."""
+SHORTEST_LOOP = 20
+"""Characters of the shortest repetition that counts."""
+EXCERPT = 60
+"""Characters of a text that a detail shows."""
+
+
+class Problem(NamedTuple):
+    """Why a row is dropped: a short stable reason to count by, and a detail for people."""
+
+    reason: str
+    detail: str
+
+
+class Filters:
+    """The checks of one build."""
+
+    def __init__(self, config: FiltersConfig, languages: Sequence[str], dominant: str) -> None:
+        self._config = config
+        self._loop = re.compile(rf"(.{{1,60}}?)\1{{{config.max_repeats},}}", re.DOTALL) if config.max_repeats else None
+        # Between languages of scripts of their own no statistics are needed, and they would misread a text that quotes another language.
+        candidates = [*languages, dominant]
+        shared = [a for a in candidates if any(set(SCRIPTS.get(a, ())) & set(SCRIPTS.get(b, ())) for b in candidates if a != b)]
+        self._detected = detectable(shared) if config.detect_from else []
+        self._detector = LanguageDetector(self._detected[1:], self._detected[0]) if len(self._detected) > 1 else None
+
+    def clean(self, text: str) -> str:
+        """A translation as it goes into the row."""
+        return (html.unescape(text) if self._config.html_entities == "unescape" else text).strip()
+
+    def problem_of(self, dominant: Pair, target: Pair, language: str) -> Problem | None:
+        """The first problem of a translated pair, or None."""
+        for place, source, text in zip(places_of(target), texts_of(dominant), texts_of(target), strict=True):
+            for problem in self._problems_of(source, text, language):
+                return Problem(problem.reason, f"{place}: {problem.detail}")
+        if target.chosen == target.rejected:
+            return Problem("chosen_equals_rejected", "both answers have the same translation")
+        return None
+
+    def _problems_of(self, source: str, text: str, language: str) -> Iterator[Problem]:
+        config = self._config
+        if not source.strip():
+            return  # an empty system message stays one
+        if not text.strip():
+            yield Problem("empty", "the translation is empty")
+            return
+        if config.html_entities != "keep" and html.unescape(text) != text:
+            yield Problem("html_entities", f"holds escaped characters: {_excerpt(text)}")
+        if text.casefold() == source.strip().casefold() and any(map(str.isalpha, text)):
+            yield Problem("untranslated", f"is its source, word for word: {_excerpt(text)}")
+        share = script_share(text, language)
+        if share < config.min_script_share:
+            yield Problem("wrong_script", f"{share:.0%} of the letters are of the script of {language}: {_excerpt(text)}")
+        ratio = (weighted_length(text) + SLACK) / (weighted_length(source) + SLACK)
+        if not config.min_length_ratio <= ratio <= config.max_length_ratio:
+            yield Problem("length_ratio", f"has {ratio:.2f} times the weighted length of its source: {_excerpt(text)}")
+        loop = self._loop_in(text)
+        if loop and not self._loop_in(source):
+            yield Problem("repetition", f"repeats {_excerpt(loop)} over and over")
+        if self._detector and language in self._detected and config.detect_from and sum(map(str.isalpha, text)) >= config.detect_from:
+            found = self._detector.detect(text)
+            if found != language:
+                yield Problem("wrong_language", f"reads as {found}: {_excerpt(text)}")
+
+    def _loop_in(self, text: str) -> str | None:
+        """The piece that a text repeats, if it does."""
+        if self._loop is None:
+            return None
+        found = (match for match in self._loop.finditer(text) if len(match.group()) >= SHORTEST_LOOP)
+        return next((match.group(1) for match in found), None)
+
+
+def weighted_length(text: str) -> int:
+    """Length of a text in Latin characters, roughly: see weight_of."""
+    return sum(map(weight_of, text))
+
+
+def _excerpt(text: str) -> str:
+    return repr(text if len(text) <= EXCERPT else text[:EXCERPT] + "...")

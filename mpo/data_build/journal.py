@@ -1,0 +1,89 @@
+"""Finished texts on disk, one JSON object a line, so that a build that stopped anywhere goes on without asking for them again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from mpo.errors import UserError
+
+
+def key_of(*parts: Any) -> str:
+    """What a finished text depends on, as 32 hexadecimal digits. Parts are whatever JSON holds."""
+    return hashlib.sha256(json.dumps(parts, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:32]
+
+
+class Journal:
+    """Texts by key. What `add` has returned from survives a kill and a power cut; a line that one cut short is removed.
+
+    Raises:
+        UserError: the file holds something else, or cannot be written.
+    """
+
+    def __init__(self, path: Path, value: str) -> None:
+        """`value` names the field of a line that holds the text."""
+        self.path, self._value = path, value
+        self._texts: dict[str, str] = {}
+        try:
+            self._file = open(path, "a+b")
+            records, size = read_records(path)
+            if size < path.stat().st_size:
+                self._file.truncate(size)
+            elif size and not path.read_bytes().endswith(b"\n"):
+                self._file.write(b"\n")
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({error}). Choose another output.") from error
+        for record in records:
+            if not (isinstance(record.get("key"), str) and isinstance(record.get(value), str)):
+                raise UserError(f"{path} is no journal of this command: a line lacks key or {value}. Move it away.")
+            self._texts[record["key"]] = record[value]
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+
+    def get(self, key: str) -> str | None:
+        """The finished text, or None."""
+        return self._texts.get(key)
+
+    def add(self, records: Iterable[dict[str, Any]]) -> None:
+        """Appends finished texts, each with its `key`, and waits until they are on the disk."""
+        records = list(records)
+        try:
+            self._file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written ({error}). Make room; the same command goes on from what is there.") from error
+        self._texts.update((record["key"], record[self._value]) for record in records)
+
+
+def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The objects of a JSONL file, and how many bytes they take: less than the file has if its last line was cut short.
+
+    Raises:
+        UserError: a line before the last is no JSON object.
+    """
+    whole = path.read_bytes()
+    lines = whole.split(b"\n")
+    records: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):  # no line break behind it: a kill came in between
+                return records, len(whole) - len(line)
+            raise UserError(f"{path}, line {number}: no valid JSON ({error}). Mend or remove the line.") from error
+        if not isinstance(record, dict):
+            raise UserError(f"{path}, line {number}: holds {type(record).__name__}; a line is a JSON object.")
+        records.append(record)
+    return records, len(whole)

@@ -1,0 +1,105 @@
+"""The input of a build: preference pairs in one language."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from mpo.data import BadRow, Message, Pair, objects, problems_of_pair, settle_bad_rows
+from mpo.data_build.config import BuildConfig
+from mpo.errors import UserError
+
+
+class PreferenceRow(BaseModel):
+    """A row of the input. Other keys are kept out of the way."""
+
+    id: str | int | None = None
+    prompt: str | tuple[Message, ...]
+    chosen: str | None = None
+    rejected: str
+
+
+@dataclass(frozen=True)
+class Preference:
+    """A pair in the dominant language. `source` says where it came from; where the model is to answer, `pair.chosen` is empty."""
+
+    id: str
+    source: str
+    pair: Pair
+
+
+def read_preferences(config: BuildConfig) -> tuple[list[Preference], list[BadRow]]:
+    """Reads all input in its order.
+
+    Returns:
+        The good rows, and the bad ones (none of them where config.on_bad_row is "error").
+    Raises:
+        UserError: input is missing or unreadable; or a row is bad and config.on_bad_row is "error"; or no row is left.
+    """
+    rows: list[Preference] = []
+    bad: list[BadRow] = []
+    seen: dict[str, str] = {}
+    for name in config.input:
+        if not name.startswith("hf:") and not Path(name).exists():
+            raise UserError(f"No input at {name}. Check `input`; paths are relative to the configuration or to here.")
+        for source, value in objects(name):
+            row = _read(source, value, config)
+            if isinstance(row, Preference) and row.id in seen:
+                row = BadRow(source, "duplicate_id", f"id {row.id!r} is that of {seen[row.id]} too; give each row its own")
+            if isinstance(row, BadRow):
+                bad.append(row)
+            else:
+                seen[row.id] = source
+                rows.append(row)
+    settle_bad_rows(bad, len(rows), config.input, config.on_bad_row, "on_bad_row")
+    return rows, bad
+
+
+def _read(source: str, value: Any, config: BuildConfig) -> Preference | BadRow:
+    if not isinstance(value, dict):
+        return BadRow(source, "not_an_object", f"holds {type(value).__name__}; a row is a JSON object")
+    try:
+        row = PreferenceRow.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = str(first["loc"][0])
+        if first["type"] == "missing" and len(first["loc"]) == 1:
+            return BadRow(source, "missing_field", f"has no {field!r}")
+        wanted = "text or a list of messages with role and content" if field == "prompt" else "text"
+        return BadRow(source, "wrong_type", f"{field} is no {wanted}: {value.get(field)!r}"[:300])
+    answered_later = config.chosen_from_model is not None
+    if row.chosen is None and not answered_later:
+        return BadRow(source, "missing_field", "has no 'chosen'; give it, or set chosen_from_model.path to let a model answer")
+    messages = (Message(role="user", content=row.prompt),) if isinstance(row.prompt, str) else row.prompt
+    clean = html.unescape if config.filters.html_entities == "unescape" else str
+    pair = map_texts(Pair(prompt=messages, chosen="" if answered_later else row.chosen or "", rejected=row.rejected), clean)
+    for problem in problems_of_pair(source, "dominant", pair):
+        if not (answered_later and problem.reason == "empty_chosen"):
+            return problem
+    try:
+        "".join(texts_of(pair)).encode()
+    except UnicodeEncodeError:
+        return BadRow(source, "not_unicode", "holds half of a surrogate pair, which no file can; remove it")
+    return Preference(source if row.id is None else str(row.id), source, pair)
+
+
+def texts_of(pair: Pair) -> list[str]:
+    """Every text of a pair: the messages of the prompt in their order, then the chosen and the rejected answer."""
+    return [*(message.content for message in pair.prompt), pair.chosen, pair.rejected]
+
+
+def places_of(pair: Pair) -> list[str]:
+    """What each of `texts_of` is, for messages to people."""
+    names = [f"message {i + 1}" for i in range(len(pair.prompt) - 1)]
+    return [*names, "prompt", "chosen answer", "rejected answer"]
+
+
+def map_texts(pair: Pair, change: Callable[[str], str]) -> Pair:
+    """The pair with every text changed."""
+    prompt = tuple(message.model_copy(update={"content": change(message.content)}) for message in pair.prompt)
+    return Pair(prompt=prompt, chosen=change(pair.chosen), rejected=change(pair.rejected))
