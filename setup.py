@@ -22,7 +22,8 @@ TRAIN = [
 ]
 # The peers that are measured beside this package; without them their rows say absent. quack-kernels is left to owners of a Hopper GPU.
 BENCH = ["cut-cross-entropy", "liger-kernel", "matplotlib>=3.7", "pydantic>=2.7", "rich>=13.7", "trl>=1.0", "typer>=0.12"]
-TEST = ["hypothesis>=6.100", "mypy>=1.10", "pytest>=8.0", "ruff>=0.6", "types-PyYAML"]
+QLORA = ["bitsandbytes>=0.48"]  # model.quantize
+TEST = [*QLORA, "hypothesis>=6.100", "mypy>=1.10", "pytest>=8.0", "ruff>=0.6", "types-PyYAML"]
 
 setup(
     name="mpo-kernels",
@@ -48,6 +49,6 @@ setup(
     packages=find_packages(include=["mpo", "mpo.*", "mpo_kernels", "mpo_kernels.*"]),
     package_data={"mpo": ["py.typed", "recipes/*.yaml", "recipes/demo/*"], "mpo_kernels": ["py.typed"]},
     install_requires=["torch>=2.8", "triton>=3.2; platform_system == 'Linux'"],  # 2.8: half-precision GEMMs that hand out fp32 sums
-    extras_require={"train": TRAIN, "test": TEST, "bench": BENCH},
+    extras_require={"train": TRAIN, "qlora": QLORA, "test": TEST, "bench": BENCH},
     entry_points={"console_scripts": ["mpo=mpo.__main__:main"]},
 )

@@ -1,5 +1,7 @@
 """Checkpoints to go on from, and the finished model as a Hugging Face folder.
 
+Of a model with adapters a checkpoint holds what trains; the frozen weights are read from the base model again.
+
 A checkpoint is written under a name ending in `.incomplete` and renamed when every rank has finished, so that a folder `step-00000040` is
 always whole. DeepSpeed writes and reads its own (pickled) files in there: go on only from checkpoints that you trust.
 """
@@ -64,7 +66,13 @@ def save(engine: deepspeed.DeepSpeedEngine, checkpoints: Path, step: int, zero_s
     on_main(lambda: _remove(checkpoints.glob("*.incomplete")))
     failure = None
     try:
-        engine.save_checkpoint(str(checkpoints), tag=incomplete.name, client_state={"mpo": {"step": step}}, save_latest=False)
+        engine.save_checkpoint(
+            str(checkpoints),
+            tag=incomplete.name,
+            client_state={"mpo": {"step": step}},
+            save_latest=False,
+            exclude_frozen_parameters=_is_partly_frozen(engine),
+        )
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         failure = str(error).splitlines()[0]
     failures: list[str | None] = [failure]
@@ -92,6 +100,10 @@ def save(engine: deepspeed.DeepSpeedEngine, checkpoints: Path, step: int, zero_s
     return on_main(finish)
 
 
+def _is_partly_frozen(engine: deepspeed.DeepSpeedEngine) -> bool:
+    return not all(parameter.requires_grad for parameter in engine.module.parameters())
+
+
 def _remove(folders: Iterable[Path]) -> None:
     for folder in list(folders):
         shutil.rmtree(folder, ignore_errors=True)
@@ -115,7 +127,8 @@ def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, zero_stage: 
             f"rank(s) under ZeRO-{zero_stage}. Go on with the same number of ranks and stage, or convert it and repeat this command:\n"
             f"  mpo convert {run}"
         )
-    path, state = engine.load_checkpoint(str(checkpoint.folder.parent), tag=checkpoint.folder.name)
+    strict = not _is_partly_frozen(engine)
+    path, state = engine.load_checkpoint(str(checkpoint.folder.parent), tag=checkpoint.folder.name, load_module_strict=strict)
     if path is None or state is None:
         raise UserError(f"DeepSpeed could not load {checkpoint.folder}. Delete that folder to go on from the one before it.")
     return state["mpo"]["step"]
@@ -129,7 +142,7 @@ def export(
     Merged adapters are also kept alone, in `adapter` beside the folder: the base model is loaded again to take them in.
     """
     model: PreTrainedModel = engine.module
-    state = _consolidated_state_dict(engine) if zero_stage == 3 else None
+    state = _consolidated_state_dict(engine, trained_only=config.lora is not None) if zero_stage == 3 else None
     merge = config.lora is not None and config.lora.export == "merged"
     target = folder.with_name("adapter") if merge else folder
     if is_main():
@@ -145,6 +158,6 @@ def export(
     dist.barrier()
 
 
-def _consolidated_state_dict(engine: deepspeed.DeepSpeedEngine) -> dict | None:
+def _consolidated_state_dict(engine: deepspeed.DeepSpeedEngine, trained_only: bool) -> dict | None:
     """The whole weights on rank 0's CPU under ZeRO-3, in their own dtype. DeepSpeed has no public call that does not pickle them."""
-    return engine._zero3_consolidated_16bit_state_dict()
+    return engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=trained_only)

@@ -40,6 +40,17 @@ class LoraConfig(Section):
     export: Literal["adapter", "merged"] = "adapter"
     """What `<output_dir>/model` holds at the end: the adapters alone, or a whole model with them added."""
 
+    @model_validator(mode="after")
+    def _head_and_embeddings_stay_frozen(self) -> LoraConfig:
+        names = [] if self.target_modules == "all-linear" else self.target_modules
+        shared = [name for name in names if name.rsplit(".", 1)[-1] in ("lm_head", "embed_tokens")]
+        if shared:
+            raise ValueError(
+                f"target_modules names {', '.join(shared)}, but head and embeddings get no adapters: the loss reads the head's weight "
+                "itself. Leave it out, or train without model.lora, which trains them too"
+            )
+        return self
+
 
 class ModelConfig(Section):
     """The model that is trained. The reference is the same model before the first step."""
@@ -60,7 +71,7 @@ class ModelConfig(Section):
     lora: LoraConfig | None = None
     """Train adapters instead of all weights, e.g. model.lora.rank=16."""
     quantize: Literal["nf4", "int8"] | None = None
-    """Load the frozen weights in 4 or 8 bits through bitsandbytes; needs `lora` and a GPU."""
+    """Load the frozen weights in 4 or 8 bits through bitsandbytes; needs `lora`. Works on a CPU too, slowly."""
 
 
 class DataConfig(Section):

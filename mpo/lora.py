@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mpo import quantized
 from mpo.config import LoraConfig
 from mpo.errors import UserError
 from mpo.files import new_folder
@@ -18,7 +20,7 @@ ADAPTER_FILE = "adapter_config.json"
 
 
 def attach(model: torch.nn.Module, config: LoraConfig) -> None:
-    """Adds the adapters and freezes everything else. The LM head stays frozen, which saves its gradient's GEMM.
+    """Adds the adapters, in the model's dtype, and freezes everything else. The LM head stays frozen, which saves its gradient's GEMM.
 
     Raises:
         UserError: peft is not installed, or no module has a name of `target_modules`.
@@ -36,6 +38,10 @@ def attach(model: torch.nn.Module, config: LoraConfig) -> None:
     except ValueError as error:
         names = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)})
         raise UserError(f"model.lora.target_modules {wanted}: {error}. This model's linear modules are {', '.join(names)}.") from error
+    if isinstance(model, PreTrainedModel):
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # peft makes those of 8-bit layers in fp32
+                parameter.data = parameter.data.to(model.dtype)
 
 
 def trainable_parameters(empty: torch.nn.Module, config: LoraConfig) -> int:
@@ -86,10 +92,21 @@ def base_of(path: str) -> str:
 
 
 def merged(base: PreTrainedModel, adapter: str) -> PreTrainedModel:
-    """The base model with the adapters of a folder added to its weights."""
+    """The base model with the adapters of a folder added to its weights.
+
+    Quantized weights become numbers first: the adapters were trained on those, and their sum is not rounded to few bits again.
+    """
     import peft
 
-    return peft.PeftModel.from_pretrained(base, adapter).merge_and_unload()
+    whole = base if quantized.kind_of(base) is None else quantized.dequantized(base)
+    return peft.PeftModel.from_pretrained(whole, adapter).merge_and_unload()
+
+
+def beside(base: PreTrainedModel, adapter: str) -> PreTrainedModel:
+    """The base model with the adapters of a folder attached, frozen, and its weights as they are."""
+    import peft
+
+    return cast(PreTrainedModel, peft.PeftModel.from_pretrained(base, adapter).get_base_model())
 
 
 def export_merged(base: PreTrainedModel, adapter: Path, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

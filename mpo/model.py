@@ -12,17 +12,10 @@ from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import is_flash_attn_2_available
 
-from mpo import attention, lora
+from mpo import attention, lora, quantized
 from mpo.batching import MPOBatch, PackedSequences
 from mpo.config import LossConfig, ModelConfig
 from mpo.errors import UserError
@@ -57,7 +50,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def check_model(config: ModelConfig) -> None:
-    """Refuses, before anything is loaded, a path that is no model and an architecture whose head is not understood."""
+    """Refuses, before anything is loaded, a path that is no model, an architecture whose head is not understood, and missing packages."""
+    _quantization(config)
     if lora.is_adapter(config.path):
         return check_model(config.model_copy(update={"path": lora.base_of(config.path)}))
     path = Path(config.path)
@@ -77,11 +71,17 @@ def check_model(config: ModelConfig) -> None:
 def load_model(config: ModelConfig) -> PreTrainedModel:
     """Loads the weights in `config.dtype`. Under ZeRO-3 an HfDeepSpeedConfig must be alive, which partitions them while loading.
 
-    A folder of adapters gives their base model with the adapters added to its weights. `config.lora` attaches new adapters.
+    A folder of adapters gives their base model with the adapters added to its weights, or beside them where those are quantized.
+    `config.lora` attaches new adapters.
     """
     if lora.is_adapter(config.path):
-        base = load_model(config.model_copy(update={"path": lora.base_of(config.path), "lora": None}))
-        return lora.merged(base, config.path)
+        if config.lora is not None:
+            raise UserError(
+                f"model.path {config.path} holds adapters, and model.lora would put new ones on top of them. Make a whole model of them "
+                "first (mpo export RUN --to FOLDER --merge) and train that."
+            )
+        base = load_model(config.model_copy(update={"path": lora.base_of(config.path)}))
+        return lora.merged(base, config.path) if config.quantize is None else lora.beside(base, config.path)
     on_gpu = torch.cuda.is_available()
     chosen: str = config.attention
     if chosen == "auto":
@@ -97,6 +97,8 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"The model at {config.path} could not be loaded with {chosen} attention: {error}") from error
+    if config.quantize is not None:
+        quantized.prepare(model)
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.lora is not None:
@@ -105,17 +107,8 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
 
 
 def _quantization(config: ModelConfig) -> dict[str, Any]:
-    """Arguments of from_pretrained that load the weights in few bits."""
-    if config.quantize is None:
-        return {}
-    if not torch.cuda.is_available():
-        raise UserError(f"model.quantize={config.quantize} needs a GPU and bitsandbytes; remove it to train here.")
-    dtype = getattr(torch, config.dtype)
-    if config.quantize == "int8":
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
-    return {
-        "quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype),
-    }
+    """Arguments of from_pretrained that load the frozen weights in few bits. Raises UserError without bitsandbytes."""
+    return {} if config.quantize is None else quantized.options(config.quantize, getattr(torch, config.dtype))
 
 
 def bind_mpo_forward(model: PreTrainedModel, loss: LossConfig) -> PreTrainedModel:

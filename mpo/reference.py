@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mpo import quantized
 from mpo.batching import Pool, pack_for_scoring
 from mpo.distributed import on_main
 from mpo.errors import UserError
@@ -76,6 +77,7 @@ def identity(
         "vocabulary": _sha256(json.dumps(sorted(tokenizer.get_vocab().items()))),
         "attention": model.config._attn_implementation,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "quantized": quantized.kind_of(model),
         "pool": pool,
         "sequences": digest(dominant_sequences(examples)),
     }
