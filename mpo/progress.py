@@ -6,16 +6,17 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
-from mpo.batching import Schedule
-from mpo.config import Config
-from mpo.data import BadRow
-from mpo.tokenizing import Example
+if TYPE_CHECKING:  # for annotations only: a command that trains nothing need not wait seconds for the libraries behind them
+    from mpo.batching import Schedule
+    from mpo.config import Config
+    from mpo.data import BadRow
+    from mpo.tokenizing import Example
 
 SECONDS_BETWEEN_LINES = 10
 """In a log a long task prints a line this often at most."""

@@ -88,7 +88,7 @@ def _suspicions(row: Row, example: Example, config: Config) -> Iterator[tuple[st
     for place, mine, theirs in zip(("prompt", "chosen", "rejected"), _all(row.target), _all(row.dominant), strict=True):
         if mine.strip() == theirs.strip():
             yield "untranslated", f"the target {place} is the dominant one, word for word"
-    detector = _detector(tuple(config.data.languages), config.data.dominant_language)
+    detector = LanguageDetector(config.data.languages, config.data.dominant_language)
     dominant_script = SCRIPTS.get(config.data.dominant_language)
     if SCRIPTS.get(row.language, dominant_script) == dominant_script and row.language in config.data.languages:
         for place in ("chosen", "rejected"):
@@ -99,14 +99,6 @@ def _suspicions(row: Row, example: Example, config: Config) -> Iterator[tuple[st
         ratio = (len(mine.input_ids) - mine.response_start) / (len(theirs.input_ids) - theirs.response_start)
         if not SHORTEST <= ratio <= LONGEST:
             yield "length_ratio", f"the target {kind} answer has {ratio:.2f} times the tokens of the dominant one"
-
-
-_DETECTORS: dict[tuple, LanguageDetector] = {}
-
-
-def _detector(languages: tuple[str, ...], dominant: str) -> LanguageDetector:
-    """One per set of languages: its model takes a second to load."""
-    return _DETECTORS.setdefault((languages, dominant), LanguageDetector(languages, dominant))
 
 
 def _repeated(rows: Sequence[Row]) -> list[dict[str, str]]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from mpo.data import Pair
 from mpo.data_build.config import FiltersConfig
 from mpo.data_build.preferences import places_of, texts_of
-from mpo.language import LanguageDetector, detectable
+from mpo.language import LanguageDetector, known_languages
 from mpo.language_table import SCRIPTS, script_share, weight_of
 
 SLACK = 10
@@ -37,7 +37,7 @@ class Filters:
         # Between languages of scripts of their own no statistics are needed, and they would misread a text that quotes another language.
         candidates = [*languages, dominant]
         shared = [a for a in candidates if any(set(SCRIPTS.get(a, ())) & set(SCRIPTS.get(b, ())) for b in candidates if a != b)]
-        self._detected = detectable(shared) if config.detect_from else []
+        self._detected = [a for a in shared if a in known_languages()] if config.detect_from else []
         self._detector = LanguageDetector(self._detected[1:], self._detected[0]) if len(self._detected) > 1 else None
 
     def clean(self, text: str) -> str:

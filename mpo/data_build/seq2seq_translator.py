@@ -108,30 +108,26 @@ class Seq2SeqTranslator:
 
     def _code_of(self, language: str) -> tuple[str, int]:
         """(the name by which the tokenizer knows the language, the id of its token)."""
-        tokenizer = self._tokenizer
         own = self._config.codes.get(language)
-        names = [own] if own else [*LANGUAGES.get(language, ("", ""))[1:], *self._mbart_code(language), language]
+        known = self._known_codes()
+        # FLORES codes are NLLB's, plain ones M2M100's, and MBart-50 adds a country.
+        names = [own] if own else [*LANGUAGES.get(language, ("", ""))[1:], language, *(c for c in known if c.startswith(f"{language}_"))]
         for name in names:
-            for token in (name, f"__{name}__"):  # the latter is M2M100's way
-                identity = tokenizer.convert_tokens_to_ids(token)
-                # A plain code such as "sw" may be an ordinary piece of a word, which is no special token.
-                if identity is not None and identity != tokenizer.unk_token_id and identity in self._special_ids():
-                    return name, int(identity)
-        known = sorted(token for token in self._special_tokens() if re.fullmatch(r"[a-z]{2,3}_[A-Za-z]{2,4}|__[a-z]{2,3}__", token))
+            if name in known:
+                return name, known[name]
         raise UserError(
             f"The model at {self._config.path} knows no language {own or language!r}. Set translator.seq2seq.codes.{language} to one of: "
             f"{', '.join(known) or 'none; it has no tokens of languages, so it is of another kind than NLLB, M2M100 and MBart-50'}."
         )
 
-    def _mbart_code(self, language: str) -> list[str]:
-        return [token for token in self._special_tokens() if re.fullmatch(rf"{re.escape(language)}_[A-Z]{{2}}", token)]
-
-    def _special_tokens(self) -> list[str]:
-        added = [token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special]
-        return list(dict.fromkeys([*self._tokenizer.all_special_tokens, *added]))
-
-    def _special_ids(self) -> set[int]:
-        return set(self._tokenizer.convert_tokens_to_ids(self._special_tokens()))
+    def _known_codes(self) -> dict[str, int]:
+        """Codes of languages, and the ids of their tokens."""
+        tokenizer = self._tokenizer
+        if hasattr(tokenizer, "lang_code_to_id"):  # M2M100, whose tokens are not the codes
+            return dict(sorted(tokenizer.lang_code_to_id.items()))
+        special = [*tokenizer.all_special_tokens, *(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)]
+        codes = sorted({token for token in special if re.fullmatch(r"[a-z]{2,3}_[A-Za-z]{2,4}", token)})
+        return {code: int(tokenizer.convert_tokens_to_ids(code)) for code in codes}
 
 
 Part = tuple[str, str]
