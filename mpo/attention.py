@@ -1,8 +1,9 @@
-"""Attention over one packed row that cannot look into a neighbour: each sequence is its own attention call.
+"""Attention over one packed row that cannot look into a neighbour: each document is attention calls of its own.
 
-Registered with transformers under the name `packed`. The sequences' lengths travel to it as the keyword `sequence_lengths` of the
-backbone's forward. Compared with one call under a block-diagonal mask it needs no mask, does sum(n_i^2) instead of (sum n_i)^2 work, keeps
-SDPA's fused kernels, and runs on any device. Soft-capped attention (Gemma-2), which SDPA lacks, is written out.
+A document is a prompt with its responses behind it, so that a prompt with a chosen and a rejected response goes through the model once:
+every response sees the prompt and itself. Registered with transformers under the name `packed`; the documents' lengths travel to it as the
+keyword `documents` of the backbone's forward. Compared with one call under a block-diagonal mask it does sum(n_i^2) instead of (sum n_i)^2
+work, keeps SDPA's fused kernels, and runs on any device. Soft-capped attention (Gemma-2), which SDPA lacks, is written out.
 """
 
 from __future__ import annotations
@@ -12,8 +13,29 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.utils import is_flash_attn_2_available
 
 NAME = "packed"
+
+Document = tuple[int, ...]
+"""Tokens of a prompt, then of each response to it, in the order in which they lie in the row."""
+
+
+def resolve(attention: str) -> str:
+    """The implementation that `model.attention` means on this machine: `auto` is flash_attention_2 on a GPU that has it, else packed."""
+    if attention != "auto":
+        return attention
+    return "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else NAME
+
+
+def shares_prompts(attention: str) -> bool:
+    """Whether documents may have several responses: only this module's attention knows how."""
+    return resolve(attention) == NAME
+
+
+def shares_prompts_of(model: torch.nn.Module) -> bool:
+    """The same of a loaded model."""
+    return model.config._attn_implementation == NAME
 
 
 def packed_attention(
@@ -23,48 +45,70 @@ def packed_attention(
     value: torch.Tensor,  # (1, kv_heads, N, head_dim)
     attention_mask: None,
     *,
-    sequence_lengths: Sequence[int],
+    documents: Sequence[Document],
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
     sliding_window: int | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each of `sequence_lengths` (host integers that sum to N). Returns (1, N, heads, head_dim)."""
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    """Causal attention within each of `documents` (host integers that sum to N). Returns (1, N, heads, head_dim)."""
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    # Key-value heads take the place of the batch, so that the query heads of one share its keys without a copy of them.
+    queries = query[0].unflatten(0, (key.shape[1], -1))  # (kv_heads, groups, N, head_dim)
+    keys, values = key[0].unsqueeze(1), value[0].unsqueeze(1)  # (kv_heads, 1, N, head_dim)
     outputs = []
-    lengths = list(sequence_lengths)
-    for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
-        window = sliding_window if sliding_window is not None and sliding_window < q.shape[2] else None
-        if softcap is not None:
-            out = _softcapped_attention(q, k, v, scaling or q.shape[-1] ** -0.5, softcap, window)
-        elif window is not None:
-            mask = _causal_mask(q.shape[2], window, q.device)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling)
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=scaling)
-        outputs.append(out)
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+    def attend(begin: int, end: int, prompt: slice | None = None) -> None:
+        """Queries of begin:end over keys of the same span, behind those of a prompt that lies elsewhere."""
+        k, v = (x[:, :, begin:end] if prompt is None else torch.cat([x[:, :, prompt], x[:, :, begin:end]], 2) for x in (keys, values))
+        out = _attend(queries[:, :, begin:end], k, v, scaling, dropout, softcap, sliding_window)
+        outputs.append(out.permute(2, 0, 1, 3))  # (n, kv_heads, groups, head_dim)
+
+    start = 0
+    for prompt, first, *others in documents:
+        end = start + prompt + first  # the first response goes on where the prompt ends: plain causal attention
+        attend(start, end)
+        for length in others:
+            attend(end, end + length, slice(start, start + prompt))
+            end += length
+        start = end
+    return torch.cat(outputs).flatten(1, 2)[None], None
 
 
-def _softcapped_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, softcap: float, window: int | None
+def _attend(
+    q: torch.Tensor,  # (kv_heads, groups, n, head_dim), the last n of m positions
+    k: torch.Tensor,  # (kv_heads, 1, m, head_dim)
+    v: torch.Tensor,  # (kv_heads, 1, m, head_dim)
+    scaling: float,
+    dropout: float,
+    softcap: float | None,
+    sliding_window: int | None,
 ) -> torch.Tensor:
-    scores = softcap * torch.tanh(q @ k.transpose(-1, -2) * (scaling / softcap))  # (1, heads, n, n)
-    scores = scores.masked_fill(~_causal_mask(q.shape[2], window, q.device), float("-inf"))
-    return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+    """Causal attention of one span: (kv_heads, groups, n, head_dim)."""
+    n, m = q.shape[2], k.shape[2]
+    window = sliding_window if sliding_window is not None and sliding_window < m else None
+    if softcap is not None:
+        scores = q.flatten(1, 2) @ k[:, 0].transpose(-1, -2)  # (kv_heads, groups * n, m)
+        scores = softcap * torch.tanh(scores.view(*q.shape[:3], m) * (scaling / softcap))
+        scores = scores.masked_fill(~_causal_mask(n, m, window, q.device), float("-inf"))
+        weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+        return (weights.flatten(1, 2) @ v[:, 0]).view(q.shape)
+    k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))
+    if window is None and n == m:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=scaling)
+    mask = _causal_mask(n, m, window, q.device)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling)
 
 
-def _causal_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """(length, length) boolean: position i sees i, i-1, ... and with a window only `window` positions, itself included."""
-    mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return mask if window is None else mask.triu(1 - window)
+def _causal_mask(n: int, m: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """(n, m) boolean for the last n of m positions: each sees itself and what is before it, at most `window` positions in all."""
+    mask = torch.ones(n, m, dtype=torch.bool, device=device).tril(m - n)
+    return mask if window is None else mask.triu(m - n + 1 - window)
 
 
 def _no_mask(*_: object, **__: object) -> None:
-    """The sequences' lengths say everything, so transformers need build no mask."""
+    """The documents' lengths say everything, so transformers need build no mask."""
 
 
 AttentionInterface.register(NAME, packed_attention)

@@ -13,26 +13,36 @@ from typing import Any, Literal
 
 import torch
 
+from mpo.attention import Document
 from mpo.tokenizing import Example, TokenizedResponse
 
 Pool = Literal["response", "all"]
+
+FILLER = TokenizedResponse((0, 0), 1)
+"""Both answers of a pair with weight 0, for a forward pass that has no pair of its own but must make the same calls as the other ranks'."""
 
 
 @dataclass(frozen=True)
 class PackedSequences:
     """S sequences in one row of N tokens, M of which are scored.
 
-    A scored token at position t is predicted by the hidden state at t - 1; that is its row in `scored_rows`.
+    A scored token is predicted by the hidden state of the token before it in its sequence; that is its row in `scored_rows`. Where
+    responses share a prompt, the prompt lies in the row once, and its last row predicts the first token of each of them.
     """
 
     input_ids: torch.Tensor  # (1, N) int64
-    position_ids: torch.Tensor  # (1, N) int64, restart at 0 in each sequence: that is what isolates them
-    lengths: tuple[int, ...]  # S token counts, sum N
+    position_ids: torch.Tensor  # (1, N) int64, each token's place in its own sequence
+    documents: tuple[Document, ...]  # tokens of each prompt and of its responses, in the order of the row; sum N
     scored_rows: torch.Tensor  # (M,) int64 rows of the hidden states that predict a scored token
     labels: torch.Tensor  # (M,) int64 the tokens they predict
     scored_cu_seqlens: torch.Tensor  # (S' + 1,) int32 offsets of each scored sequence in `scored_rows`
     pooled_rows: torch.Tensor  # (K,) int64 rows of the hidden states that are pooled
     pooled_cu_seqlens: torch.Tensor  # (S'' + 1,) int32 offsets of each pooled sequence in `pooled_rows`
+
+    def padded_tokens(self) -> int:
+        """Tokens of the same sequences as a rectangle: each with its own prompt, all as long as the longest."""
+        lengths = [prompt + response for prompt, *responses in self.documents for response in responses]
+        return max(lengths) * len(lengths)
 
     def to(self, device: torch.device) -> PackedSequences:
         """On `device`, but for the labels and their offsets: the head plans its chunks from them, which must not wait for a GPU."""
@@ -41,9 +51,9 @@ class PackedSequences:
 
 @dataclass(frozen=True)
 class MPOBatch:
-    """P weighted pairs in one packed row: target chosen, target rejected, then the distinct dominant sequences.
+    """P weighted pairs in one packed row: target chosen, target rejected, then distinct dominant sequences.
 
-    Target sequences are scored, dominant ones pooled. Rows that share a dominant pair share its sequences, weighted by their count.
+    Target sequences are scored, dominant ones pooled. A dominant sequence that rows of the step share is in one batch of the step only.
     """
 
     packed: PackedSequences
@@ -58,49 +68,148 @@ class MPOBatch:
 
 
 def pack(
-    sequences: Sequence[TokenizedResponse], *, scored: Sequence[int], pooled: Sequence[int], pool: Pool = "response"
+    sequences: Sequence[TokenizedResponse],
+    *,
+    scored: Sequence[int],
+    pooled: Sequence[int],
+    pool: Pool = "response",
+    share_prompts: bool,
 ) -> PackedSequences:
     """Packs `sequences` into one row.
 
     Args:
-        sequences: in the order of the row.
         scored: indices of the sequences whose responses go to the LM head, in the order of `scored_cu_seqlens`.
         pooled: indices of the sequences whose hidden states are averaged, in the order of `pooled_cu_seqlens`.
         pool: average the response's positions, or all of the sequence's.
+        share_prompts: put a prompt that two sequences have into the row once; needs packed attention.
     """
-    offsets = [0]
-    for sequence in sequences:
-        offsets.append(offsets[-1] + len(sequence.input_ids))
-    scored_rows: list[int] = []
-    labels: list[int] = []
-    scored_cu = [0]
-    for i in scored:
-        start, end = sequences[i].response_start, len(sequences[i].input_ids)
-        scored_rows.extend(range(offsets[i] + start - 1, offsets[i] + end - 1))
-        labels.extend(sequences[i].input_ids[start:end])
-        scored_cu.append(len(scored_rows))
-    pooled_rows: list[int] = []
-    pooled_cu = [0]
-    for i in pooled:
-        start = sequences[i].response_start if pool == "response" else 0
-        pooled_rows.extend(range(offsets[i] + start, offsets[i + 1]))
-        pooled_cu.append(len(pooled_rows))
+    ids: list[int] = []
+    positions: list[int] = []
+    documents: list[Document] = []
+    rows: dict[int, list[int]] = {}  # of each sequence: where its tokens lie in the row
+    for document in _documents(sequences, share_prompts):
+        first = sequences[document[0]]
+        start = len(ids)
+        prompt = list(range(start, start + first.response_start))
+        ids += first.input_ids[: first.response_start]
+        positions += range(first.response_start)
+        for i in document:
+            response = sequences[i].input_ids[first.response_start :]
+            rows[i] = prompt + list(range(len(ids), len(ids) + len(response)))
+            ids += response
+            positions += range(first.response_start, len(sequences[i].input_ids))
+        documents.append((first.response_start, *(len(sequences[i].input_ids) - first.response_start for i in document)))
+    predicting = [rows[i][sequences[i].response_start - 1 : -1] for i in scored]
+    averaged = [rows[i][sequences[i].response_start if pool == "response" else 0 :] for i in pooled]
     return PackedSequences(
-        input_ids=torch.tensor([[token for s in sequences for token in s.input_ids]]),
-        position_ids=torch.cat([torch.arange(len(s.input_ids)) for s in sequences])[None],
-        lengths=tuple(len(s.input_ids) for s in sequences),
-        scored_rows=torch.tensor(scored_rows, dtype=torch.int64),
-        labels=torch.tensor(labels, dtype=torch.int64),
-        scored_cu_seqlens=torch.tensor(scored_cu, dtype=torch.int32),
-        pooled_rows=torch.tensor(pooled_rows, dtype=torch.int64),
-        pooled_cu_seqlens=torch.tensor(pooled_cu, dtype=torch.int32),
+        input_ids=torch.tensor([ids]),
+        position_ids=torch.tensor([positions]),
+        documents=tuple(documents),
+        scored_rows=_concatenated(predicting),
+        labels=_concatenated([sequences[i].input_ids[sequences[i].response_start :] for i in scored]),
+        scored_cu_seqlens=_offsets(predicting),
+        pooled_rows=_concatenated(averaged),
+        pooled_cu_seqlens=_offsets(averaged),
     )
 
 
-def pack_for_scoring(sequences: Sequence[TokenizedResponse], pool: Pool) -> PackedSequences:
+def _documents(sequences: Sequence[TokenizedResponse], share_prompts: bool) -> list[list[int]]:
+    """Indices of the sequences that lie behind one prompt.
+
+    Two at most: a hidden state that three sequences read gets three gradients, whose sum depends on the order in which threads add them.
+    """
+    if not share_prompts:
+        return [[i] for i in range(len(sequences))]
+    documents: list[list[int]] = []
+    waiting: dict[tuple[int, ...], list[int]] = {}
+    for i, sequence in enumerate(sequences):
+        prompt = sequence.input_ids[: sequence.response_start]
+        if prompt in waiting:
+            waiting.pop(prompt).append(i)
+        else:
+            documents.append([i])
+            waiting[prompt] = documents[-1]
+    return documents
+
+
+def _concatenated(lists: Sequence[Sequence[int]]) -> torch.Tensor:
+    return torch.tensor([value for values in lists for value in values], dtype=torch.int64)
+
+
+def _offsets(lists: Sequence[Sequence[int]]) -> torch.Tensor:
+    offsets = [0]
+    for values in lists:
+        offsets.append(offsets[-1] + len(values))
+    return torch.tensor(offsets, dtype=torch.int32)
+
+
+def tokens_of(sequences: Sequence[TokenizedResponse], share_prompts: bool) -> int:
+    """Tokens that `pack` makes of the sequences."""
+    total = 0
+    for first, *others in _documents(sequences, share_prompts):
+        total += len(sequences[first].input_ids) + sum(len(sequences[i].input_ids) - sequences[i].response_start for i in others)
+    return total
+
+
+def pack_for_scoring(sequences: Sequence[TokenizedResponse], pool: Pool, share_prompts: bool) -> PackedSequences:
     """Packs sequences that are all scored and all pooled: for the reference store and for evaluation."""
     every = range(len(sequences))
-    return pack(sequences, scored=every, pooled=every, pool=pool)
+    return pack(sequences, scored=every, pooled=every, pool=pool, share_prompts=share_prompts)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass computes: L1 of the examples, and L2 of dominant sequences, which need not be theirs."""
+
+    examples: tuple[Example, ...] = ()
+    dominant: tuple[tuple[TokenizedResponse, float], ...] = ()
+    """Each with its weight: half the number of the step's examples that have it."""
+
+    def sequences(self) -> list[TokenizedResponse]:
+        """In the order of the row: target chosen, target rejected, dominant."""
+        examples = self.examples
+        return [e.target_chosen for e in examples] + [e.target_rejected for e in examples] + [sequence for sequence, _ in self.dominant]
+
+    def tokens(self, share_prompts: bool) -> int:
+        """Packed tokens."""
+        return tokens_of(self.sequences(), share_prompts)
+
+
+def in_micro_batches(examples: Sequence[Example], *, pairs: int, tokens: int | None, share_prompts: bool) -> list[MicroBatch]:
+    """Cuts the examples that one rank has in one step into micro-batches. A dominant pair that several have is computed in one of them.
+
+    Without a budget of `tokens`: consecutive examples, `pairs` at a time, with the dominant pairs that did not come up before. With it:
+    first fit, the longest first, of target pairs and dominant pairs alike; what is larger than the budget goes alone.
+    """
+    weights: dict[TokenizedResponse, float] = {}
+    for example in examples:
+        for sequence in (example.dominant_chosen, example.dominant_rejected):
+            weights[sequence] = weights.get(sequence, 0.0) + 0.5
+    chunks = [examples[i : i + pairs] for i in range(0, len(examples), pairs)] if tokens is None else [[e] for e in examples]
+    parts: list[MicroBatch] = []
+    for chunk in chunks:
+        new = dict.fromkeys(s for e in chunk for s in (e.dominant_chosen, e.dominant_rejected) if s in weights)
+        dominant = tuple((sequence, weights.pop(sequence)) for sequence in new)
+        if tokens is None:
+            parts.append(MicroBatch(tuple(chunk), dominant))
+        else:
+            parts += [MicroBatch(tuple(chunk)), *([MicroBatch(dominant=dominant)] if dominant else [])]
+    return parts if tokens is None else _first_fit(parts, tokens, share_prompts)
+
+
+def _first_fit(parts: Sequence[MicroBatch], budget: int, share_prompts: bool) -> list[MicroBatch]:
+    """Joins parts where they fit the budget together, the longest first, each into the first that has room."""
+    joined: list[MicroBatch] = []
+    sizes: list[int] = []
+    for size, part in sorted(((part.tokens(share_prompts), part) for part in parts), key=lambda of: -of[0]):  # stable: alike on every rank
+        place = next((i for i, other in enumerate(sizes) if other + size <= budget), None)
+        if place is None:
+            joined.append(part)
+            sizes.append(size)
+        else:
+            joined[place] = MicroBatch(joined[place].examples + part.examples, joined[place].dominant + part.dominant)
+            sizes[place] += size
+    return joined
 
 
 def order_of_rows(examples: Sequence[Example], epoch: int, seed: int, group_by_dominant: bool) -> list[int]:
@@ -150,32 +259,13 @@ class Schedule:
         return list(positions[rank * share : (rank + 1) * share])
 
 
-def in_micro_batches(positions: Sequence[int], pairs: int, tokens: int | None, size: Callable[[Sequence[int]], int]) -> list[list[int]]:
-    """Cuts positions into consecutive micro-batches of at most `pairs`; with a budget of `tokens` of as many as fit it, at least one.
-
-    size(positions) is the number of packed tokens that they take together, shared dominant sequences counted once.
-    """
-    if tokens is None:
-        return [list(positions[i : i + pairs]) for i in range(0, len(positions), pairs)]
-    batches: list[list[int]] = []
-    for position in positions:
-        if batches and size([*batches[-1], position]) <= tokens:
-            batches[-1].append(position)
-        else:
-            batches.append([position])
-    return batches
-
-
-def of_every_rank(
-    schedule: Schedule, step: int, rank: int, world: int, cut: Callable[[list[int]], list[list[int]]]
-) -> list[list[int | None]]:
-    """The rank's micro-batches of a step. Every rank gets the same number of them; None is a filler pair.
+def of_every_rank(schedule: Schedule, step: int, rank: int, world: int, cut: Callable[[list[int]], list[MicroBatch]]) -> list[MicroBatch]:
+    """The rank's micro-batches of a step. Every rank gets the same number of them; an empty one runs on a filler pair.
 
     cut: makes micro-batches of a rank's share; a function of the positions alone, so that every rank knows how many the others have.
     """
     batches = [cut(schedule.share(step, r, world)) for r in range(world)]
-    mine: list[list[int | None]] = [list(batch) for batch in batches[rank]]
-    return mine + [[None]] * (max(map(len, batches)) - len(mine))
+    return batches[rank] + [MicroBatch()] * (max(map(len, batches)) - len(batches[rank]))
 
 
 def _to_device(batch, device: torch.device):

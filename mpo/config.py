@@ -64,8 +64,9 @@ class ModelConfig(Section):
     attention: Literal["auto", "flash_attention_2", "flex_attention", "eager", "packed"] = "auto"
     """`packed` runs attention sequence by sequence with PyTorch's SDPA: no mask, no padding, any model, any device.
     `auto`: flash_attention_2 on a GPU where it is installed, else packed."""
-    activation_checkpointing: bool = False
-    """Recompute each block in backward: less memory for about a third more compute."""
+    activation_checkpointing: bool | Literal["selective"] = False
+    """true: recompute each block in backward, for the least memory and about a third more compute. `selective`: keep the outputs of matrix
+    products and attention and recompute what lies between, for about half the memory and a few per cent more compute."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Off unless asked for by name."""
     lora: LoraConfig | None = None
@@ -172,9 +173,22 @@ class ZeroConfig(Section):
     stage: Literal[0, 1, 2, 3] = 2
     """0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters."""
     offload_optimizer: bool = False
-    """Keep the optimizer state in host memory."""
+    """Keep the optimizer state in host memory and step it there; stages 1 to 3. Needs a C++ compiler at its first use on a machine."""
+    offload_parameters: bool = False
+    """Keep each rank's share of the parameters in host memory and bring them to the GPU block by block; stage 3."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Further DeepSpeed settings, merged over the ones that this file implies; fields set elsewhere here may not be repeated."""
+
+    @model_validator(mode="after")
+    def _only_a_share_is_offloaded(self) -> ZeroConfig:
+        if self.offload_optimizer and self.stage == 0:
+            raise ValueError("offload_optimizer needs stage 1, 2 or 3: stage 0 has no optimizer of DeepSpeed's. Set zero.stage=2")
+        if self.offload_parameters and self.stage != 3:
+            raise ValueError(
+                f"offload_parameters needs stage 3: under stage {self.stage} every GPU holds all parameters. Set zero.stage=3, or "
+                "zero.offload_parameters=false"
+            )
+        return self
 
 
 class CheckpointConfig(Section):

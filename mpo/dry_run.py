@@ -9,11 +9,11 @@ from typing import Any
 from rich.console import Console
 
 from mpo import memory
-from mpo.batching import in_micro_batches
+from mpo.attention import shares_prompts
 from mpo.config import Config
 from mpo.engine import deepspeed_settings
 from mpo.prepare import prepare
-from mpo.train import packed_tokens, schedule_of
+from mpo.train import Batches, schedule_of
 
 
 def describe(config: Config) -> dict[str, Any]:
@@ -22,13 +22,9 @@ def describe(config: Config) -> dict[str, Any]:
     prepared = prepare(config, lambda line: print(line, file=sys.stderr))
     examples = prepared.examples
     schedule = schedule_of(config, len(examples))
-    batches = in_micro_batches(
-        range(len(examples)),
-        config.train.pairs_per_micro_batch,
-        config.train.tokens_per_micro_batch,
-        lambda positions: packed_tokens([examples[p] for p in positions]),
-    )
-    tokens = [packed_tokens([examples[p] for p in batch]) for batch in batches]
+    batches = Batches(examples, schedule, config)
+    steps = [batches.micro_batches(step, 0, 1) for step in range(min(schedule.steps, math.ceil(len(examples) / schedule.pairs_per_step)))]
+    tokens = [part.tokens(shares_prompts(config.model.attention)) for step in steps for part in step]
     size = memory.size_of(prepared.model)
     languages: dict[str, int] = {}
     for example in examples:
@@ -41,7 +37,7 @@ def describe(config: Config) -> dict[str, Any]:
         "dropped": len(prepared.dropped),
         "steps": schedule.steps,
         "pairs_per_step": config.train.pairs_per_step,
-        "micro_batches_per_step_one_rank": math.ceil(len(batches) * config.train.pairs_per_step / len(examples)),
+        "micro_batches_per_step_one_rank": math.ceil(len(tokens) / len(steps)),
         "tokens_per_micro_batch": {"mean": round(sum(tokens) / len(tokens)), "max": max(tokens)},
         "reference_sequences": len({s for e in examples for s in (e.dominant_chosen, e.dominant_rejected)}),
         "size": size._asdict(),

@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import is_flash_attn_2_available
 
-from mpo import attention, lora, quantized
+from mpo import attention, lora, quantized, recompute
 from mpo.batching import MPOBatch, PackedSequences
 from mpo.config import LossConfig, ModelConfig
 from mpo.errors import UserError
@@ -82,10 +81,7 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
             )
         base = load_model(config.model_copy(update={"path": lora.base_of(config.path)}))
         return lora.merged(base, config.path) if config.quantize is None else lora.beside(base, config.path)
-    on_gpu = torch.cuda.is_available()
-    chosen: str = config.attention
-    if chosen == "auto":
-        chosen = "flash_attention_2" if on_gpu and is_flash_attn_2_available() else attention.NAME
+    chosen = attention.resolve(config.attention)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             config.path,
@@ -100,7 +96,7 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     if config.quantize is not None:
         quantized.prepare(model)
     if config.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute.enable(model, config.activation_checkpointing)
     if config.lora is not None:
         lora.attach(model, config.lora)
     return model
@@ -121,7 +117,7 @@ def bind_mpo_forward(model: PreTrainedModel, loss: LossConfig) -> PreTrainedMode
     packed_attention = model.config._attn_implementation == attention.NAME
 
     def hidden_states(self: PreTrainedModel, packed: PackedSequences) -> torch.Tensor:
-        extra = {"sequence_lengths": packed.lengths} if packed_attention else {}
+        extra = {"documents": packed.documents} if packed_attention else {}
         outputs = self.model(
             input_ids=packed.input_ids,
             position_ids=packed.position_ids,
@@ -161,13 +157,15 @@ def bind_mpo_forward(model: PreTrainedModel, loss: LossConfig) -> PreTrainedMode
                 "cu_seqlens": packed.scored_cu_seqlens,
             },
         )
-        l2 = retention_loss(
-            hidden[packed.pooled_rows],
-            batch.pooled_reference,
-            cu_seqlens=packed.pooled_cu_seqlens,
-            sequence_weights=batch.pooled_weights,
-            reduction="sum",
-        )
+        l2 = hidden.new_zeros((), dtype=torch.float32)
+        if packed.pooled_rows.numel():  # its shape, which the host knows
+            l2 = retention_loss(
+                hidden[packed.pooled_rows],
+                batch.pooled_reference,
+                cu_seqlens=packed.pooled_cu_seqlens,
+                sequence_weights=batch.pooled_weights,
+                reduction="sum",
+            )
         total = target.loss.sum() + loss.retention_weight * l2
         return MPOForward(total, target.loss.detach(), l2.detach(), target.reward_gap)
 

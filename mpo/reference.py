@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mpo import quantized
-from mpo.batching import Pool, pack_for_scoring
+from mpo.attention import shares_prompts_of
+from mpo.batching import FILLER, Pool, pack_for_scoring
 from mpo.distributed import on_main
 from mpo.errors import UserError
 from mpo.files import new_folder, read_json, sha256_of_files, write_json
@@ -49,8 +50,8 @@ class ReferenceStore:
         chosen, rejected = self.rows[example.dominant_chosen], self.rows[example.dominant_rejected]
         return float(self.scores.mean_logp[chosen] - self.scores.mean_logp[rejected])
 
-    def of(self, examples: Sequence[Example]) -> ReferenceStore:
-        """The store that holds these examples: itself."""
+    def of(self, sequences: Sequence[TokenizedResponse]) -> ReferenceStore:
+        """The store that holds these sequences: itself."""
         return self
 
     def pooled(self, sequence: TokenizedResponse) -> torch.Tensor:
@@ -164,8 +165,8 @@ class _Parts:
 class Reference(Protocol):
     """Where the reference's values come from."""
 
-    def of(self, examples: Sequence[Example]) -> ReferenceStore:
-        """A store that holds these examples."""
+    def of(self, sequences: Sequence[TokenizedResponse]) -> ReferenceStore:
+        """A store that holds these dominant sequences. On every rank as often as on the others: it may run the model."""
 
 
 class LiveReference:
@@ -174,15 +175,15 @@ class LiveReference:
     def __init__(self, engine: deepspeed.DeepSpeedEngine, pool: Pool, device: torch.device) -> None:
         self._engine, self._pool, self._device = engine, pool, device
 
-    def of(self, examples: Sequence[Example]) -> ReferenceStore:
-        """The values of these examples. One forward pass on every rank, each on its own examples."""
-        sequences = dominant_sequences(examples)
+    def of(self, sequences: Sequence[TokenizedResponse]) -> ReferenceStore:
+        """The values of these sequences: one forward pass on every rank, each on its own, where a rank without any runs on the filler."""
+        distinct = list(dict.fromkeys(sequences)) or [FILLER]
         was_training = self._engine.training
         self._engine.eval()
         with torch.no_grad(), adapters_off(self._engine.module):
-            scores = self._engine(batch=pack_for_scoring(sequences, self._pool).to(self._device))
+            scores = self._engine(batch=pack_for_scoring(distinct, self._pool, shares_prompts_of(self._engine.module)).to(self._device))
         self._engine.train(was_training)
-        return ReferenceStore({s: i for i, s in enumerate(sequences)}, Scores(scores.mean_logp.float().cpu(), scores.pooled.float().cpu()))
+        return ReferenceStore({s: i for i, s in enumerate(distinct)}, Scores(scores.mean_logp.float().cpu(), scores.pooled.float().cpu()))
 
 
 def save(store: ReferenceStore, folder: Path, manifest: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import deepspeed.comm as dist
 import torch
 
+from mpo.attention import shares_prompts_of
 from mpo.batching import Pool, pack_for_scoring
 from mpo.model import Scores
 from mpo.tokenizing import Example, TokenizedResponse
@@ -29,6 +30,7 @@ def score_sequences(
     The ranks share the work: rank r takes every world-th batch. Under ZeRO-3 a forward pass is a collective, so all ranks run the same
     number of passes. `advance` is called with the number of sequences done since its last call.
     """
+    share_prompts = shares_prompts_of(getattr(engine, "module", engine))
     batches = _batches(sequences)
     rank, world = dist.get_rank(), dist.get_world_size()
     mean_logp = torch.zeros(len(sequences))
@@ -37,7 +39,7 @@ def score_sequences(
     engine.eval()
     for start in range(0, len(batches), world):
         mine = batches[min(start + rank, len(batches) - 1)]
-        packed = pack_for_scoring([sequences[i] for i in mine], pool).to(device)
+        packed = pack_for_scoring([sequences[i] for i in mine], pool, share_prompts).to(device)
         with torch.no_grad():
             scores = engine(batch=packed)
         if pooled is None:
@@ -94,16 +96,21 @@ def distinct_sequences(examples: Sequence[Example]) -> list[TokenizedResponse]:
 
 
 def _batches(sequences: Sequence[TokenizedResponse]) -> list[list[int]]:
-    """Indices in batches of about TOKENS_PER_BATCH tokens, similar lengths together, whatever the number of ranks."""
+    """Indices in batches of about TOKENS_PER_BATCH tokens, whatever the number of ranks: answers to one prompt together, similar lengths
+    next to each other."""
+    answers: dict[tuple[int, ...], list[int]] = {}
+    for i, sequence in enumerate(sequences):
+        answers.setdefault(sequence.input_ids[: sequence.response_start], []).append(i)
     batches: list[list[int]] = []
     tokens = TOKENS_PER_BATCH
-    for i in sorted(range(len(sequences)), key=lambda i: len(sequences[i].input_ids)):
-        length = len(sequences[i].input_ids)
-        if tokens + length > TOKENS_PER_BATCH:
-            batches.append([])
-            tokens = 0
-        batches[-1].append(i)
-        tokens += length
+    for together in sorted(answers.values(), key=lambda together: max(len(sequences[i].input_ids) for i in together)):
+        for i in together:
+            length = len(sequences[i].input_ids)
+            if tokens + length > TOKENS_PER_BATCH:
+                batches.append([])
+                tokens = 0
+            batches[-1].append(i)
+            tokens += length
     return batches
 
 

@@ -34,12 +34,13 @@ class StepSums:
             sums[_L1] += output.l1.double().sum().cpu()
             sums[_L2] += output.l2.double().cpu()
             sums[_TOKENS] += batch.packed.input_ids.numel()
-            sums[_PADDED] += max(batch.packed.lengths) * len(batch.packed.lengths)
+            sums[_PADDED] += batch.packed.padded_tokens()
             gaps, weights = output.reward_gap.tolist(), batch.pair_weights.tolist()
             for language, gap, weight in zip(batch.languages, gaps, weights, strict=True):
-                place = _FIRST_LANGUAGE + 2 * self._languages.index(language)
-                sums[place] += gap * weight
-                sums[place + 1] += weight
+                if weight:  # a filler is of no language
+                    place = _FIRST_LANGUAGE + 2 * self._languages.index(language)
+                    sums[place] += gap * weight
+                    sums[place + 1] += weight
         if dist.get_world_size() > 1:
             on_device = sums.to(device)
             dist.all_reduce(on_device)

@@ -20,7 +20,8 @@ from transformers import set_seed
 from transformers.integrations import HfDeepSpeedConfig
 
 from mpo import checkpoint, reference, report
-from mpo.batching import MPOBatch, Schedule, in_micro_batches, of_every_rank, order_of_rows, pack
+from mpo.attention import shares_prompts
+from mpo.batching import FILLER, MicroBatch, MPOBatch, Schedule, in_micro_batches, of_every_rank, order_of_rows, pack
 from mpo.config import Config, ReferenceConfig
 from mpo.distributed import is_main, on_main, start
 from mpo.engine import build_engine, deepspeed_settings, learning_rate, peak_memory_gib, track
@@ -31,7 +32,7 @@ from mpo.model import MPOForward, bind_mpo_forward, load_model
 from mpo.output_folder import OutputFolder
 from mpo.prepare import Prepared, prepare
 from mpo.progress import Progress
-from mpo.reference import LiveReference, Reference, ReferenceStore
+from mpo.reference import LiveReference, Reference
 from mpo.scoring import distinct_sequences, measure_gaps
 from mpo.step_metrics import StepSums
 from mpo.tokenizing import Example
@@ -81,7 +82,7 @@ def train(config: Config) -> dict[str, Any]:
         _self_check(engine, examples, values, config, device)
     on_main(lambda: folder.truncate_metrics(first_step))
 
-    batches = _BatchMaker(examples, values, schedule, config)
+    batches = Batches(examples, schedule, config)
     languages = sorted({e.language for e in examples})
     skipped_in_a_row = 0
     with interruptions() as interruption, progress.steps(schedule.steps, first_step, config.log_every) as show:
@@ -93,8 +94,8 @@ def train(config: Config) -> dict[str, Any]:
                 group["lr"] = rate
             sums = StepSums(languages)
             pairs = len(schedule.positions(step))
-            for positions in batches.micro_batches(step, dist.get_rank(), dist.get_world_size()):
-                batch = batches.make(positions)
+            for part in batches.micro_batches(step, dist.get_rank(), dist.get_world_size()):
+                batch = make_batch(part, values, config)
                 output = engine(batch=batch.to(device))
                 engine.backward(output.loss * (dist.get_world_size() / pairs), scale_wrt_gas=False)
                 sums.add(batch, output)
@@ -219,8 +220,10 @@ def _self_check(
     that leaks. Compared in training mode, packed with other sequences than the store's.
     """
     probe = examples[:2]
-    first, store = probe[0], values.of(probe)
-    batch = make_batch(probe, [1.0] * len(probe), store, config).to(device)
+    first = probe[0]
+    store = values.of(reference.dominant_sequences(probe))
+    (part,) = in_micro_batches(probe, pairs=len(probe), tokens=None, share_prompts=shares_prompts(config.model.attention))
+    batch = make_batch(part, values, config).to(device)
     with torch.no_grad():
         output: MPOForward = engine(batch=batch)
     size = float(batch.pooled_reference.square().mean())
@@ -236,66 +239,51 @@ def _self_check(
         )
 
 
-def make_batch(examples: Sequence[Example], weights: Sequence[float], store: ReferenceStore, config: Config) -> MPOBatch:
-    """Packs weighted pairs: target chosen, target rejected, then each distinct dominant sequence once.
-
-    L2 of a pair is the mean over its two dominant sequences, so each counts half of the weights of the pairs that share it.
-    """
-    shared: dict = {}
-    for example, weight in zip(examples, weights, strict=True):
-        for sequence in (example.dominant_chosen, example.dominant_rejected):
-            shared[sequence] = shared.get(sequence, 0.0) + weight / 2
-    targets = [e.target_chosen for e in examples] + [e.target_rejected for e in examples]
-    packed = pack(
-        targets + list(shared),
-        scored=range(len(targets)),
-        pooled=range(len(targets), len(targets) + len(shared)),
-        pool=config.loss.pool,
-    )
+def make_batch(part: MicroBatch, reference: Reference, config: Config) -> MPOBatch:
+    """Packs a micro-batch and adds the reference's numbers. Without an example of its own it gets a filler pair of weight 0."""
+    sequences = part.sequences() if part.examples else [FILLER, FILLER, *part.sequences()]
+    store = reference.of([s for e in part.examples for s in (e.dominant_chosen, e.dominant_rejected)] + [s for s, _ in part.dominant])
+    scored = len(sequences) - len(part.dominant)
     return MPOBatch(
-        packed=packed,
-        reference_gap=torch.tensor([store.gap(e) for e in examples]),
-        pair_weights=torch.tensor(weights),
-        pooled_reference=torch.stack([store.pooled(sequence) for sequence in shared]),
-        pooled_weights=torch.tensor(list(shared.values())),
-        languages=tuple(e.language for e in examples),
+        packed=pack(
+            sequences,
+            scored=range(scored),
+            pooled=range(scored, len(sequences)),
+            pool=config.loss.pool,
+            share_prompts=shares_prompts(config.model.attention),
+        ),
+        reference_gap=torch.tensor([store.gap(e) for e in part.examples] or [0.0]),
+        pair_weights=torch.tensor([1.0] * len(part.examples) or [0.0]),
+        pooled_reference=torch.stack([store.pooled(s) for s, _ in part.dominant]) if part.dominant else torch.zeros(0, 0),
+        pooled_weights=torch.tensor([weight for _, weight in part.dominant]),
+        languages=tuple(e.language for e in part.examples) or ("",),
     )
 
 
-class _BatchMaker:
-    """Turns positions in the concatenated epochs into packed micro-batches."""
+class Batches:
+    """Which rows each forward pass of a run computes."""
 
-    def __init__(self, examples: Sequence[Example], values: Reference, schedule: Schedule, config: Config) -> None:
-        self._examples, self._values, self._schedule, self._config = examples, values, schedule, config
+    def __init__(self, examples: Sequence[Example], schedule: Schedule, config: Config) -> None:
+        self._examples, self._schedule, self._config = examples, schedule, config
         self._orders: dict[int, list[int]] = {}
 
-    def micro_batches(self, step: int, rank: int, world: int) -> list[list[int | None]]:
-        """The rank's micro-batches as positions; None is a filler pair."""
+    def micro_batches(self, step: int, rank: int, world: int) -> list[MicroBatch]:
+        """The rank's micro-batches of a step."""
         train = self._config.train
 
-        def cut(share: list[int]) -> list[list[int]]:
-            return in_micro_batches(share, train.pairs_per_micro_batch, train.tokens_per_micro_batch, self._tokens)
+        def cut(share: Sequence[int]) -> list[MicroBatch]:
+            return in_micro_batches(
+                [self._example(p) for p in share],
+                pairs=train.pairs_per_micro_batch,
+                tokens=train.tokens_per_micro_batch,
+                share_prompts=shares_prompts(self._config.model.attention),
+            )
 
         return of_every_rank(self._schedule, step, rank, world, cut)
 
-    def make(self, positions: Sequence[int | None]) -> MPOBatch:
-        examples = [self._examples[0] if p is None else self._examples[self._row(p)] for p in positions]
-        weights = [0.0 if p is None else 1.0 for p in positions]
-        return make_batch(examples, weights, self._values.of(examples), self._config)
-
-    def _tokens(self, positions: Sequence[int]) -> int:
-        """Packed tokens of a micro-batch."""
-        return packed_tokens([self._examples[self._row(p)] for p in positions])
-
-    def _row(self, position: int) -> int:
+    def _example(self, position: int) -> Example:
         epoch, place = divmod(position, len(self._examples))
         if epoch not in self._orders:
             train = self._config.train
             self._orders[epoch] = order_of_rows(self._examples, epoch, train.seed, train.group_by_dominant)
-        return self._orders[epoch][place]
-
-
-def packed_tokens(examples: Sequence[Example]) -> int:
-    """Tokens of the examples in one packed row, shared dominant sequences counted once."""
-    shared = dict.fromkeys(s for e in examples for s in (e.dominant_chosen, e.dominant_rejected))
-    return sum(len(s.input_ids) for e in examples for s in (e.target_chosen, e.target_rejected)) + sum(len(s.input_ids) for s in shared)
+        return self._examples[self._orders[epoch][place]]

@@ -7,8 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpo.batching import Schedule, in_micro_batches, of_every_rank, order_of_rows, pack, pack_for_scoring
-from mpo.tokenizing import TokenizedResponse
+from mpo.batching import MicroBatch, Schedule, in_micro_batches, of_every_rank, order_of_rows, pack, pack_for_scoring, tokens_of
+from mpo.config import Config
+from mpo.model import Scores
+from mpo.reference import ReferenceStore
+from mpo.tokenizing import Example, TokenizedResponse
+from mpo.train import make_batch
 
 SEQUENCES = st.lists(st.integers(1, 6).flatmap(lambda start: st.tuples(st.just(start), st.integers(1, 5))), min_size=1, max_size=6)
 
@@ -22,28 +26,69 @@ def sequences_of(shapes):
     return result
 
 
-@given(SEQUENCES)
-def test_each_label_is_the_token_after_its_row(shapes):
-    sequences = sequences_of(shapes)
-    packed = pack_for_scoring(sequences, "response")
-    ids = packed.input_ids[0]
-    assert torch.equal(ids[packed.scored_rows + 1], packed.labels)
+def with_shared_prompts(sequences, same):
+    """Every sequence but the first gets the prompt of the one before it where `same` says so."""
+    result = sequences[:1]
+    for sequence, as_before in zip(sequences[1:], same, strict=False):
+        prompt = result[-1].input_ids[: result[-1].response_start]
+        response = sequence.input_ids[sequence.response_start :]
+        result.append(TokenizedResponse(prompt + response, len(prompt)) if as_before else sequence)
+    return result
+
+
+@given(SEQUENCES, st.lists(st.booleans(), min_size=6, max_size=6), st.booleans())
+def test_each_label_is_the_token_after_its_row(shapes, same, share):
+    sequences = with_shared_prompts(sequences_of(shapes), same)
+    packed = pack_for_scoring(sequences, "response", share)
+    ids, positions = packed.input_ids[0].tolist(), packed.position_ids[0].tolist()
     for i, sequence in enumerate(sequences):
         first, last = packed.scored_cu_seqlens[i : i + 2].tolist()
-        assert tuple(packed.labels[first:last].tolist()) == sequence.input_ids[sequence.response_start :]
+        rows, start = packed.scored_rows[first:last].tolist(), sequence.response_start
+        assert tuple(packed.labels[first:last].tolist()) == sequence.input_ids[start:]
+        assert tuple(ids[row] for row in rows) == sequence.input_ids[start - 1 : -1]  # each row holds the token before its label
+        assert [positions[row] for row in rows] == list(range(start - 1, len(sequence.input_ids) - 1))
         first, last = packed.pooled_cu_seqlens[i : i + 2].tolist()
-        assert tuple(ids[packed.pooled_rows[first:last]].tolist()) == sequence.input_ids[sequence.response_start :]
-    assert sum(packed.lengths) == ids.numel()
-    assert (packed.position_ids[0] == 0).sum() == len(sequences)
+        assert tuple(ids[row] for row in packed.pooled_rows[first:last].tolist()) == sequence.input_ids[start:]
+    assert sum(map(sum, packed.documents)) == len(ids) == tokens_of(sequences, share)
+    assert positions.count(0) == len(packed.documents)
+    assert all(len(document) <= (3 if share else 2) for document in packed.documents)
+    if share and len(sequences) == 2 and same[0]:
+        assert len(packed.documents) == 1
 
 
 def test_pool_all_takes_every_position_and_only_named_sequences():
     sequences = sequences_of([(2, 3), (1, 1), (4, 2)])
-    packed = pack(sequences, scored=[1], pooled=[2, 0], pool="all")
+    packed = pack(sequences, scored=[1], pooled=[2, 0], pool="all", share_prompts=True)
     assert packed.labels.tolist() == list(sequences[1].input_ids[1:])
     pooled = packed.input_ids[0][packed.pooled_rows].tolist()
     assert pooled == list(sequences[2].input_ids + sequences[0].input_ids)
     assert packed.pooled_cu_seqlens.tolist() == [0, 6, 11]
+
+
+def test_pool_all_averages_a_shared_prompt_into_both():
+    sequences = with_shared_prompts(sequences_of([(2, 3), (2, 1)]), [True])
+    packed = pack(sequences, scored=[], pooled=[1, 0], pool="all", share_prompts=True)
+    assert packed.documents == ((2, 3, 1),)
+    assert packed.input_ids[0][packed.pooled_rows].tolist() == list(sequences[1].input_ids + sequences[0].input_ids)
+
+
+def examples_of(rows):
+    """Rows of different lengths; each three share a dominant pair, and all share their rejected dominant answer in tens."""
+
+    def response(token, start, scored):
+        return TokenizedResponse(tuple(range(token, token + start)) + tuple(range(token + 50, token + 50 + scored)), start)
+
+    return [
+        Example(
+            str(i),
+            "sw",
+            response(1000 * i, 2, 1 + i % 4),
+            response(1000 * i, 2, 1 + i % 3),
+            response(1000 * (i // 3) + 100, 3, 2 + i // 3 % 5),
+            response(1000 * (i // 10) + 200, 3, 2),
+        )
+        for i in range(rows)
+    ]
 
 
 @given(
@@ -53,26 +98,55 @@ def test_pool_all_takes_every_position_and_only_named_sequences():
     world=st.integers(1, 5),
     epochs=st.sampled_from([0.5, 1, 2, 2.3]),
     budget=st.sampled_from([None, 1, 10, 25]),
+    share=st.booleans(),
 )
-def test_every_pair_once_and_every_rank_as_many_micro_batches(rows, per_step, micro, world, epochs, budget):
-    schedule = Schedule(rows, per_step, epochs, None)
+def test_every_pair_once_and_every_rank_as_many_micro_batches(rows, per_step, micro, world, epochs, budget, share):
+    schedule, examples = Schedule(rows, per_step, epochs, None), examples_of(rows)
 
-    def tokens(positions):
-        return sum(3 + p % 5 for p in positions)
-
-    def cut(share):
-        return in_micro_batches(share, micro, budget, tokens)
+    def cut(positions):
+        return in_micro_batches([examples[p % rows] for p in positions], pairs=micro, tokens=budget, share_prompts=share)
 
     seen = []
     for step in range(schedule.steps):
         shares = [of_every_rank(schedule, step, rank, world, cut) for rank in range(world)]
         assert len({len(share) for share in shares}) == 1
-        in_step = [p for share in shares for batch in share for p in batch if p is not None]
-        assert in_step == list(schedule.positions(step))
-        batches = [batch for share in shares for batch in share]
-        assert all(batch and (len(batch) <= micro if budget is None else len(batch) == 1 or tokens(batch) <= budget) for batch in batches)
+        in_step = [examples[p % rows] for p in schedule.positions(step)]
+        computed = [e for share in shares for part in share for e in part.examples]
+        assert sorted(computed, key=lambda e: e.source) == sorted(in_step, key=lambda e: e.source)
+        if budget is None:
+            assert computed == in_step
+        for rank, parts in enumerate(shares):
+            # Each dominant sequence of the rank's rows once, with half the number of rows that have it.
+            mine = [examples[p % rows] for p in schedule.share(step, rank, world)]
+            want: dict = {}
+            for example in mine:
+                for sequence in (example.dominant_chosen, example.dominant_rejected):
+                    want[sequence] = want.get(sequence, 0) + 0.5
+            found = [item for part in parts for item in part.dominant]
+            assert dict(found) == want and len(found) == len(want)
+            for part in parts:
+                if budget is None:
+                    assert len(part.examples) <= micro
+                else:
+                    assert part.tokens(share) <= budget or len(part.examples) + bool(part.dominant) == 1
         seen += in_step
-    assert seen == list(range(max(1, round(rows * epochs))))
+    assert len(seen) == max(1, round(rows * epochs))
+
+
+def test_a_budget_is_filled_by_the_longest_first():
+    examples = examples_of(9)
+    parts = in_micro_batches(examples, pairs=1, tokens=40, share_prompts=True)
+    sizes = [part.tokens(True) for part in parts]
+    assert all(size <= 40 for size in sizes)
+    assert all(one + other > 40 for i, one in enumerate(sizes) for other in sizes[i + 1 :])
+
+
+def test_an_empty_micro_batch_runs_on_the_filler():
+    config = Config.model_validate({"output_dir": "-", "model": {"path": "-"}, "data": {"train": ["-"]}})
+    batch = make_batch(MicroBatch(), ReferenceStore({}, Scores(torch.zeros(0), torch.zeros(0, 4))), config)
+    assert batch.packed.documents == ((1, 1, 1),) and batch.packed.input_ids.tolist() == [[0, 0, 0]]
+    assert batch.packed.scored_rows.tolist() == [0, 0] and batch.packed.pooled_rows.numel() == 0
+    assert batch.pair_weights.tolist() == [0] and batch.pooled_weights.numel() == 0
 
 
 def test_max_steps_overrides_epochs():

@@ -1,8 +1,11 @@
 """The bound forward against the Hugging Face forward of one sequence at a time, in float64."""
 
+import collections
+
 import pytest
 import torch
 from tiny import ARCHITECTURES, build_model, save_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpo import attention
 from mpo.batching import MPOBatch, pack, pack_for_scoring
@@ -12,12 +15,16 @@ from mpo.model import bind_mpo_forward, check_model, load_model
 from mpo.tokenizing import TokenizedResponse
 
 VOCAB = 61
-SHAPES = [(3, 4), (9, 1), (1, 8), (5, 5)]
+SHAPES = [(3, 4), (3, 1), (9, 8), (9, 5), (1, 2)]
+"""Tokens of prompt and response; the first two have one prompt, and so have the next two."""
 
 
-def some_sequences(seed=0):
+def some_sequences(seed=0, count=4):
     generator = torch.Generator().manual_seed(seed)
-    return [TokenizedResponse(tuple(torch.randint(2, VOCAB, (start + n,), generator=generator).tolist()), start) for start, n in SHAPES]
+    prompts = [torch.randint(2, VOCAB, (SHAPES[i // 2 * 2][0],), generator=generator).tolist() for i in (0, 0, 2, 2, 4)]
+    prompts[1], prompts[3] = prompts[0], prompts[2]
+    responses = [torch.randint(2, VOCAB, (n,), generator=generator).tolist() for _, n in SHAPES]
+    return [TokenizedResponse((*prompt, *response), len(prompt)) for prompt, response in zip(prompts, responses, strict=True)][:count]
 
 
 def model_of(architecture, implementation=attention.NAME):
@@ -42,12 +49,12 @@ def plain_scores(architecture, sequences, pool="response"):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("implementation", [attention.NAME, "eager"])
-def test_packed_scores_equal_separate_ones(architecture, implementation):
-    sequences = some_sequences()
+@pytest.mark.parametrize(("implementation", "share"), [(attention.NAME, True), (attention.NAME, False), ("eager", False)])
+def test_packed_scores_equal_separate_ones(architecture, implementation, share):
+    sequences = some_sequences(count=5)
     model = bind_mpo_forward(model_of(architecture, implementation), LossConfig())
     with torch.no_grad():
-        scores = model(batch=pack_for_scoring(sequences, "response"))
+        scores = model(batch=pack_for_scoring(sequences, "response", share))
     logps, pooled = plain_scores(architecture, sequences)
     torch.testing.assert_close(scores.mean_logp.double(), logps, rtol=2e-5, atol=2e-5)
     torch.testing.assert_close(scores.pooled.double(), pooled, rtol=2e-4, atol=2e-4)
@@ -55,21 +62,25 @@ def test_packed_scores_equal_separate_ones(architecture, implementation):
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
 def test_a_neighbour_changes_nothing(architecture):
+    """Neither another document nor the other response to the same prompt."""
     sequences, others = some_sequences(), some_sequences(seed=1)
     model = bind_mpo_forward(model_of(architecture), LossConfig())
     with torch.no_grad():
-        one = model(batch=pack_for_scoring(sequences, "all"))
-        two = model(batch=pack_for_scoring([others[0], *sequences[1:3], others[3]], "all"))
-    torch.testing.assert_close(one.mean_logp[1:3], two.mean_logp[1:3], rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(one.pooled[1:3], two.pooled[1:3], rtol=1e-5, atol=1e-6)
-    assert (one.mean_logp[0] - two.mean_logp[0]).abs() > 1e-3
+        one = model(batch=pack_for_scoring(sequences, "all", True))
+        two = model(batch=pack_for_scoring([*others[:2], sequences[2], others[3]], "all", True))
+        changed = TokenizedResponse((*sequences[3].input_ids[:-2], 7, 8), sequences[3].response_start)
+        three = model(batch=pack_for_scoring([*sequences[:3], changed], "all", True))
+    for other in (two, three):
+        torch.testing.assert_close(one.mean_logp[2], other.mean_logp[2], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(one.pooled[2], other.pooled[2], rtol=1e-5, atol=1e-6)
+    assert (one.mean_logp[0] - two.mean_logp[0]).abs() > 1e-3 and (one.mean_logp[3] - three.mean_logp[3]).abs() > 1e-3
 
 
-def mpo_batch(sequences, weights=(1.0,), pool="response"):
+def mpo_batch(sequences, weights=(1.0,), pool="response", share=True):
     """One pair: sequences 0 and 1 are the target's, 2 and 3 the dominant ones."""
     generator = torch.Generator().manual_seed(3)
     return MPOBatch(
-        packed=pack(sequences, scored=[0, 1], pooled=[2, 3], pool=pool),
+        packed=pack(sequences, scored=[0, 1], pooled=[2, 3], pool=pool, share_prompts=share),
         reference_gap=torch.tensor([0.7]),
         pair_weights=torch.tensor(weights),
         pooled_reference=torch.randn(2, 32, generator=generator),
@@ -78,12 +89,13 @@ def mpo_batch(sequences, weights=(1.0,), pool="response"):
     )
 
 
-@pytest.mark.parametrize("architecture", ["llama", "llama-tied", "gemma2", "qwen2"])
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied", "mistral-sliding", "gemma2", "qwen2"])
 @pytest.mark.parametrize("head", ["linear", "logits"])
 @pytest.mark.parametrize("pool", ["response", "all"])
-def test_loss_and_gradients_equal_plain_autograd(architecture, head, pool):
+@pytest.mark.parametrize("share", [True, False])
+def test_loss_and_gradients_equal_plain_autograd(architecture, head, pool, share):
     sequences, options = some_sequences(), LossConfig(beta=1.5, retention_weight=0.3, head=head, pool=pool)
-    batch = mpo_batch(sequences, pool=pool)
+    batch = mpo_batch(sequences, pool=pool, share=share)
     model = bind_mpo_forward(model_of(architecture), options)
     output = model(batch=batch)
     output.loss.backward()
@@ -120,13 +132,38 @@ def test_a_filler_pair_adds_nothing_but_reaches_every_parameter():
 def test_activation_checkpointing_changes_nothing(tmp_path, tokenizer):
     folder = save_model(tmp_path / "model", tokenizer)
     gradients = []
-    for checkpointing in (False, True):
+    for checkpointing in (False, True, "selective"):
         config = ModelConfig(path=str(folder), dtype="float32", activation_checkpointing=checkpointing)
         model = bind_mpo_forward(load_model(config), LossConfig()).train()
         model(batch=mpo_batch(some_sequences())).loss.backward()
         gradients.append([p.grad for p in model.parameters()])
-    for one, two in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, two)
+    for one, two, three in zip(*gradients, strict=True):
+        assert torch.equal(one, two) and torch.equal(one, three)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_selective_checkpointing_repeats_no_product(architecture, tmp_path, tokenizer):
+    """Norms and activation functions are computed again, linear layers are not."""
+    folder = save_model(tmp_path / "model", tokenizer, architecture)
+
+    class Count(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.calls = collections.Counter()
+
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            self.calls[operator] += 1
+            return operator(*args, **(kwargs or {}))
+
+    products, norms = {}, {}
+    for how in (False, "selective", True):
+        loaded = load_model(ModelConfig(path=str(folder), dtype="float32", activation_checkpointing=how))
+        model = bind_mpo_forward(loaded, LossConfig()).train()
+        with Count() as count:
+            model(batch=mpo_batch(some_sequences())).loss.backward()
+        products[how], norms[how] = count.calls[torch.ops.aten.mm.default], count.calls[torch.ops.aten.rsqrt.default]
+    assert products[False] == products["selective"] < products[True]
+    assert norms[False] < norms["selective"] == norms[True]
 
 
 def test_refused_models(tmp_path, tokenizer):
