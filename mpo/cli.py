@@ -216,6 +216,10 @@ def run() -> None:
 
     try:
         app()
+    except SystemExit as done:
+        if not done.code and (group := sys.modules.get("mpo.distributed")):
+            group.leave()
+        raise
     except UserError as error:
         _complain(f"Error: {error}")
         sys.exit(2)

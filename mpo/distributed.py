@@ -44,6 +44,12 @@ def start() -> torch.device:
     return torch.device("cpu") if on_cpu else torch.device(accelerator.device_name(local_rank))
 
 
+def leave() -> None:
+    """Ends the process group where there is one. Left to the interpreter's exit, gloo's threads now and then abort a run that succeeded."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def is_main() -> bool:
     """Whether this is the rank that prints and writes."""
     return int(os.environ.get("RANK", 0)) == 0
