@@ -152,8 +152,13 @@ def peak_bytes(workload: Workload, loss: Loss) -> int:
         _run(loss, inputs)
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    return allocations(lambda: _run(loss, inputs))
+
+
+def allocations(work: Callable[[], object]) -> int:
+    """Most bytes that PyTorch's CPU allocator has handed out at once while `work` runs, above what it had before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
-        _run(loss, inputs)
+        work()
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     alive = peak = 0
@@ -223,10 +228,11 @@ class _Clock:
 
 def _timings(times: list[tuple[float, float]]) -> tuple[Timing, Timing, Timing]:
     forward, backward, both = [f for f, _ in times], [b for _, b in times], [f + b for f, b in times]
-    return _timing(forward), _timing(backward), _timing(both)
+    return timing(forward), timing(backward), timing(both)
 
 
-def _timing(seconds: list[float]) -> Timing:
+def timing(seconds: list[float]) -> Timing:
+    """Median with 20th and 80th percentile."""
     if len(seconds) < 2:
         return Timing(median=seconds[0], p20=seconds[0], p80=seconds[0], repetitions=1)
     fifths = statistics.quantiles(seconds, n=5, method="inclusive")

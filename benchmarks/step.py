@@ -1,55 +1,70 @@
 """One whole training step on a real small model and real pairs: `python -m benchmarks.step [--quick]`.
 
-Six rows of one dominant pair, as the published data have them. Both sides get the same model, rows, learning rate and AdamW:
+Six rows of one dominant pair, as the published data have them. Every side gets the same weights, rows, learning rate and AdamW:
 
-    published   as the published code does it, written out plainly: for each row one padded forward of the target pair, one of the dominant
-                pair, and one of the dominant pair through a reference model that is resident; fp32 logits of every position; L2 over states
-                pooled over every position, padding included
-    ours        the trainer's step: one packed forward, the dominant pair once, no reference model, scored rows only at the head
+    published recipe    as the published code does it, written out plainly: for each row one padded forward of the target pair, one of the
+                        dominant pair, and one of the dominant pair through a reference model that is resident; fp32 logits of every
+                        position; L2 over states pooled over every position, padding included
+    mpo                 the trainer's step with the settings of the row: prompts and the dominant pair once, no reference model, scored rows
+                        only at the head
 
-The two losses differ where the published one pools over padding, so the check compares L1 and the reward gaps.
+Before the first step the policy is the reference, so L2 and its gradient vanish on every side, whatever it pools over: there the gradient
+of the whole step is compared with float64.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import typer
 from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
-from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.harness import Timing
+from benchmarks.harness import TOLERANCE, Timing, allocations, timing
 from benchmarks.options import Out, Quick, Threads, set_up
-from benchmarks.output import Machine
+from benchmarks.output import COLORS, OURS, Machine
 
 ROWS, MAX_TOKENS = 6, 512
 LEARNING_RATE = 1e-6
 RECIPE = Path(__file__).parents[1] / "mpo" / "recipes" / "demo.yaml"
+PUBLISHED = "published recipe"
+SETTINGS = {
+    "mpo, all rows at once": ["train.pairs_per_micro_batch=6"],
+    "mpo, 640 tokens at a time": ["train.tokens_per_micro_batch=640"],
+    "mpo, 640 tokens, selective": ["train.tokens_per_micro_batch=640", "model.activation_checkpointing=selective"],
+    "mpo, all at once, selective": ["train.pairs_per_micro_batch=6", "model.activation_checkpointing=selective"],
+}
+"""What the trainer is asked to do; the bars hold the third of them to speed and memory at once."""
+JUDGED = "mpo, 640 tokens, selective"
 
 
 class Measured(BaseModel):
-    """One side on one model. `peak_bytes` is above weights, gradients and optimizer state."""
+    """One side on one model. `peak_bytes` is above weights, gradients and optimizer state; `gradient_error` is relative to float64."""
 
     name: str
+    status: Literal["ok", "wrong"]
+    gradient_error: float
     seconds: Timing
     examples_per_second: float
     peak_bytes: int
     l1: float
     parts: dict[str, float]
-    """Seconds of the last step by part."""
+    """Seconds of a step by part, medians."""
 
 
 class Configuration(BaseModel):
-    """One model with both sides."""
+    """One model with all sides."""
 
     model: str
-    tokens: int
+    tokens: dict[str, int]
+    """Tokens that go through the body in forward and backward, by side."""
     sides: list[Measured]
 
 
@@ -76,54 +91,74 @@ class _Parts:
         self._last = now
 
 
-Step = Callable[[_Parts], float]
+@dataclass
+class Side:
+    """One way to make a step. `gradients(parts)` fills the model's and returns the mean L1."""
+
+    name: str
+    model: Any
+    optimizer: torch.optim.Optimizer
+    gradients: Callable[[_Parts], float]
+    tokens: int
+
+    def step(self) -> _Parts:
+        """A whole step."""
+        parts = _Parts()
+        self.gradients(parts)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=False)
+        parts.mark("optimizer")
+        return parts
 
 
-def published(model: Any, reference: Any, examples: Sequence[Any], optimizer: torch.optim.Optimizer) -> Step:
-    """The published recipe; returns the step's mean L1."""
+def _padded(sequences: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids, mask and labels (S, T)."""
+    width = max(len(s.input_ids) for s in sequences)
+    ids, mask, labels = (torch.zeros(len(sequences), width, dtype=torch.int64) for _ in range(3))
+    labels.fill_(-100)
+    for row, s in enumerate(sequences):
+        ids[row, : len(s.input_ids)] = torch.tensor(s.input_ids)
+        mask[row, : len(s.input_ids)] = 1
+        labels[row, s.response_start : len(s.input_ids)] = torch.tensor(s.input_ids[s.response_start :])
+    return ids, mask, labels
 
-    def padded(sequences: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        width = max(len(s.input_ids) for s in sequences)
-        ids, mask, labels = (torch.zeros(len(sequences), width, dtype=torch.int64) for _ in range(3))
-        labels.fill_(-100)
-        for row, s in enumerate(sequences):
-            ids[row, : len(s.input_ids)] = torch.tensor(s.input_ids)
-            mask[row, : len(s.input_ids)] = 1
-            labels[row, s.response_start : len(s.input_ids)] = torch.tensor(s.input_ids[s.response_start :])
-        return ids, mask, labels
 
-    def gap_and_states(network: Any, sequences: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        ids, mask, labels = padded(sequences)
-        out = network(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
-        logps = out.logits[:, :-1].float().log_softmax(-1)
-        wanted, scored = labels[:, 1:].clamp_min(0), labels[:, 1:] != -100
-        means = (logps.gather(-1, wanted[..., None])[..., 0] * scored).sum(1) / scored.sum(1)
-        return means[0] - means[1], out.hidden_states[-1].mean(1)
+def _gap_and_states(network: Any, sequences: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pair's reward gap, and its states pooled over every position."""
+    ids, mask, labels = _padded(sequences)
+    out = network(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
+    logits = out.logits[:, :-1]
+    logps = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+    wanted, scored = labels[:, 1:].clamp_min(0), labels[:, 1:] != -100
+    means = (logps.gather(-1, wanted[..., None])[..., 0] * scored).sum(1) / scored.sum(1)
+    return means[0] - means[1], out.hidden_states[-1].mean(1)
 
-    def step(parts: _Parts) -> float:
+
+def published(model: Any, reference: Any, examples: Sequence[Any]) -> Callable[[_Parts], float]:
+    """The published recipe."""
+
+    def gradients(parts: _Parts) -> float:
         total = 0.0
         for e in examples:
-            target, _ = gap_and_states(model, [e.target_chosen, e.target_rejected])
-            _, pooled = gap_and_states(model, [e.dominant_chosen, e.dominant_rejected])
-            parts.mark("forward of the policy")
+            target, _ = _gap_and_states(model, [e.target_chosen, e.target_rejected])
+            _, pooled = _gap_and_states(model, [e.dominant_chosen, e.dominant_rejected])
+            parts.mark("forward")
             with torch.no_grad():
-                dominant, kept = gap_and_states(reference, [e.dominant_chosen, e.dominant_rejected])
-            parts.mark("forward of the reference")
+                dominant, kept = _gap_and_states(reference, [e.dominant_chosen, e.dominant_rejected])
+            parts.mark("reference forward")
             l1 = (target - dominant) ** 2
             ((l1 + (pooled - kept).square().mean()) / len(examples)).backward()
             parts.mark("backward")
             total += float(l1.detach()) / len(examples)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
-        parts.mark("optimizer")
         return total
 
-    return step
+    return gradients
 
 
-def ours(model: Any, examples: Sequence[Any], optimizer: torch.optim.Optimizer, config: Any) -> Step:
-    """The trainer's own batch and forward; the reference's numbers are made before, as its store holds them."""
-    from mpo.batching import pack_for_scoring
+def ours(model: Any, examples: Sequence[Any], config: Any) -> tuple[Callable[[_Parts], float], int]:
+    """The trainer's own batches and forward, with the reference's numbers made before, as its store holds them; and the tokens of a step."""
+    from mpo import recompute
+    from mpo.batching import in_micro_batches, pack_for_scoring
     from mpo.model import bind_mpo_forward
     from mpo.reference import ReferenceStore, dominant_sequences
     from mpo.train import make_batch
@@ -131,61 +166,97 @@ def ours(model: Any, examples: Sequence[Any], optimizer: torch.optim.Optimizer, 
     bind_mpo_forward(model, config.loss)
     sequences = dominant_sequences(examples)
     with torch.no_grad():
-        scores = model(batch=pack_for_scoring(sequences, config.loss.pool))
+        scores = model(batch=pack_for_scoring(sequences, config.loss.pool, True))
     store = ReferenceStore({s: i for i, s in enumerate(sequences)}, scores)
+    budget = {"pairs": config.train.pairs_per_micro_batch, "tokens": config.train.tokens_per_micro_batch}
+    plan = in_micro_batches(examples, **budget, share_prompts=True)
 
-    def step(parts: _Parts) -> float:
-        batch = make_batch(examples, [1.0] * len(examples), store, config)
-        out = model(batch=batch)
-        parts.mark("forward of the policy")  # with the head's gradients
-        (out.loss / len(examples)).backward()
-        parts.mark("backward")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
-        parts.mark("optimizer")
-        return float(out.l1.mean())
-
-    return step
-
-
-def measure(name: str, step: Step, repetitions: int) -> Measured:
-    """Times the step and counts its memory. The first step, which makes gradients and optimizer state, is warm-up."""
-    l1 = step(_Parts())
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
-        step(_Parts())
-    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
-    alive = peak = 0
-    for event in sorted((e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        alive += event.nbytes()
-        peak = max(peak, alive)
-    seconds, parts = [], _Parts()
-    for _ in range(repetitions):
-        parts, began = _Parts(), time.perf_counter()
-        step(parts)
-        seconds.append(time.perf_counter() - began)
-    seconds.sort()
-    timing = Timing(median=seconds[len(seconds) // 2], p20=seconds[0], p80=seconds[-1], repetitions=repetitions)
-    return Measured(
-        name=name, seconds=timing, examples_per_second=ROWS / timing.median, peak_bytes=peak, l1=l1, parts=parts.seconds
-    )  # fmt: skip
-
-
-def compare(label: str, load: Callable[[str], Any], examples: Sequence[Any], config: Any, repetitions: int) -> Configuration:
-    """Both sides on one model, one after the other in one process, each with a model of its own."""
-    from mpo.train import packed_tokens
-
-    sides = []
-    for name in ("published recipe", "mpo"):
-        model = load("sdpa" if name == "published recipe" else "packed")
-        model.train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
-        if name == "mpo":
-            step = ours(model, examples, optimizer, config)
+    def gradients(parts: _Parts) -> float:
+        if config.model.activation_checkpointing:
+            recompute.enable(model, config.model.activation_checkpointing)
         else:
-            step = published(model, load("sdpa").eval(), examples, optimizer)
-        sides.append(measure(name, step, repetitions))
-        del model, optimizer, step
-    return Configuration(model=label, tokens=packed_tokens(examples), sides=sides)
+            model.gradient_checkpointing_disable()
+        l1 = 0.0
+        for part in plan:
+            batch = make_batch(part, store, config)
+            out = model(batch=batch)
+            parts.mark("forward, head's gradients")
+            (out.loss / len(examples)).backward()
+            parts.mark("backward")
+            l1 += float(out.l1.sum()) / len(examples)
+        return l1
+
+    return gradients, sum(part.tokens(True) for part in plan)
+
+
+def exact_gradient(model: Any, examples: Sequence[Any]) -> list[torch.Tensor]:
+    """Gradient of the mean L1 in float64, a row at a time; rounded to float32, which is far below what is measured with it."""
+    network = model.double()
+    for e in examples:
+        with torch.no_grad():
+            dominant, _ = _gap_and_states(network, [e.dominant_chosen, e.dominant_rejected])
+        target, _ = _gap_and_states(network, [e.target_chosen, e.target_rejected])
+        ((target - dominant) ** 2 / len(examples)).backward()
+    return [p.grad.float() for p in network.parameters()]
+
+
+def _error(model: Any, exact: Sequence[torch.Tensor]) -> float:
+    """Relative L2 error of all gradients together."""
+    difference = sum(float((p.grad - want).double().square().sum()) for p, want in zip(model.parameters(), exact, strict=True))
+    return (difference / sum(float(want.double().square().sum()) for want in exact)) ** 0.5
+
+
+def sides_of(load: Callable[[str], Any], examples: Sequence[Any], settings: dict[str, Any]) -> Iterator[Side]:
+    """The published recipe with a model and a reference of its own, and the trainer's settings, which share one model."""
+    model = load("sdpa").train()
+    padded = [len(pair) * max(len(s.input_ids) for s in pair) for e in examples for pair in _pairs(e)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+    yield Side(PUBLISHED, model, optimizer, published(model, load("sdpa").eval(), examples), sum(padded))
+    model = load("packed").train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+    for name, config in settings.items():
+        gradients, tokens = ours(model, examples, config)
+        yield Side(name, model, optimizer, gradients, tokens)
+
+
+def _pairs(example: Any) -> list[list[Any]]:
+    return [[example.target_chosen, example.target_rejected], [example.dominant_chosen, example.dominant_rejected]]
+
+
+def compare(
+    label: str, load: Callable[[str], Any], examples: Sequence[Any], settings: dict[str, Any], repetitions: int
+) -> Configuration:  # fmt: skip
+    """All sides on one model: checked against float64 at the same weights, then stepped in turns."""
+    exact = exact_gradient(load("sdpa").train(), examples)
+    sides = list(sides_of(load, examples, settings))
+    l1, errors, peaks = {}, {}, {}
+    for side in sides:
+        l1[side.name] = side.gradients(_Parts())
+        errors[side.name] = _error(side.model, exact)
+        side.optimizer.zero_grad(set_to_none=False)
+    for side in sides:
+        side.step()  # makes the optimizer's state
+        peaks[side.name] = allocations(lambda side=side: side.step())  # type: ignore[misc]
+    times: dict[str, list[_Parts]] = {side.name: [] for side in sides}
+    for _ in range(repetitions):
+        for side in sides:
+            times[side.name].append(side.step())
+    measured = []
+    for side in sides:
+        seconds = timing([sum(parts.seconds.values()) for parts in times[side.name]])
+        measured.append(
+            Measured(
+                name=side.name,
+                status="ok" if errors[side.name] <= TOLERANCE[torch.float32] else "wrong",
+                gradient_error=errors[side.name],
+                seconds=seconds,
+                examples_per_second=len(examples) / seconds.median,
+                peak_bytes=peaks[side.name],
+                l1=l1[side.name],
+                parts={part: statistics.median(p.seconds[part] for p in times[side.name]) for part in times[side.name][0].seconds},
+            )
+        )
+    return Configuration(model=label, tokens={side.name: side.tokens for side in sides}, sides=measured)
 
 
 def main(quick: Quick = False, threads: Threads = 2, out: Out = None, repetitions: int = 3) -> None:
@@ -198,8 +269,9 @@ def main(quick: Quick = False, threads: Threads = 2, out: Out = None, repetition
     from mpo.config import load_config
     from mpo.prepare import prepare
 
-    config = load_config(RECIPE, [f"data.max_length={MAX_TOKENS}", "data.eval=[]"])
-    prepared = prepare(config, console.print)
+    overrides = [f"data.max_length={MAX_TOKENS}", "data.eval=[]", "model.attention=packed"]
+    settings = {name: load_config(RECIPE, [*overrides, *more]) for name, more in SETTINGS.items()}
+    prepared = prepare(settings[JUDGED], console.print)
     first = prepared.examples[0].dominant_chosen
     examples = [e for e in prepared.examples if e.dominant_chosen == first][: 2 if quick else ROWS]
 
@@ -222,36 +294,82 @@ def main(quick: Quick = False, threads: Threads = 2, out: Out = None, repetition
         ("SmolLM2-135M-Instruct, fp32", small, 1.8, 0.55),
         ("vocabulary 262144, hidden 640, fp32, random weights", head_dominated, 2.5, 0.35),
     ):
-        found = compare(label, load, examples, config, 1 if quick else repetitions)
+        found = compare(label, load, examples, settings, 1 if quick else repetitions)
         configurations.append(found)
-        theirs, mine = found.sides
+        theirs, mine = (next(side for side in found.sides if side.name == name) for name in (PUBLISHED, JUDGED))
         ratio, share = mine.examples_per_second / theirs.examples_per_second, mine.peak_bytes / theirs.peak_bytes
         bars.append({"what": f"speed, {label}", "promised": f">= {speed}", "measured": f"{ratio:.2f}", "holds": ratio >= speed})
         bars.append({"what": f"memory, {label}", "promised": f"<= {memory}", "measured": f"{share:.2f}", "holds": share <= memory})
         _show(found, len(examples), console)
     for bar in bars:
-        console.print(f"{bar['what']}: {bar['measured']} (bar {bar['promised']})", markup=False)
+        verdict = "quick: sizes too small to judge" if quick else "holds" if bar["holds"] else "MISSED"
+        console.print(f"{bar['what']}, {JUDGED}: {bar['measured']} (bar {bar['promised']}, {verdict})", markup=False)
     result = StepResult(machine=machine, quick=quick, configurations=configurations, bars=bars)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "step.json").write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    console.print(str(folder / "step.json"))
+    picture(result, folder / "step.png")
+    console.print(f"{folder / 'step.json'} and step.png")
 
 
 def _show(found: Configuration, rows: int, console: Console) -> None:
-    table = Table(title=f"{found.model}: a step of {rows} rows of one dominant pair, {found.tokens} tokens packed", title_justify="left")
-    for column in ("", "seconds (least-most)", "examples/s", "peak MiB", "L1 before", "where the time goes"):
+    theirs = found.sides[0]
+    table = Table(title=f"{found.model}: a step of {rows} rows of one dominant pair", title_justify="left")
+    for column in (
+        "",
+        "tokens",
+        "s (20-80%)",
+        "examples/s",
+        "x recipe",
+        "peak MiB",
+        "x recipe",
+        "L1 before",
+        "error",
+        "where the time goes",
+    ):
         table.add_column(column)
     for side in found.sides:
         parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in side.parts.items())
         table.add_row(
             side.name,
+            str(found.tokens[side.name]),
             f"{side.seconds.median:.1f} ({side.seconds.p20:.1f}-{side.seconds.p80:.1f})",
             f"{side.examples_per_second:.3f}",
+            f"{side.examples_per_second / theirs.examples_per_second:.2f}",
             f"{side.peak_bytes / 2**20:.0f}",
+            f"{side.peak_bytes / theirs.peak_bytes:.2f}",
             f"{side.l1:.5f}",
+            f"{side.gradient_error:.1e}" if side.status == "ok" else f"WRONG {side.gradient_error:.1e}",
             parts,
+            style="bold" if side.name == JUDGED else None,
         )
     console.print(table)
+
+
+def picture(result: StepResult, path: Path) -> None:
+    """Seconds and peak memory of every side, a line of panels per model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    count = len(result.configurations)
+    figure, axes = plt.subplots(count, 2, figsize=(12, 0.8 + 2.2 * count), squeeze=False, layout="constrained")
+    figure.suptitle(f"one training step on {result.machine.device}, {result.machine.threads} threads", fontsize=10)
+    for (left, right), found in zip(axes, result.configurations, strict=True):
+        sides = list(reversed(found.sides))
+        names = [side.name + (" (WRONG)" if side.status == "wrong" else "") for side in sides]
+        colors = [COLORS["ok"] if side.name == PUBLISHED else OURS for side in sides]
+        low, high = ([abs(getattr(s.seconds, p) - s.seconds.median) for s in sides] for p in ("p20", "p80"))
+        left.barh(names, [side.seconds.median for side in sides], xerr=[low, high], color=colors, capsize=2)
+        left.set_xlabel("seconds per step (bars from the 20th to the 80th percentile)", fontsize=8)
+        left.set_title(found.model, fontsize=8, loc="left")
+        right.barh(names, [side.peak_bytes / 2**20 for side in sides], color=colors)
+        right.set_xlabel("peak memory above weights, gradients and optimizer state, MiB", fontsize=8)
+        right.set_yticklabels([])
+        for axis in (left, right):
+            axis.tick_params(labelsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 if __name__ == "__main__":
