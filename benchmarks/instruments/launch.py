@@ -4,17 +4,22 @@
         loss = mpo_kernels.mpo_loss(logits, labels, reference_gap).loss     # MPO_KERNELS_BACKEND=triton
     launches[0].kernel, launches[0].grid, launches[0].findings
 
-Each launch is specialised as Triton's own launcher does it (arguments that 16 divides, integers that are 1, None), compiled for that GPU,
-and the PTX is emulated on the tensors' memory. Nothing here tells how fast it would be.
+    with recorded("gfx942") as launches:                                    # nothing runs: tensors may be on the meta device
+        loss = any_library(logits, labels)
+    launches[0].report(elements_per_program=None)
+
+Each launch is specialised as Triton's own launcher does it (arguments that 16 divides, integers that are 1, None). `gpu_on_cpu` compiles it
+for that GPU and emulates the PTX on the tensors' memory. Nothing here tells how fast it would be.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.instruments import machine_code
 from benchmarks.instruments.emulator import Findings, emulate
 from benchmarks.instruments.ptx import parse
 
@@ -55,7 +60,9 @@ def gpu_on_cpu(target: str, *, strict: bool = True, programs: Collection[int] | 
     launches: list[Launch] = []
 
     def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> Any:
-        compiled, bound, signature, num_warps = _compile(kernel, target, args, kwargs)
+        special = _specialise(kernel, target, args, kwargs)
+        compiled = special.compiled()
+        bound, signature, num_warps = special.bound, special.signature, special.num_warps
         shape = tuple(grid(bound) if callable(grid) else grid)
         values = [float(value) if signature[name] == "fp32" else value for name, value in bound.items() if signature[name] != "constexpr"]
         text = compiled.asm["ptx"]
@@ -65,26 +72,100 @@ def gpu_on_cpu(target: str, *, strict: bool = True, programs: Collection[int] | 
             raise AssertionError(f"{kernel.__name__} compiled for {target}: {findings}")
         return compiled
 
+    with _launching_by(run):
+        yield launches
+
+
+@dataclass(frozen=True)
+class Specialised:
+    """One launch as Triton would compile it."""
+
+    kernel: Any
+    target: str
+    bound: dict[str, Any]  # arguments by name
+    signature: dict[str, str]  # their types
+    constants: dict[tuple[int, ...], Any]  # by position
+    attributes: dict[tuple[int, ...], list]
+    options: Any  # of the compiler
+    given: dict[str, Any]  # those options that the launch named
+
+    @property
+    def num_warps(self) -> int:
+        return self.options.num_warps
+
+    def compiled(self) -> Any:
+        """What Triton's launcher would load."""
+        import triton
+        from triton.compiler import ASTSource
+
+        source = ASTSource(self.kernel, self.signature, self.constants, self.attributes)
+        return triton.compile(source, target=_gpu(self.target), options=self.options.__dict__)
+
+    def report(self, elements_per_program: int | None) -> machine_code.Report:
+        """`machine_code.report` of it. What AMD's launcher adds for tensors below 2 GiB is left out: the logits of a step are larger."""
+        names = self.kernel.arg_names
+        return machine_code.report(
+            self.kernel,
+            self.signature,
+            {names[place[0]]: value for place, value in self.constants.items()},
+            {names[place[0]] for place, marks in self.attributes.items() if ["tt.divisibility", 16] in marks},
+            self.target,
+            self.num_warps,
+            elements_per_program=elements_per_program,
+            options={name: value for name, value in self.given.items() if name != "num_warps"},
+        )
+
+
+@contextlib.contextmanager
+def recorded(target: str) -> Iterator[list[Specialised]]:
+    """Inside, launches of Triton kernels are specialised for `target`, one of `machine_code.TARGETS`, and run nothing; the list gets each.
+
+    Raises:
+        ValueError: another target.
+        RuntimeError: triton was imported under TRITON_INTERPRET=1.
+    """
+    from triton import knobs
+
+    if target not in machine_code.TARGETS:
+        raise ValueError(f"target is {target!r}; it must be one of {', '.join(machine_code.TARGETS)}.")
+    if knobs.runtime.interpret:
+        raise RuntimeError("Under TRITON_INTERPRET=1 nothing is compiled; start another process without it.")
+    launches: list[Specialised] = []
+
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
+        launches.append(_specialise(kernel, target, args, kwargs))
+
+    with _launching_by(run):
+        yield launches
+
+
+@contextlib.contextmanager
+def _launching_by(run: Callable) -> Iterator[None]:
+    """Every launch of a Triton kernel goes to `run`."""
+    from triton.runtime.jit import JITFunction
+
     original = JITFunction.run
     JITFunction.run = run
     try:
-        yield launches
+        yield
     finally:
         JITFunction.run = original
 
 
-def _compile(kernel: Any, target: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, str], int]:
-    """What Triton's launcher would compile for these arguments; also the arguments by name, and their types."""
-    import triton
+def _gpu(target: str) -> Any:
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+
+    return GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+
+
+def _specialise(kernel: Any, target: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Specialised:
+    """What Triton's launcher would compile for these arguments."""
     from triton.compiler.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
-    gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
-    backend = make_backend(gpu)
+    backend = make_backend(_gpu(target))
+    given = {name: value for name, value in kwargs.items() if name not in kernel.arg_names}
     kwargs = {"debug": False, **kwargs}
     bound, specialisation, options = create_function_from_signature(kernel.signature, kernel.params, backend)(*args, **kwargs)
     options, signature, constants, attributes = kernel._pack_args(backend, kwargs, bound, specialisation, options)
-    compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target=gpu, options=options.__dict__)
-    return compiled, bound, signature, options.num_warps
+    return Specialised(kernel, target, bound, signature, constants, attributes, options, given)

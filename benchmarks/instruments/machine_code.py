@@ -55,10 +55,15 @@ class Body:
     bytes_loaded: int  # per thread, from global memory
     bytes_stored: int
     mix: Mapping[str, int]  # instructions per class
+    main_path: int  # instructions of the shortest way through it among those that access the most elements; of a loop all of them
 
     @property
     def instructions_per_element(self) -> float:
         return self.instructions / self.elements
+
+    @property
+    def main_path_per_element(self) -> float:
+        return self.main_path / self.elements
 
     @property
     def bytes_loaded_per_element(self) -> float:
@@ -93,6 +98,12 @@ class Report:
     def widths(self) -> frozenset[int]:
         """Bits of its global accesses."""
         return frozenset(bits for _, bits in self.accesses)
+
+    @property
+    def main_width(self) -> int:
+        """Bits of the loads that bring most of its bytes; 0 without loads."""
+        brought = {bits: number * bits for (kind, bits), number in self.accesses.items() if kind == "load"}
+        return max(brought, key=lambda bits: (brought[bits], bits), default=0)
 
 
 def report(
@@ -246,7 +257,25 @@ def _body(kind: Literal["loop", "straight"], code: list[_Instruction], elem_byte
         bytes_loaded=sum(loads),
         bytes_stored=sum(stores),
         mix=MappingProxyType({name: mix[name] for name in CLASSES}),
+        main_path=len(code) if kind == "loop" else _main_path(code),
     )
+
+
+def _main_path(code: list[_Instruction]) -> int:
+    """Instructions of the shortest way from the first instruction to an end, among those with the most bytes at the widths that carry most
+    bytes: not the way of a row that is ignored, nor that of the one block which holds the label. Jumps back are not followed."""
+    carried: Counter[Access] = Counter()
+    for access in (i.access for i in code if i.access):
+        carried[access] += access[1]
+    main = {max((a for a in carried if a[0] == kind), key=lambda a: (carried[a], a[1]), default=None) for kind in ("load", "store")}
+    leaders, successors = _blocks(code)
+    best: list[tuple[int, int]] = [(0, 0)] * len(leaders)  # bytes and negative instructions from a block's start to the end
+    for block in reversed(range(len(leaders))):
+        own = code[leaders[block] : [*leaders[1:], len(code)][block]]
+        bits = sum(i.access[1] for i in own if i.access and i.access in main)
+        onward = max((best[following] for following in successors[block] if following > block), default=(0, 0))
+        best[block] = (bits + onward[0], onward[1] - len(own))
+    return -best[0][1]
 
 
 def _loops(code: list[_Instruction]) -> list[frozenset[int]]:

@@ -84,6 +84,27 @@ class Memory(TorchDispatchMode):
         self.alive -= self._known.pop(key, 0)
 
 
+class Moved(TorchDispatchMode):
+    """`total` bytes of the tensors that torch's operations read and write, each once per operation. Not counted: views, empty tensors, and
+    what Triton kernels do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        implementation = _implementation(func)
+        if implementation is not None:
+            with self:
+                return implementation(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if not (func.is_view or "empty" in func.name() or _in_interpreter()):
+            for tensor in torch.utils._pytree.tree_leaves((args, kwargs, result)):
+                if isinstance(tensor, torch.Tensor):
+                    self.total += min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())  # one that is expanded
+        return result
+
+
 def _in_interpreter() -> bool:
     """Triton's interpreter copies its arguments; that is no memory of ours."""
     frame: FrameType | None = sys._getframe(1)

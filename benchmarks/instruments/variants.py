@@ -47,12 +47,17 @@ class Variant:
     tiled_as: str | None = None
     """Its entry in TILES; None for the small kernels, which have fixed blocks."""
 
+    def tile(self, target: str) -> Tile:
+        """Columns at a time, and warps."""
+        if self.tiled_as is None:
+            return Tile(self.constants.get("BLOCK", 1024), 4)
+        return TILES[self.tiled_as].get(target, TILES[self.tiled_as]["default"])
+
     def compiled(self, target: str) -> Report:
         """What the compiler makes of it for sm_80, sm_90, sm_100 or gfx942."""
-        tile = Tile(self.constants.get("BLOCK", 1024), 4)
+        tile = self.tile(target)
         constants, elements = dict(self.constants), None
         if self.tiled_as is not None:
-            tile = TILES[self.tiled_as].get(target, TILES[self.tiled_as]["default"])
             constants["BLOCK"] = tile.block
             elements = tile.block if self.tiled_as == "grad" else None
         names = self.kernel.arg_names
@@ -89,8 +94,8 @@ def variants() -> Iterator[Variant]:
 
 def facts(made: Report) -> dict[str, int | float]:
     """What is held at bars: the fewer the better, except for the widest access. `main` is the body with the least work per element, through
-    which all but a block or two of a row go."""
-    main = min((body.instructions_per_element for body in made.bodies), default=0.0)
+    which all but a block or two of a row go; not one that only writes, which is an ignored row's."""
+    main = min((body.instructions_per_element for body in made.bodies if body.bytes_loaded), default=0.0)
     return {
         "registers": made.registers,
         "spilled": made.local_bytes + made.spill_ops,

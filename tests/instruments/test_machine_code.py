@@ -101,6 +101,9 @@ def test_all_paths_are_counted(target):
     assert body.bytes_loaded_per_element == 2
     assert 2 < body.bytes_stored_per_element <= 4  # on either path; a compiler may let them share some of the stores
     assert body.elements == per_thread(target)
+    straight = report(_copy_kernel, COPY, {"BLOCK": BLOCK}, ALIGNED, target, WARPS, elements_per_program=BLOCK).bodies[0]
+    # The main path is the one that loads; of a kernel with one path it is nearly all (AMD has jumps over what no lane wants).
+    assert 0.8 * straight.instructions < straight.main_path <= body.main_path < body.instructions
 
 
 @pytest.mark.parametrize("divisible", [True, False], ids=["aligned", "odd"])
@@ -111,7 +114,8 @@ def test_loop_per_element(target, divisible):
     assert body.kind == "loop" and body.elements == per_thread(target)
     assert body.bytes_loaded_per_element == 2 and body.bytes_stored == 0
     assert body.mix_per_element["special"] == 1  # the exp2
-    assert body.instructions < facts.instructions
+    assert body.main_path == body.instructions < facts.instructions
+    assert facts.main_width == (128 if divisible else 16)
     assert facts.shared_bytes == 4 * WARPS and ("store", 32) in facts.accesses
 
 
