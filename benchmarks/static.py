@@ -1,66 +1,331 @@
 """What can be known without a GPU: `python -m benchmarks.static [--quick]`.
 
 Bytes per logit from Triton's interpreter, FLOPs and peak allocations of the linear loss, and for each GPU what the compiler makes of every
-kernel: registers, spills, access width, instructions per element, programs per multiprocessor. No times: none is modelled.
+kernel of this package and of its peers: registers, spills, access width, instructions per logit, occupancy. No times: none is modelled.
+
+Peers are compiled as their own launch code specialises them, and read by the same report. One that is missing, that changed or that does
+not compile is shown as absent with the reason.
 """
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
 
 import typer
+from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # triton's default until 3.10; it decides about instruction counts
 
 from benchmarks import bars
-from benchmarks.instruments import moved_bytes
+from benchmarks.instruments import moved_bytes, peer_bytes
 from benchmarks.instruments.machine_code import TARGETS
-from benchmarks.instruments.variants import facts, variants
+from benchmarks.instruments.machine_code import Report as CodeReport
+from benchmarks.instruments.peers import PEERS, Peer
+from benchmarks.instruments.variants import Variant, facts, variants
 from benchmarks.options import Out, Quick, Threads, set_up
+from benchmarks.output import OURS, Machine
+
+Vocabulary = Literal["aligned", "odd"]
+VOCABULARIES: dict[Vocabulary, int] = {"aligned": 128256, "odd": 50257}
+"""Triton specialises on nothing but whether 16 divides the vocabulary."""
+DOES = {
+    "stats": "one read: log-probability, peak and sum; in all blocks of a row but the label's and an incomplete last one, which are masked",
+    "grad": "one read, one write: gradient for any upstream gradient",
+}
+"""What one launch of our kernels does, by their entry in TILES."""
+CANDIDATES = {
+    "mpo_kernels": ("mpo_kernels", ("stats plain", "grad plain")),
+    "mpo_kernels with entropy": ("mpo_kernels", ("stats token outputs plain", "grad plain")),
+    **{name: (name, None) for name in ("Liger cross-entropy", "Liger GRPO", "TRL selective log-softmax", "TRL chunked log-probs")},
+}
+"""Kernels that make log-probabilities and their gradient together, by library and name; None: all of the peer's."""
+COLORS = (OURS, "#7fb2d9", "#c8553d", "#e0a458", "#588157", "#a3b18a")
+
+
+class Body(BaseModel):
+    """A trip through an innermost loop over logits, or a kernel without such a loop."""
+
+    access: Literal["read", "write", "read and write"]
+    instructions_per_element: float
+    main_path_per_element: float
+    """Without the branches for ignored rows and for the block with the label, which a loop's count has outside of it."""
+
+
+class Code(BaseModel):
+    """One kernel compiled for one GPU. The first five are those of tests/kernels/compiled.json."""
+
+    registers: int
+    spilled: int
+    widest_bits: int
+    instructions_per_element: float | None
+    """Of the body with the least work per logit that reads; None where the kernel does not read logits."""
+    programs_per_multiprocessor: int
+    num_warps: int
+    spilled_bytes: int
+    """Per thread, with its stack."""
+    logit_bits: int
+    """Of one access."""
+    occupancy: float
+    bodies: list[Body]
+
+    @classmethod
+    def of(cls, made: CodeReport, has_logits: bool = True) -> Code:
+        """From the report on a kernel; `has_logits` false leaves out what is counted per logit."""
+        bodies = [
+            Body(
+                access="read and write" if body.bytes_loaded and body.bytes_stored else "read" if body.bytes_loaded else "write",
+                instructions_per_element=body.instructions_per_element,
+                main_path_per_element=body.main_path_per_element,
+            )
+            for body in made.bodies
+        ]
+        return cls(
+            **{**facts(made), **({} if has_logits else {"instructions_per_element": None})},  # type: ignore[arg-type]
+            num_warps=made.num_warps,
+            spilled_bytes=made.local_bytes,
+            logit_bits=made.main_width,
+            occupancy=made.occupancy,
+            bodies=bodies if has_logits else [],
+        )
+
+    def per_logit(self, access: Literal["read", "read and write"]) -> float | None:
+        """Instructions on the main path of the body with the least work of this kind; None without one."""
+        return min((body.main_path_per_element for body in self.bodies if body.access == access), default=None)
+
+
+class Row(BaseModel):
+    """One kernel for one GPU and vocabulary."""
+
+    library: str
+    kernel: str
+    vocabulary: Vocabulary
+    target: str
+    does: str = ""
+    block: int | None = None
+    """Columns at a time, where it steps over columns."""
+    code: Code | None = None
+    reason: str = ""
+    """Why there is no code."""
+
+
+class Counted(BaseModel):
+    """A bar of `benchmarks.bars`."""
+
+    what: str
+    promised: str
+    measured: str
+    holds: bool | None
+
+
+class StaticResult(BaseModel):
+    """What the command found."""
+
+    benchmark: Literal["static"] = "static"
+    machine: Machine
+    seed: int = 0
+    """Of the logits and labels whose bytes are counted."""
+    quick: bool
+    bytes: dict[str, dict[str, float]]
+    bytes_beside_peers: peer_bytes.Moved
+    counted: list[Counted]
+    kernels: list[Row]
 
 
 def main(quick: Quick = False, threads: Threads = 2, out: Out = None) -> None:
-    """Bytes, FLOPs, memory and compiled code of this package's kernels."""
+    """Bytes, FLOPs, memory and compiled code of this package's kernels and of their peers."""
     _, machine, folder, console = set_up(threads, out)
-    vocabularies = [8192] if quick else [8192, 20011, 49152]
-    moved = moved_bytes.in_interpreter(vocabularies)
-    counted = [*bars.work(quick), *bars.memory(quick)]
-    compiled = {v.name: {target: facts(v.compiled(target)) for target in (("sm_90",) if quick else TARGETS)} for v in variants()}
-    _show(moved, counted, compiled, console)
+    targets = ("sm_90",) if quick else TARGETS
+    with console.status("bytes, in the interpreter"):
+        moved = moved_bytes.in_interpreter([8192] if quick else [8192, 20011, 49152])
+        beside = peer_bytes.in_interpreter([8192] if quick else [8192, 20011])
+    with console.status("FLOPs and memory"):
+        counted = [Counted(**bar._asdict()) for bar in (*bars.work(quick), *bars.memory(quick))]
+    with console.status("compiling"):
+        kernels = [*own_rows(variants(), targets), *peer_rows(PEERS, targets)]
+    result = StaticResult(machine=machine, quick=quick, bytes=moved, bytes_beside_peers=beside, counted=counted, kernels=kernels)
+    show(result, console)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "static.json"
-    report = {
-        "benchmark": "static",
-        "machine": machine.model_dump(),
-        "bytes": moved,
-        "counted": [bar._asdict() for bar in counted],
-        "compiled": compiled,
-    }
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    console.print(str(path))
+    path.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    picture(result, path.with_suffix(".png"))
+    console.print(f"{path} and static.png")
 
 
-def _show(moved: dict, counted: list[bars.Bar], compiled: dict, console: Console) -> None:
-    table = Table(title="bf16 logits, counted in the interpreter", title_justify="left")
-    for column in ("vocabulary", "bytes per element, forward and backward", "bytes of ignored rows", "new memory in place"):
+def own_rows(chosen: Iterable[Variant], targets: Sequence[str]) -> Iterator[Row]:
+    """Our kernels."""
+    for variant in chosen:
+        vocabulary: Vocabulary = "aligned" if variant.aligned else "odd"
+        for target in targets:
+            yield Row(
+                library="mpo_kernels",
+                kernel=variant.name.removesuffix(f" {vocabulary}"),
+                vocabulary=vocabulary,
+                target=target,
+                does=DOES.get(variant.tiled_as or "", ""),
+                block=variant.tile(target).block if variant.tiled_as else None,
+                code=Code.of(variant.compiled(target)),
+            )
+
+
+def peer_rows(peers: Iterable[Peer], targets: Sequence[str]) -> Iterator[Row]:
+    """Kernels of peers; one row without code for a peer that is absent on a target."""
+    for peer in peers:
+        for vocabulary, vocab in VOCABULARIES.items():
+            for target in targets:
+                row = Row(library=peer.name, kernel="", vocabulary=vocabulary, target=target)
+                try:
+                    found = list(peer.kernels(vocab, target))
+                except Exception as reason:  # a peer may fail in any way; its row says how
+                    line = f"{type(reason).__name__}: {reason}".splitlines()[0]
+                    yield row.model_copy(update={"reason": f"{peer.package}: {line}"})
+                    continue
+                for kernel in found:
+                    code = Code.of(kernel.report, peer.has_logits)
+                    yield row.model_copy(update={"kernel": kernel.name, "does": kernel.does, "block": kernel.block, "code": code})
+
+
+def show(result: StaticResult, console: Console) -> None:
+    """Tables of everything."""
+    table = Table(title="bf16 logits, bytes counted in the interpreter", title_justify="left")
+    for column in ("vocabulary", "per logit, forward and backward", "ignored rows, forward", "new memory in place"):
         table.add_column(column, justify="right")
-    for vocab, values in moved.items():
+    for vocab, values in result.bytes.items():
         table.add_row(
             vocab, f"{values['bytes_per_element']:.3f}", f"{values['bytes_of_ignored_rows']:.0f}", f"{values['in_place_share']:.2%}"
         )  # fmt: skip
     console.print(table)
-    for bar in counted:
-        console.print(f"{bar.what}: {bar.measured} (bar {bar.promised})", markup=False)
-    table = Table(title="compiled (registers / spilled / widest bits / instructions per element / programs per multiprocessor)")
-    targets = list(next(iter(compiled.values())))
-    for column in ("kernel", *targets):
-        table.add_column(column)
-    for name, by_target in compiled.items():
-        table.add_row(name, *(" / ".join(str(value) for value in by_target[target].values()) for target in targets))
+    table = Table(title="beside peers, bytes per bf16 logit, forward and backward", title_justify="left")
+    for column in ("", "vocabulary", "its kernels", "torch's operations", "together", "of an ignored row"):
+        table.add_column(column, justify="right" if column else "left")
+    for vocab, by_candidate in result.bytes_beside_peers.items():
+        for name, found in by_candidate.items():
+            if found.kernels is None or found.torch is None or found.ignored is None:
+                table.add_row(name, vocab, f"absent: {found.reason}", style="dim")
+                continue
+            numbers = (found.kernels, found.torch, found.kernels + found.torch, found.ignored)
+            table.add_row(name, vocab, *(f"{number:.2f}" for number in numbers), style="bold" if name.startswith("mpo_kernels") else None)
     console.print(table)
+    for bar in result.counted:
+        console.print(f"{bar.what}: {bar.measured} (bar {bar.promised})", markup=False)
+    for target in _targets(result):
+        console.print(_compiled(result, target))
+    console.print(
+        "instr.: instructions per logit, of the body with the least work per logit; forward+gradient where one kernel does both. A kernel\n"
+        "without a loop: of the path that most programs take, and in brackets of all code. regs, spill: registers and spilled bytes of a\n"
+        "thread. bits: of one access to logits. occ.: warps that a multiprocessor holds, of those it could. What one launch does:"
+    )
+    for (library, does), names in _grouped((row.library, row.does, row.kernel) for row in result.kernels if row.does).items():
+        console.print(f"  {library}, {', '.join(names)}: {does}", markup=False)
+
+
+def _targets(result: StaticResult) -> list[str]:
+    return list(dict.fromkeys(row.target for row in result.kernels))
+
+
+def _grouped(triples: Iterable[tuple[str, str, str]]) -> dict[tuple[str, str], list[str]]:
+    """The third of each, once, by the first two."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for first, second, third in triples:
+        group = groups.setdefault((first, second), [])
+        if third not in group:
+            group.append(third)
+    return groups
+
+
+def _compiled(result: StaticResult, target: str) -> Table:
+    """One line per kernel: what both vocabularies share, then five facts of each."""
+    table = Table(title=f"{target}, vocabularies {' and '.join(map(str, VOCABULARIES.values()))}", title_justify="left")
+    table.add_column("")
+    for column in ("columns", "warps", *("instr.", "regs", "spill", "bits", "occ.") * len(VOCABULARIES)):
+        table.add_column(column, justify="right")
+    rows = [row for row in result.kernels if row.target == target]
+    for library, kernel in dict.fromkeys((row.library, row.kernel) for row in rows):
+        found = {row.vocabulary: row for row in rows if (row.library, row.kernel) == (library, kernel)}
+        one = next(iter(found.values()))
+        if one.code is None:
+            table.add_row(f"{library}: absent, {one.reason}", style="dim")
+            continue
+        cells = [cell for vocabulary in VOCABULARIES for cell in (_cells(found[vocabulary].code) if vocabulary in found else [""] * 5)]
+        name = f"{library}: {kernel.strip('_').removesuffix('_kernel')}"
+        style = "bold" if library == "mpo_kernels" else None
+        table.add_row(name, str(one.block or ""), str(one.code.num_warps), *cells, style=style)
+    return table
+
+
+def _cells(code: Code | None) -> list[str]:
+    if code is None:
+        return ["absent"] + [""] * 4
+    passes = [per for per in (code.per_logit("read"), code.per_logit("read and write")) if per is not None]
+    text = "+".join(f"{per:.1f}" for per in passes) or "-"
+    whole = code.instructions_per_element
+    if len(passes) == 1 and whole is not None and whole > round(passes[0], 1):
+        text += f" ({whole:.1f})"
+    return [text, str(code.registers), str(code.spilled_bytes), str(code.logit_bits), f"{code.occupancy:.0%}"]
+
+
+def candidate_rows(result: StaticResult, candidate: str, vocabulary: str, target: str) -> list[Code]:
+    """The compiled kernels that together make log-probabilities and their gradient; empty where the peer is absent."""
+    library, names = CANDIDATES[candidate]
+    return [
+        row.code
+        for row in result.kernels
+        if row.code
+        and (row.library, row.vocabulary, row.target) == (library, vocabulary, target)
+        and (names is None or row.kernel in names)
+    ]
+
+
+def picture(result: StaticResult, path: Path) -> None:
+    """Instructions per logit, registers and occupancy of every candidate and GPU, for an aligned and an odd vocabulary."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    targets, named = _targets(result), set()
+    figure, axes = plt.subplots(3, 2, figsize=(14, 10), sharey="row", layout="constrained")
+    width = 0.86 / len(CANDIDATES)
+    labels = ("instructions per logit:\nforward (solid) and gradient (pale)", "registers per thread,\nthe greater of its kernels")
+    for axis, label in zip(axes[:, 0], (*labels, "occupancy, %,\nthe lesser of its kernels"), strict=True):
+        axis.set_ylabel(label, fontsize=9)
+    for column, (vocabulary, vocab) in enumerate(VOCABULARIES.items()):
+        instructions, registers, occupancy = axes[:, column]
+        for number, (candidate, color) in enumerate(zip(CANDIDATES, COLORS, strict=True)):
+            for group, target in enumerate(targets):
+                codes = candidate_rows(result, candidate, vocabulary, target)
+                if not codes:
+                    continue
+                x = group + (number - (len(CANDIDATES) - 1) / 2) * width
+                read = sum(code.per_logit("read") or 0.0 for code in codes)
+                gradient = sum(code.per_logit("read and write") or 0.0 for code in codes)
+                name = None if candidate in named else candidate
+                named.add(candidate)
+                instructions.bar(x, read, width * 0.92, color=color, label=name)
+                instructions.bar(x, gradient, width * 0.92, bottom=read, color=color, alpha=0.55)
+                instructions.text(x, read + gradient, f"{read + gradient:.0f}", ha="center", va="bottom", fontsize=7)
+                most = max(code.registers for code in codes)
+                registers.bar(x, most, width * 0.92, color=color)
+                if spilled := max(code.spilled_bytes for code in codes):
+                    registers.text(x, most, f"spills\n{spilled} B", ha="center", va="bottom", fontsize=7, color="#b00020")
+                occupancy.bar(x, 100 * min(code.occupancy for code in codes), width * 0.92, color=color)
+        instructions.set_title(f"vocabulary {vocab}", fontsize=11, loc="left")
+        for axis in axes[:, column]:
+            axis.set_xticks(range(len(targets)), targets)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.margins(y=0.12)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(CANDIDATES), fontsize=9, frameon=False)
+    figure.suptitle(
+        f"Compiled code, triton {result.machine.versions['triton']}, nothing run. Lower is better, except for occupancy. "
+        "Not in Liger cross-entropy: torch's multiplication by the upstream gradient.",
+        fontsize=10,
+    )  # fmt: skip
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 if __name__ == "__main__":
