@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from jinja2.exceptions import TemplateError
 from transformers import GenerationConfig
+from transformers.utils.logging import disable_progress_bar
 
 from mpo.config import ModelConfig
 from mpo.data import Message
@@ -31,10 +33,13 @@ class Answerer:
     def __init__(self, config: AnswersConfig, log: Callable[[str], None]) -> None:
         self._config = config
         # Eager attention serves every architecture, and padding on the left.
-        path = resolve_model(config.path, log)
-        self._source = ModelConfig(path=path, revision=config.revision, dtype=config.dtype, attention="eager")
-        check_model(self._source)
-        self._tokenizer: Any = load_tokenizer(self._source)
+        try:
+            path = resolve_model(config.path, log)
+            self._source = ModelConfig(path=path, revision=config.revision, dtype=config.dtype, attention="eager")
+            check_model(self._source)
+            self._tokenizer: Any = load_tokenizer(self._source)
+        except UserError as error:
+            raise UserError(f"chosen_from_model: {error}") from error
         if not self._tokenizer.chat_template:
             raise UserError(f"The tokenizer of chosen_from_model.path {config.path} has no chat template. Use the instruction-tuned model.")
         self._tokenizer.padding_side = "left"
@@ -51,6 +56,8 @@ class Answerer:
     def answer(self, prompts: Sequence[Prompt]) -> Iterator[list[tuple[Prompt, str | Failure]]]:
         """Answers prompts that are all different, shortest first, in batches."""
         if self._model is None:
+            if not sys.stderr.isatty():
+                disable_progress_bar()  # none in a log
             device: Any = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             self._model = load_model(self._source).to(device).eval()
         room = getattr(self._model.config, "max_position_embeddings", None)

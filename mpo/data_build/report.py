@@ -63,4 +63,4 @@ def show(report: dict[str, Any], console: Console) -> None:
             where = " ".join(row[name] for name in ("id", "language") if name in row) or row["source"]
             console.print(f"  {reason}: {where}: {row['detail']}", markup=False, soft_wrap=True)
     made, kept = report["translated"], report["translations_kept"]
-    console.print(f"Translations: {made} made now, {kept} from the journal. Report and dropped rows lie beside the rows.", markup=False)
+    console.print(f"Texts translated: {made} now, {kept} before. Report and dropped rows lie beside the rows.", markup=False)

