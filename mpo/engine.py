@@ -10,17 +10,23 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from transformers import PreTrainedModel
 
 from mpo.config import Config, TrainConfig
+from mpo.cpu_adam import compile_cpu_adam
+from mpo.distributed import is_main
 from mpo.errors import UserError
 
 
 def deepspeed_settings(config: Config) -> dict[str, Any]:
     """DeepSpeed's own configuration. The batch arithmetic is ours, so gradient accumulation is unmanaged: each step() is a boundary."""
     zero: dict[str, Any] = {"stage": config.zero.stage, "overlap_comm": config.zero.stage == 2 and torch.cuda.is_available()}
+    in_host_memory = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if config.zero.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero["offload_optimizer"] = dict(in_host_memory)
+    if config.zero.offload_parameters:
+        zero["offload_param"] = dict(in_host_memory)
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -93,8 +99,7 @@ def build_engine(model: PreTrainedModel, config: Config, settings: dict[str, Any
         "weight_decay": config.train.weight_decay,
     }
     if config.zero.offload_optimizer:
-        from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiles a C++ extension on first use
-
+        compile_cpu_adam(lambda line: print(line, flush=True) if is_main() else None)
         optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(parameters, adamw_mode=True, **options)
     else:
         optimizer = torch.optim.AdamW(parameters, **options)

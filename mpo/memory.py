@@ -47,32 +47,44 @@ def per_gpu(config: Config, size: Size, tokens: int, world: int) -> dict[str, fl
     """Bytes per GPU by purpose, for `tokens` packed tokens in the longest micro-batch.
 
     weights, gradients and optimizer are divided over `world` by the ZeRO stage; AdamW keeps two fp32 moments and under bfloat16 an fp32
-    master copy. Activations: about 7 D + 3 intermediate numbers per token and layer, or with activation checkpointing one
-    saved input per layer and one layer in full. head: a chunk of logits, and the fp32 gradient of a head that is trained.
+    master copy; what is offloaded is counted by `on_host`. Activations: about 7 D + 3 intermediate numbers per token and layer, or with
+    activation checkpointing one saved input per layer and one layer in full. head: a chunk of logits, and the fp32 gradient of a head that
+    is trained.
     """
     stage, bytes_each = config.zero.stage, 2 if config.model.dtype == "bfloat16" else 4
     divided = {purpose: world if stage >= needed else 1 for purpose, needed in (("optimizer", 1), ("gradients", 2), ("weights", 3))}
     master = 4 if bytes_each == 2 else 0
-    optimizer = 0 if config.zero.offload_optimizer else size.trained * (8 + master) / divided["optimizer"]
+    offloaded = config.zero.offload_optimizer
+    optimizer = 0 if offloaded else size.trained * (8 + master) / divided["optimizer"]
+    gradients = 0 if offloaded and stage >= 2 else size.trained * 4 / divided["gradients"]  # accumulated in host memory bucket by bucket
+    weights = 0 if config.zero.offload_parameters else size.parameters * bytes_each / divided["weights"]
     per_layer = tokens * bytes_each * (7 * size.hidden + 3 * size.intermediate)
     kept = tokens * bytes_each * size.hidden * size.layers
     activations = kept + per_layer if config.model.activation_checkpointing else per_layer * size.layers
     head_gradient = size.vocab * size.hidden * 4 if config.model.lora is None else 0
     return {
-        "weights": size.parameters * bytes_each / divided["weights"] + (size.vocab * size.hidden * bytes_each if stage == 3 else 0),
-        "gradients": size.trained * 4 / divided["gradients"],
+        "weights": weights + (size.vocab * size.hidden * bytes_each if stage == 3 else 0),  # stage 3 gathers the head
+        "gradients": gradients,
         "optimizer": optimizer,
         "activations": activations,
         "head": (config.loss.chunk_bytes or DEFAULT_CHUNK) + head_gradient,
     }
 
 
+def on_host(config: Config, size: Size, world: int) -> float:
+    """Bytes of host memory per GPU that offloading takes: an fp32 copy of what trains, two moments and the gradient; and the weights."""
+    each = 2 if config.model.dtype == "bfloat16" else 4
+    optimizer = size.trained * 16 / world if config.zero.offload_optimizer else 0
+    return optimizer + (size.parameters * each / world if config.zero.offload_parameters else 0)
+
+
 def table(config: Config, size: Size, tokens: int) -> list[dict[str, Any]]:
-    """`per_gpu` in GiB for each number of GPUs."""
+    """`per_gpu` in GiB for each number of GPUs, with its sum, and `host` where something is offloaded."""
     rows = []
     for world in WORLDS:
         parts = {name: value / GIB for name, value in per_gpu(config, size, tokens, world).items()}
-        rows.append({"gpus": world, **parts, "total": sum(parts.values())})
+        host = on_host(config, size, world) / GIB
+        rows.append({"gpus": world, **parts, "total": sum(parts.values()), **({"host": host} if host else {})})
     return rows
 
 
