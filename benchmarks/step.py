@@ -156,7 +156,7 @@ def published(model: Any, reference: Any, examples: Sequence[Any]) -> Callable[[
 
 
 def ours(model: Any, examples: Sequence[Any], config: Any) -> tuple[Callable[[_Parts], float], int]:
-    """The trainer's own batches and forward, with the reference's numbers made before, as its store holds them; and the tokens of a step."""
+    """The trainer's own batches and forward, and the tokens of a step. The reference's numbers are made before, as its store holds them."""
     from mpo import recompute
     from mpo.batching import in_micro_batches, pack_for_scoring
     from mpo.model import bind_mpo_forward

@@ -47,9 +47,9 @@ def per_gpu(config: Config, size: Size, tokens: int, world: int) -> dict[str, fl
     """Bytes per GPU by purpose, for `tokens` packed tokens in the longest micro-batch.
 
     weights, gradients and optimizer are divided over `world` by the ZeRO stage; AdamW keeps two fp32 moments and under bfloat16 an fp32
-    master copy; what is offloaded is counted by `on_host`. Activations: about 7 D + 3 intermediate numbers per token and layer, or with
-    activation checkpointing one saved input per layer and one layer in full. head: a chunk of logits, and the fp32 gradient of a head that
-    is trained.
+    master copy; what is offloaded is counted by `on_host`. Activations: about 11 D + 4 intermediate numbers per token and layer;
+    selective checkpointing keeps 5 D + 2 intermediate of them, full checkpointing one saved input per layer, and both recompute a layer at a
+    time. head: a chunk of logits, and the fp32 gradient of a head that is trained.
     """
     stage, bytes_each = config.zero.stage, 2 if config.model.dtype == "bfloat16" else 4
     divided = {purpose: world if stage >= needed else 1 for purpose, needed in (("optimizer", 1), ("gradients", 2), ("weights", 3))}
@@ -58,9 +58,10 @@ def per_gpu(config: Config, size: Size, tokens: int, world: int) -> dict[str, fl
     optimizer = 0 if offloaded else size.trained * (8 + master) / divided["optimizer"]
     gradients = 0 if offloaded and stage >= 2 else size.trained * 4 / divided["gradients"]  # accumulated in host memory bucket by bucket
     weights = 0 if config.zero.offload_parameters else size.parameters * bytes_each / divided["weights"]
-    per_layer = tokens * bytes_each * (7 * size.hidden + 3 * size.intermediate)
-    kept = tokens * bytes_each * size.hidden * size.layers
-    activations = kept + per_layer if config.model.activation_checkpointing else per_layer * size.layers
+    whole = 11 * size.hidden + 4 * size.intermediate  # numbers per token of one layer
+    kept = {False: whole, "selective": 5 * size.hidden + 2 * size.intermediate, True: size.hidden}[config.model.activation_checkpointing]
+    recomputed = whole - kept  # of one layer at a time
+    activations = tokens * bytes_each * (kept * size.layers + recomputed)
     head_gradient = size.vocab * size.hidden * 4 if config.model.lora is None else 0
     return {
         "weights": weights + (size.vocab * size.hidden * bytes_each if stage == 3 else 0),  # stage 3 gathers the head
