@@ -152,7 +152,7 @@ def split(text: str, count: Callable[[str], int], limit: int) -> list[Part] | Fa
         packed = [(line, "")] if count(line) <= limit else list(_packed(line, count, limit))
         if any(count(piece) > limit for piece, _ in packed):
             return Failure("too_long", f"a sentence has more than the {limit} tokens of translator.seq2seq.max_source_tokens")
-        parts += [*packed[:-1], (packed[-1][0], packed[-1][1] + gap)]
+        parts += [*packed[:-1], (packed[-1][0], gap)]
     return parts
 
 

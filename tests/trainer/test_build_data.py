@@ -368,7 +368,7 @@ SERVER_FAULTS = [
     ((401, "", {}), {}, r"status 401\). Name the environment variable with its key in translator.server.api_key_env"),
     ((403, "", {}), {}, r"status 403"),
     ((404, "no such model", {}), {}, r"model 'tiny' does not \(status 404: no such model\). Check translator.server.base_url"),
-    ((307, "", {"Location": "http://other/v1"}), {}, r"redirects to http://other/v1 .*Set translator.server.base_url to there"),
+    ((302, "", {"Location": "/v1/models"}), {"retries": 0}, r"redirects to /v1/models .*Set translator.server.base_url to there"),
     ((500, "down", {}), {"retries": 0}, r"no translation in 1 attempts; at the last: status 500: down. What is translated is kept"),
     ((200, "<html>", {}), {"retries": 0}, r"at the last: the reply is no JSON"),
     ((0, b"", {}), {"retries": 0}, r"at the last: (the connection broke|no connection)"),
@@ -478,7 +478,9 @@ def test_every_code_is_one_of_nllb_and_other_kinds_are_understood(tmp_path, nllb
     assert {n: code for n, (code, _) in translator(nllb)._codes.items()} == {"en": "eng_Latn", "sw": "swh_Latn", "zh": "zho_Hans"}
     from transformers import MBart50Tokenizer
 
-    tiny = translator(nllb)
+    tiny = Seq2SeqTranslator(Seq2SeqConfig(path=str(nllb), max_source_tokens=64), "sw", ("zh",))
+    list(tiny.translate([TRANSLATIONS[preferences(1)[0]["prompt"], "sw"]], "zh"))
+    assert tiny._tokenizer("x")["input_ids"][0] == tiny._codes["sw"][1]  # the source's language is told too
     tiny._tokenizer = MBart50Tokenizer(vocab=[("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁a", -1.0), ("sw", -1.0)])
     assert [tiny._code_of(code)[0] for code in ("en", "sw", "zh")] == ["en_XX", "sw_KE", "zh_CN"]
     import sentencepiece
@@ -707,7 +709,7 @@ def test_several_turns_other_files_and_texts_with_entities(folder):
     import datasets
 
     turns = [{"role": "user", "content": "Hello &amp; hi"}, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": EN}]
-    row = {"prompt": turns, "chosen": "No, never.", "rejected": "Just go in.", "extra": 1}
+    row = {"prompt": turns, "chosen": "No, never.", "rejected": "Just go in.\n", "extra": 1}
     datasets.Dataset.from_list([row]).to_parquet(folder / "turns.parquet")
     lines = {"Hello & hi": "Habari &amp; salamu", "Yes?": "Ndiyo?", EN: SW, "No, never.": "Hapana kamwe.", "Just go in.": "Ingia tu."}
     write_rows(folder / "done.jsonl", [{"source": f" {a}\n", "language": "sw", "translation": b} for a, b in lines.items()])
