@@ -1,10 +1,12 @@
 """Runs that die at any moment and go on: killed, out of disk, half-written checkpoints, a rank that dies."""
 
 import json
+import os
 import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,38 +21,61 @@ from mpo.output_folder import read_metrics
 OPTIONS = ["zero.stage=2", "train.epochs=16", "checkpoint.every=2", "checkpoint.keep=2"]
 
 
+ZERO3 = ["zero.stage=3", "zero.deepspeed={zero_optimization: {stage3_param_persistence_threshold: 0}}", *OPTIONS[1:]]
+
+
 @pytest.fixture(scope="module")
 def whole(project):  # noqa: F811
     """The run that nothing interrupts."""
     return run(project, "uninterrupted", *OPTIONS)[0]
 
 
-def killed_again_and_again(project, name, times, seed):  # noqa: F811
-    """Starts a run, kills it after a random time, starts it again...; at last lets it end. Returns its folder."""
+def begin(project, out, options, ranks):  # noqa: F811
+    """One process per rank, without a launcher that would end the others. What they print goes to files beside the run's folder."""
+    command = [sys.executable, "-m", "mpo", "train", str(project / "run.yaml"), f"output_dir={out}", *options]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    processes = []
+    for rank in range(ranks):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        env = {**os.environ, "OMP_NUM_THREADS": "1", **({name: str(value) for name, value in place.items()} if ranks > 1 else {})}
+        with open(out.with_name(f"{out.name}-rank{rank}.log"), "w") as log:
+            processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env))
+    return processes
+
+
+def killed_again_and_again(project, name, times, seed, options=OPTIONS, ranks=1):  # noqa: F811
+    """Starts a run, kills it after a random time, starts it again...; at last lets it end. Returns its folder and the number of kills.
+
+    Of several ranks one dies up to a third of a second before the next.
+    """
     rng = random.Random(seed)
     out = project / name
-    command = [sys.executable, "-m", "mpo", "train", str(project / "run.yaml"), f"output_dir={out}", *OPTIONS]
     kills = 0
     while kills < times and not (out / "result.json").exists():
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        processes = begin(project, out, options, ranks)
         # Some die while libraries load or the reference is built, most between here and there in training.
         before, began = _last_step(out), time.monotonic()
         patience = rng.choice([rng.uniform(0, 5), None, None])
-        while process.poll() is None:
+        while all(process.poll() is None for process in processes):
             if patience is not None and time.monotonic() - began > patience:
                 break
             if patience is None and _last_step(out) > before:
                 time.sleep(rng.uniform(0, 0.15))
                 break
             time.sleep(0.002)
-        if process.poll() is not None:
-            assert process.returncode == 0, process.communicate()[0]
+        if any(process.poll() is not None for process in processes):
+            assert [process.wait(60) for process in processes] == [0] * ranks, out.with_name(f"{name}-rank0.log").read_text()[-3000:]
             break
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        for process in rng.sample(processes, ranks):
+            process.send_signal(signal.SIGKILL)
+            time.sleep(rng.uniform(0, 0.3) if ranks > 1 else 0)
+        for process in processes:
+            process.wait()
         kills += 1
     if not (out / "result.json").exists():
-        run(project, name, *OPTIONS)
+        run(project, name, *options, ranks=ranks)
     return out, kills
 
 
@@ -79,6 +104,14 @@ def test_killed_at_many_random_moments_the_run_ends_bit_equal(project, whole, se
     out, kills = killed_again_and_again(project, f"killed-many-{seed}", 7, seed=100 + seed)
     assert kills >= 5
     same(out, whole)
+
+
+@pytest.mark.slow
+def test_two_ranks_under_zero3_killed_at_many_random_moments_end_bit_equal(project):  # noqa: F811
+    """Weights, gradients and optimizer are spread over the two, so a checkpoint is whole only with the files of both."""
+    out, kills = killed_again_and_again(project, "killed-zero3", 7, seed=7, options=ZERO3, ranks=2)
+    assert kills >= 6
+    same(out, run(project, "uninterrupted-zero3", *ZERO3, ranks=2)[0])
 
 
 def test_half_written_checkpoints_are_passed_over(project, whole):  # noqa: F811
