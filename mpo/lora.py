@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -42,6 +42,18 @@ def attach(model: torch.nn.Module, config: LoraConfig) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:  # peft makes those of 8-bit layers in fp32
                 parameter.data = parameter.data.to(model.dtype)
+    _keep_frozen_out_of_state_dict(model)
+
+
+def _keep_frozen_out_of_state_dict(model: torch.nn.Module) -> None:
+    """DeepSpeed's checkpoints leave out frozen parameters, but neither a tied head nor the scales of quantized weights."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    def leave_out(module: torch.nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        for name in [name for name in state if name.removeprefix(prefix) not in trained]:
+            del state[name]
+
+    model.register_state_dict_post_hook(leave_out)
 
 
 def trainable_parameters(empty: torch.nn.Module, config: LoraConfig) -> int:

@@ -45,7 +45,7 @@ def kind_of(model: PreTrainedModel) -> str | None:
 
 
 def prepare(model: PreTrainedModel) -> None:
-    """Gives the quantized layers the product below, and keeps them out of checkpoints.
+    """Gives the quantized layers the product below.
 
     bitsandbytes' own forward would round the activations of `int8` as well, with outliers looked for over all rows, so that a sequence's
     result would depend on its packed neighbours; on CPUs it computes differently in training and evaluation, and there repacks `nf4` for
@@ -53,8 +53,6 @@ def prepare(model: PreTrainedModel) -> None:
     """
     for _, layer in _layers(model):
         layer.forward = MethodType(_forward, layer)
-        # DeepSpeed leaves out frozen parameters, but not the block scales that bitsandbytes adds to the state dict.
-        layer.register_state_dict_post_hook(_leave_out)
 
 
 def _forward(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -89,11 +87,6 @@ def _layers(model: torch.nn.Module) -> list[tuple[str, Any]]:
     import bitsandbytes as bnb
 
     return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)]
-
-
-def _leave_out(layer: torch.nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    for name in [name for name in state if name.startswith(prefix)]:
-        del state[name]
 
 
 def dequantized(model: PreTrainedModel) -> PreTrainedModel:
