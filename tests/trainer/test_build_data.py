@@ -347,7 +347,7 @@ def test_a_server_in_trouble_is_asked_again(folder, server):
 
 
 def test_a_secret_key_is_sent_and_kept_nowhere(folder, server, monkeypatch, capfd):
-    secret = "sk-0123456789abcdef"
+    secret = "no-real-key-of-anyone"
     through(server, folder, api_key_env="TINY_KEY")
     with pytest.raises(UserError, match="environment variable TINY_KEY is not set"):
         run(folder)
