@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import functools
+from collections import deque
 from typing import Any, Literal
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 _PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
@@ -29,12 +30,40 @@ def enable(model: PreTrainedModel, how: Literal[True, "selective"]) -> None:
         # The way down from the wide layer is a block's last product, and then its output is needed by no gradient of the block.
         # Gemma-2 and -3 have a norm behind it.
         norm_behind = any(name.endswith("post_feedforward_layernorm") for name, _ in model.named_modules())
-        policy = functools.partial(_keeps, unneeded_width=None if norm_behind else model.config.intermediate_size)
-        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
+        unneeded_width = None if norm_behind else model.config.intermediate_size
+
+        def contexts() -> tuple[_Keeping, _Replaying]:
+            kept: deque = deque()
+            return _Keeping(kept, unneeded_width), _Replaying(kept, unneeded_width)
+
+        options["context_fn"] = contexts
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
-def _keeps(ctx: Any, operator: Any, *args: Any, unneeded_width: int | None, **kwargs: Any) -> CheckpointPolicy:
-    """Keeps products and attention, but for products whose input (the last operand but one) is `unneeded_width` wide."""
-    kept = operator in _ATTENTION or (operator in _PRODUCTS and args[-2].shape[-1] != unneeded_width)
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+class _Selective(TorchDispatchMode):
+    """Torch's own selective contexts want every operator of the forward pass again in the recomputation, which ZeRO-3's gathers are not."""
+
+    def __init__(self, kept: deque, unneeded_width: int | None) -> None:
+        super().__init__()
+        self._kept, self._unneeded_width = kept, unneeded_width
+
+    def _keeps(self, operator: Any, args: tuple) -> bool:
+        """Products but for those whose input, their last operand but one, is `unneeded_width` wide; and attention."""
+        return operator in _ATTENTION or (operator in _PRODUCTS and args[-2].shape[-1] != self._unneeded_width)
+
+
+class _Keeping(_Selective):
+    """In the forward pass: keeps outputs, in their order."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if self._keeps(func, args):
+            self._kept.append(tree_map_only(torch.Tensor, torch.Tensor.detach, out))
+        return out
+
+
+class _Replaying(_Selective):
+    """In the recomputation: hands them out instead of computing them again."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        return self._kept.popleft() if self._keeps(func, args) else func(*args, **(kwargs or {}))
