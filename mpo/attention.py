@@ -9,6 +9,7 @@ work, keeps SDPA's fused kernels, and runs on any device. Soft-capped attention 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +34,9 @@ def shares_prompts(attention: str) -> bool:
     return resolve(attention) == NAME
 
 
-def shares_prompts_of(model: torch.nn.Module) -> bool:
-    """The same of a loaded model."""
-    return model.config._attn_implementation == NAME
+def shares_prompts_of(model: Any) -> bool:
+    """The same of a loaded Hugging Face model."""
+    return bool(model.config._attn_implementation == NAME)
 
 
 def packed_attention(

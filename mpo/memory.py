@@ -27,6 +27,8 @@ class Size(NamedTuple):
     hidden: int
     intermediate: int
     layers: int
+    linear: int = 0
+    """Parameters of linear layers other than the head: what model.quantize stores in few bits."""
 
 
 def size_of(model: ModelConfig) -> Size:
@@ -35,12 +37,13 @@ def size_of(model: ModelConfig) -> Size:
     with init_empty_weights():
         empty = AutoModelForCausalLM.from_config(hf, trust_remote_code=model.trust_remote_code)
     total = sum(p.numel() for p in empty.parameters())
+    linear = sum(m.weight.numel() for name, m in empty.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head")
     trained = total
     if model.lora is not None:
         from mpo.lora import trainable_parameters
 
         trained = trainable_parameters(empty, model.lora)
-    return Size(total, trained, hf.vocab_size, hf.hidden_size, hf.intermediate_size, hf.num_hidden_layers)
+    return Size(total, trained, hf.vocab_size, hf.hidden_size, hf.intermediate_size, hf.num_hidden_layers, linear)
 
 
 def per_gpu(config: Config, size: Size, tokens: int, world: int) -> dict[str, float]:
@@ -48,7 +51,7 @@ def per_gpu(config: Config, size: Size, tokens: int, world: int) -> dict[str, fl
 
     weights, gradients and optimizer are divided over `world` by the ZeRO stage; AdamW keeps two fp32 moments and under bfloat16 an fp32
     master copy; what is offloaded is counted by `on_host`. Activations: about 11 D + 4 intermediate numbers per token and layer;
-    selective checkpointing keeps 5 D + 2 intermediate of them, full checkpointing one saved input per layer, and both recompute a layer at a
+    selective checkpointing keeps 5 D + 2 intermediate of them, full checkpointing one input per layer, and both recompute a layer at a
     time. head: a chunk of logits, and the fp32 gradient of a head that is trained.
     """
     stage, bytes_each = config.zero.stage, 2 if config.model.dtype == "bfloat16" else 4
@@ -57,7 +60,11 @@ def per_gpu(config: Config, size: Size, tokens: int, world: int) -> dict[str, fl
     offloaded = config.zero.offload_optimizer
     optimizer = 0 if offloaded else size.trained * (8 + master) / divided["optimizer"]
     gradients = 0 if offloaded and stage >= 2 else size.trained * 4 / divided["gradients"]  # accumulated in host memory bucket by bucket
-    weights = 0 if config.zero.offload_parameters else size.parameters * bytes_each / divided["weights"]
+    in_few_bits = {None: bytes_each, "nf4": 0.5 + 4 / 64, "int8": 1}[config.model.quantize]  # nf4: an fp32 scale for each 64
+    stored = (size.parameters - size.linear) * bytes_each + size.linear * in_few_bits
+    weights = 0 if config.zero.offload_parameters else stored / divided["weights"]
+    if config.model.quantize:
+        weights += size.hidden * size.intermediate * bytes_each  # a layer's, as numbers
     whole = 11 * size.hidden + 4 * size.intermediate  # numbers per token of one layer
     kept = {False: whole, "selective": 5 * size.hidden + 2 * size.intermediate, True: size.hidden}[config.model.activation_checkpointing]
     recomputed = whole - kept  # of one layer at a time
