@@ -175,7 +175,7 @@ def ours(model: Any, examples: Sequence[Any], config: Any) -> tuple[Callable[[_P
         if config.model.activation_checkpointing:
             recompute.enable(model, config.model.activation_checkpointing)
         else:
-            model.gradient_checkpointing_disable()
+            recompute.disable(model)
         l1 = 0.0
         for part in plan:
             batch = make_batch(part, store, config)
@@ -208,11 +208,13 @@ def _error(model: Any, exact: Sequence[torch.Tensor]) -> float:
 
 def sides_of(load: Callable[[str], Any], examples: Sequence[Any], settings: dict[str, Any]) -> Iterator[Side]:
     """The published recipe with a model and a reference of its own, and the trainer's settings, which share one model."""
+    from mpo.attention import NAME
+
     model = load("sdpa").train()
     padded = [len(pair) * max(len(s.input_ids) for s in pair) for e in examples for pair in _pairs(e)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
     yield Side(PUBLISHED, model, optimizer, published(model, load("sdpa").eval(), examples), sum(padded))
-    model = load("packed").train()
+    model = load(NAME).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
     for name, config in settings.items():
         gradients, tokens = ours(model, examples, config)

@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ T = TypeVar("T")
 def start() -> torch.device:
     """Joins the process group of the launcher, or makes one of a single process. Returns this rank's device."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed's calls, not the user's
     if not (is_main() and sys.stderr.isatty()):
         transformers.utils.logging.disable_progress_bar()  # one bar, and none in a log
     if "RANK" not in os.environ:

@@ -37,7 +37,14 @@ def enable(model: PreTrainedModel, how: Literal[True, "selective"]) -> None:
             return _Keeping(kept, unneeded_width), _Replaying(kept, unneeded_width)
 
         options["context_fn"] = contexts
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    # transformers renamed it, and warns of the old name.
+    turn_on = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    turn_on(options)
+
+
+def disable(model: PreTrainedModel) -> None:
+    """Keeps everything again."""
+    getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
 
 
 class _Selective(TorchDispatchMode):
