@@ -1,0 +1,58 @@
+"""MPO training as one would write it first: one sequence at a time through the model's own eager forward, torch's AdamW, no DeepSpeed.
+
+What the trainer's many ways of computing a run are compared with; slow, and short enough to be checked by eye.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from mpo.batching import order_of_rows
+from mpo.config import Config
+from mpo.engine import learning_rate
+from mpo.prepare import prepare
+from mpo.tokenizing import TokenizedResponse
+from mpo.train import schedule_of
+
+
+def train_plainly(config: Config) -> tuple[list[dict[str, float]], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Returns per step loss, l1 and l2, means over its pairs; AdamW's first moments and the weights after the last step."""
+    examples = prepare(config, lambda line: None).examples
+    model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32, attn_implementation="eager")
+
+    def mean_logp_and_pool(sequence: TokenizedResponse) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, start = torch.tensor([sequence.input_ids]), sequence.response_start
+        output = model(ids, use_cache=False, output_hidden_states=True)
+        logps = output.logits[0, start - 1 : -1].log_softmax(-1).gather(1, ids[0, start:, None])
+        return logps.mean(), output.hidden_states[-1][0, start:].mean(0)
+
+    with torch.no_grad():
+        reference = {s: mean_logp_and_pool(s) for e in examples for s in (e.dominant_chosen, e.dominant_rejected)}
+    options: dict[str, Any] = {"betas": config.train.adam_betas, "weight_decay": config.train.weight_decay}
+    optimizer = torch.optim.AdamW(model.parameters(), **options)
+    schedule = schedule_of(config, len(examples))
+    steps = []
+    for step in range(schedule.steps):
+        optimizer.param_groups[0]["lr"] = learning_rate(config.train, step, schedule.steps)
+        rows = []
+        for position in schedule.positions(step):
+            epoch, place = divmod(position, len(examples))
+            rows.append(examples[order_of_rows(examples, epoch, config.train.seed, config.train.group_by_dominant)[place]])
+        l1 = l2 = torch.zeros(())
+        for row in rows:
+            gap = mean_logp_and_pool(row.target_chosen)[0] - mean_logp_and_pool(row.target_rejected)[0]
+            dominant = (row.dominant_chosen, row.dominant_rejected)
+            l1 = l1 + (config.loss.beta * gap - (reference[dominant[0]][0] - reference[dominant[1]][0])).square() / len(rows)
+            distances = [(mean_logp_and_pool(s)[1] - reference[s][1]).square().mean() for s in dominant]
+            l2 = l2 + sum(distances) / 2 / len(rows)
+        loss = l1 + config.loss.retention_weight * l2
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.max_grad_norm)
+        optimizer.step()
+        steps.append({"loss": loss.item(), "l1": l1.item(), "l2": l2.item()})
+    parameters = dict(model.named_parameters())
+    return steps, {name: optimizer.state[p]["exp_avg"] for name, p in parameters.items()}, {n: p.detach() for n, p in parameters.items()}
