@@ -128,13 +128,17 @@ def gaps(
     """
     checked = load_config(config, overrides)
     with _aside(as_json):
+        from mpo.demo_model import resolve_model
         from mpo.gaps import compare_models, show
         from mpo.prepare import prepare
         from mpo.progress import Progress
 
         prepared = prepare(checked, _note)
         trained = Path(checked.output_dir) / "model"
-        models = model or [prepared.model.path, *([str(trained)] if trained.is_dir() else [])]
+        models = [resolve_model(name, _note) for name in model or []] or [
+            prepared.model.path,
+            *([str(trained)] if trained.is_dir() else []),
+        ]
         report = compare_models(checked, prepared, models, Progress(enabled=True))
     _print(report, show, as_json)
 

@@ -42,7 +42,14 @@ def start() -> torch.device:
         # DeepSpeed would compile a shared-memory all-reduce here (half a minute, and a C++ compiler). Gloo does all that is needed.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
-        deepspeed.init_distributed(dist_backend="gloo" if on_cpu else accelerator.communication_backend_name())
+        try:
+            deepspeed.init_distributed(dist_backend="gloo" if on_cpu else accelerator.communication_backend_name())
+        except torch.distributed.DistNetworkError as error:
+            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise UserError(
+                f"The ranks cannot meet at {address}: {str(error).splitlines()[0]} If the address is in use, another run has it, or ranks "
+                "of one whose launcher was killed: end them, or give the launcher another --master_port."
+            ) from error
     return torch.device("cpu") if on_cpu else torch.device(accelerator.device_name(local_rank))
 
 

@@ -8,15 +8,19 @@ gaps_before/          gaps and pooled hidden states of the measured rows before 
 checkpoints/          step-00000010, ...
 model/                the trained model, a Hugging Face folder
 result.json result.png    the table and its picture; their presence says that the run is finished
+.lock                 held by the process that is at work here
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from safetensors.torch import load_file, save_file
 
@@ -26,12 +30,13 @@ from mpo.errors import UserError
 from mpo.files import new_folder, read_json, write_json
 from mpo.scoring import Gaps
 
+LOCK = ".lock"
 MAY_CHANGE = {"output_dir", "log_every", "checkpoint", "track", "zero"}
 """Sections that do not change what a run computes, so an interrupted one may go on with others."""
 
 
 class OutputFolder:
-    """Paths and small files of a run's output folder."""
+    """Paths and small files of a run's output folder. Until it is opened it touches nothing."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -44,20 +49,23 @@ class OutputFolder:
         self.model = root / "model"
         self.result = root / "result.json"
         self.plot = root / "result.png"
+        self._lock: TextIO | None = None
 
     def open(self, config: Config, rows_digest: str) -> bool:
         """Claims the folder for this run. Returns whether it holds an interrupted run of the same configuration.
 
         Raises:
-            UserError: the folder holds another run, a finished one, or files that are no run's.
+            UserError: the folder holds another run, a finished one, or files that are no run's; or another process is at work in it.
         """
         mine = {"config": config.model_dump(mode="json"), "rows": rows_digest}
-        if not self.root.exists() or not any(self.root.iterdir()):
+        another = "Choose another output_dir (for example output_dir=runs/second) or delete the folder."
+        is_empty = not self.root.exists() or all(path.name == LOCK for path in self.root.iterdir())
+        if not is_empty and not self.config.is_file():
+            raise UserError(f"output_dir {self.root} is not empty and holds no MPO run. {another}")
+        self._claim()
+        if not self.config.is_file():
             write_json(self.config, mine)
             return False
-        another = "Choose another output_dir (for example output_dir=runs/second) or delete the folder."
-        if not self.config.is_file():
-            raise UserError(f"output_dir {self.root} is not empty and holds no MPO run. {another}")
         theirs = read_json(self.config)
         differing = _differences(_identity(theirs), _identity(mine))
         if differing:
@@ -65,6 +73,27 @@ class OutputFolder:
         if self.result.is_file():
             raise UserError(f"output_dir {self.root} holds the finished run of this configuration. {another}")
         return True
+
+    def _claim(self) -> None:
+        """Holds the folder until this process ends, however it ends. File systems without locks are not guarded."""
+        if self._lock is not None:
+            return
+        self.root.mkdir(parents=True, exist_ok=True)
+        lock = open(self.root / LOCK, "a+", encoding="utf-8")  # stays open as long as this object
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            raise UserError(
+                f"Another process ({lock.read() or 'unknown'}) is at work in output_dir {self.root}. Ranks outlive a launcher that is "
+                "killed: wait for it, or end it and run the same command again, which goes on from the newest checkpoint."
+            ) from error
+        except OSError:
+            return
+        lock.truncate(0)
+        lock.write(f"pid {os.getpid()} on {platform.node()}")
+        lock.flush()
+        self._lock = lock
 
     def write_dropped(self, rows: Sequence[BadRow]) -> None:
         """Writes the rows that were left out, one JSON object a line."""

@@ -1,7 +1,11 @@
 """One table of what can be wrong before training starts, and the message that each gives: what, where, and how to mend it."""
 
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -191,9 +195,28 @@ def test_output_folders(folder, tmp_path):
         out.open(config, "other rows")
     with pytest.raises(UserError, match=r"holds another run: loss.beta is 1.0 there and 2.0 here"):
         out.open(load_config(folder / "run.yaml", ["loss.beta=2"]), "rows")
+    with pytest.raises(UserError, match=r"Another process \(pid \d+ on .*\) is at work in output_dir"):
+        OutputFolder(tmp_path / "run").open(config, "rows")
     out.config.write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         out.open(config, "rows")
+
+
+def test_ranks_that_cannot_meet():
+    """A port that someone else has, as ranks keep it whose launcher was killed."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(taken.getsockname()[1]),
+            "RANK": "0",
+            "WORLD_SIZE": "2",
+            "LOCAL_RANK": "0",
+        }
+        command = [sys.executable, "-m", "mpo", "precompute", "demo"]
+        result = subprocess.run(command, env={**os.environ, **address}, capture_output=True, text=True, check=False)
+    assert result.returncode == 2 and "The ranks cannot meet at 127.0.0.1" in result.stderr and "--master_port" in result.stderr
 
 
 def test_checkpoints_and_exports(folder, tmp_path):
