@@ -7,7 +7,7 @@ moments.safetensors   AdamW's first moment of every trained parameter after the 
                       a wrong scale of them, to which AdamW's step is blind, and does not blow up their rounding as that step does.
 observed.json         `gathers`: per micro-batch, ZeRO-3's all-gathers in order as [module, parameter, "forward" or "backward"].
                       `attention_calls`: per micro-batch, forward calls of the first block's attention.
-                      `optimizer`: the class that steps. `homes`: where ZeRO-3 keeps parameters that are not in use.
+                      `optimizer`: the class that steps. `offloads_parameters`: whether ZeRO-3 keeps those not in use on the host.
 """
 
 from __future__ import annotations
@@ -96,22 +96,20 @@ class Observer:
     def write(self, folder: Path) -> None:
         """Called by all ranks after the run."""
         optimizer = self._engine.optimizer
-        moments, homes = {}, set()
+        moments = {}
         for name, parameter in self._engine.module.named_parameters():
             if parameter.requires_grad:
                 moment = safe_get_full_optimizer_state(parameter, "exp_avg")
                 if moment is None:  # stage 0 in fp32: torch's optimizer, with nothing of DeepSpeed's around it
                     moment = optimizer.state[parameter]["exp_avg"]
                 moments[name] = moment.detach().cpu().clone()
-            if hasattr(parameter, "ds_tensor"):
-                homes.add(str(parameter.ds_tensor.final_location))
         if is_main():
             save_file(moments, folder / "moments.safetensors")
             observed = {
                 "gathers": self.gathers,
                 "attention_calls": self.attention_calls,
                 "optimizer": type(getattr(optimizer, "optimizer", optimizer)).__name__,
-                "homes": sorted(homes),
+                "offloads_parameters": getattr(optimizer, "offload_param", False),
             }
             (folder / "observed.json").write_text(json.dumps(observed))
 
