@@ -24,9 +24,9 @@ class Tile:
 
 
 TILES: dict[str, dict[str, Tile]] = {
-    # 32 elements a thread: four 128-bit loads of bf16 in flight, in at most 64 registers. On CDNA, whose 8 warps are 512 threads, half of
-    # that keeps odd vocabularies free of spills.
-    "stats": {"default": Tile(8192, 8), "gfx942": Tile(4096, 8)},
+    # 32 elements a thread: four 128-bit loads of bf16 in flight, in at most 64 registers. On CDNA, whose warps are 64 threads, half of
+    # that keeps odd vocabularies free of spills, and four warps reduce a block in half the instructions of eight.
+    "stats": {"default": Tile(8192, 8), "gfx942": Tile(4096, 4)},
     # As many elements a thread, in programs of half the size: a program's fixed work is shared by more elements than with 8 warps.
     "grad": {"default": Tile(4096, 4)},
 }
