@@ -23,7 +23,7 @@ TRAIN = [
 # The peers that are measured beside this package; without them their rows say absent. quack-kernels is left to owners of a Hopper GPU.
 BENCH = ["cut-cross-entropy", "liger-kernel", "matplotlib>=3.7", "pydantic>=2.7", "rich>=13.7", "trl>=1.0", "typer>=0.12"]
 QLORA = ["bitsandbytes>=0.48"]  # model.quantize
-TEST = [*QLORA, "hypothesis>=6.100", "mypy>=1.10", "pytest>=8.0", "ruff>=0.6", "types-PyYAML"]
+TEST = [*QLORA, "hypothesis>=6.100", "mypy>=1.10", "pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.6", "types-PyYAML"]
 
 setup(
     name="mpo-kernels",

@@ -14,8 +14,6 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from transformers import PreTrainedModel
 
 from mpo.config import Config, TrainConfig
-from mpo.cpu_adam import compile_cpu_adam
-from mpo.distributed import is_main
 from mpo.errors import UserError
 
 
@@ -99,7 +97,6 @@ def build_engine(model: PreTrainedModel, config: Config, settings: dict[str, Any
         "weight_decay": config.train.weight_decay,
     }
     if config.zero.offload_optimizer:
-        compile_cpu_adam(lambda line: print(line, flush=True) if is_main() else None)
         optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(parameters, adamw_mode=True, **options)
     else:
         optimizer = torch.optim.AdamW(parameters, **options)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedModel
 
 _PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
@@ -34,7 +34,8 @@ def enable(model: PreTrainedModel, how: Literal[True, "selective"]) -> None:
 
         def contexts() -> tuple[_Keeping, _Replaying]:
             kept: deque = deque()
-            return _Keeping(kept, unneeded_width), _Replaying(kept, unneeded_width)
+            written: set[int] = set()
+            return _Keeping(kept, written, unneeded_width), _Replaying(kept, written, unneeded_width)
 
         options["context_fn"] = contexts
     # transformers renamed it, and warns of the old name.
@@ -48,11 +49,15 @@ def disable(model: PreTrainedModel) -> None:
 
 
 class _Selective(TorchDispatchMode):
-    """Torch's own selective contexts want every operator of the forward pass again in the recomputation, which ZeRO-3's gathers are not."""
+    """Torch's own selective contexts want every operator of the forward pass again in the recomputation, which ZeRO-3's gathers are not.
 
-    def __init__(self, kept: deque, unneeded_width: int | None) -> None:
+    `written` holds the addresses of memory that was written to in place. A kept output among them is no longer what its operator gave, and
+    the recomputation would write to it a second time: under ZeRO-3, DeepSpeed's linear layer adds its bias to the product like that.
+    """
+
+    def __init__(self, kept: deque, written: set[int], unneeded_width: int | None) -> None:
         super().__init__()
-        self._kept, self._unneeded_width = kept, unneeded_width
+        self._kept, self._written, self._unneeded_width = kept, written, unneeded_width
 
     def _keeps(self, operator: Any, args: tuple) -> bool:
         """Products but for those whose input, their last operand but one, is `unneeded_width` wide; and attention."""
@@ -66,11 +71,23 @@ class _Keeping(_Selective):
         out = func(*args, **(kwargs or {}))
         if self._keeps(func, args):
             self._kept.append(tree_map_only(torch.Tensor, torch.Tensor.detach, out))
+            self._written -= _addresses(out)  # the memory may have been another tensor's before
+        elif func._schema.is_mutable:
+            self._written |= _addresses(args[:1])
         return out
 
 
 class _Replaying(_Selective):
-    """In the recomputation: hands them out instead of computing them again."""
+    """In the recomputation: hands them out instead of computing them again, but for those that were written to."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        return self._kept.popleft() if self._keeps(func, args) else func(*args, **(kwargs or {}))
+        if self._keeps(func, args):
+            out = self._kept.popleft()
+            if not self._written & _addresses(out):
+                return out
+        return func(*args, **(kwargs or {}))
+
+
+def _addresses(out: Any) -> set[int]:
+    """Of the memory behind tensors."""
+    return {tensor.untyped_storage().data_ptr() for tensor in tree_leaves(out) if isinstance(tensor, torch.Tensor)}

@@ -23,6 +23,7 @@ from mpo import checkpoint, reference, report
 from mpo.attention import shares_prompts
 from mpo.batching import FILLER, MicroBatch, MPOBatch, Schedule, in_micro_batches, of_every_rank, order_of_rows, pack
 from mpo.config import Config, ReferenceConfig
+from mpo.cpu_adam import compile_cpu_adam
 from mpo.distributed import is_main, on_main, start
 from mpo.engine import build_engine, deepspeed_settings, learning_rate, peak_memory_gib, track
 from mpo.errors import UserError
@@ -50,6 +51,8 @@ def train(config: Config) -> dict[str, Any]:
     progress = Progress(enabled=is_main())
 
     # Everything that can be refused is refused before the weights are loaded.
+    if config.model.attention == "flex_attention" and device.type == "cpu":
+        raise UserError("model.attention=flex_attention has no backward pass on a CPU. Set model.attention=packed, which runs anywhere.")
     settings = deepspeed_settings(config)
     prepared = prepare(config, progress.log)
     tokenizer, examples, measured, dropped = prepared.tokenizer, prepared.examples, prepared.measured, prepared.dropped
@@ -60,6 +63,8 @@ def train(config: Config) -> dict[str, Any]:
 
     schedule = schedule_of(config, len(examples))
     progress.header(config, examples, measured, dropped, schedule, dist.get_world_size())
+    if config.zero.offload_optimizer:
+        compile_cpu_adam(progress.log)
     keep_alive = HfDeepSpeedConfig(settings) if config.zero.stage == 3 else None  # from_pretrained looks for it
     model = bind_mpo_forward(load_model(prepared.model), config.loss)
     engine, guard = build_engine(model, config, settings)

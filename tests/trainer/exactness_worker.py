@@ -1,4 +1,4 @@
-"""Many short runs in one process group, for test_parallel.py: python -m torch.distributed.run ... parallel_worker.py CONFIG CELLS.json
+"""Many short runs in one process group, for test_exactness.py: python -m torch.distributed.run ... exactness_worker.py CONFIG CELLS.json
 
 CELLS.json holds [{"name": output folder beside CONFIG, "overrides": [...]}, ...]. Each cell is one call of `mpo.train.train`, the function
 behind `mpo train`. Beside what the run itself leaves in its folder, rank 0 writes what only the live engine knows:
