@@ -14,7 +14,7 @@ VOCAB = 61
 SETTINGS = {
     "all": ["train.pairs_per_micro_batch=3"],
     "budget": ["train.tokens_per_micro_batch=30"],
-    step.JUDGED: ["train.tokens_per_micro_batch=30", "model.activation_checkpointing=selective"],
+    "selective": ["train.tokens_per_micro_batch=30", "model.activation_checkpointing=selective"],
 }
 
 
@@ -51,6 +51,9 @@ def test_every_side_has_the_gradient_of_float64(settings, tmp_path):
     assert all(side.peak_bytes > 0 and side.seconds.repetitions == 2 for side in found.sides)
     result = step.StepResult(machine=Machine.here(torch.device("cpu")), quick=True, configurations=[found], bars=[])
     assert step.StepResult.model_validate_json(result.model_dump_json()) == result
+    bars = step.judge(found, 0.0, 10.0)
+    assert [bar.holds for bar in bars] == [True, True] and bars[0].side in SETTINGS
+    assert [bar.holds for bar in step.judge(found, 1e9, 0.0)] == [False, False]
     step.picture(result, tmp_path / "step.png")
     assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
 
@@ -67,4 +70,4 @@ def test_a_wrong_gradient_is_marked(settings, monkeypatch):
 
     monkeypatch.setattr(step, "ours", wrong)
     status = {side.name: side.status for side in step.compare("tiny", load, examples(), settings, 1).sides}
-    assert status == {step.PUBLISHED: "ok", "all": "wrong", "budget": "ok", step.JUDGED: "ok"}
+    assert status == {step.PUBLISHED: "ok", "all": "wrong", "budget": "ok", "selective": "ok"}
