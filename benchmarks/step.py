@@ -192,7 +192,7 @@ def ours(model: Any, examples: Sequence[Any], config: Any) -> tuple[Callable[[_P
             parts.mark("forward, head's gradients")
             (out.loss / len(examples)).backward()
             parts.mark("backward")
-            l1 += float(out.l1.sum()) / len(examples)
+            l1 += float(out.l1) / len(examples)
         return l1
 
     return gradients, sum(part.tokens(True) for part in plan)

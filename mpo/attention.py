@@ -59,21 +59,14 @@ def packed_attention(
     queries = query[0].unflatten(0, (key.shape[1], -1))  # (kv_heads, groups, N, head_dim)
     keys, values = key[0].unsqueeze(1), value[0].unsqueeze(1)  # (kv_heads, 1, N, head_dim)
     outputs = []
-
-    def attend(begin: int, end: int, prompt: slice | None = None) -> None:
-        """Queries of begin:end over keys of the same span, behind those of a prompt that lies elsewhere."""
-        k, v = (x[:, :, begin:end] if prompt is None else torch.cat([x[:, :, prompt], x[:, :, begin:end]], 2) for x in (keys, values))
-        out = _attend(queries[:, :, begin:end], k, v, scaling, dropout, softcap, sliding_window)
-        outputs.append(out.permute(2, 0, 1, 3))  # (n, kv_heads, groups, head_dim)
-
-    start = 0
-    for prompt, first, *others in documents:
-        end = start + prompt + first  # the first response goes on where the prompt ends: plain causal attention
-        attend(start, end)
-        for length in others:
-            attend(end, end + length, slice(start, start + prompt))
-            end += length
-        start = end
+    sizes = [sum(document) for document in documents]  # split, whose backward is one cat, and not slices, whose backward fills zeros
+    for (prompt, first, *others), *of_document in zip(documents, *(x.split(sizes, 2) for x in (queries, keys, values)), strict=True):
+        (q, k, v), *rest = zip(*(x.split([prompt + first, *others], 2) for x in of_document), strict=True)
+        outputs.append(_attend(q, k, v, scaling, dropout, softcap, sliding_window))  # the first response goes on where the prompt ends
+        for own_q, own_k, own_v in rest:
+            seen_k, seen_v = torch.cat([k[:, :, :prompt], own_k], 2), torch.cat([v[:, :, :prompt], own_v], 2)
+            outputs.append(_attend(own_q, seen_k, seen_v, scaling, dropout, softcap, sliding_window))
+    outputs = [out.permute(2, 0, 1, 3) for out in outputs]  # (n, kv_heads, groups, head_dim)
     return torch.cat(outputs).flatten(1, 2)[None], None
 
 

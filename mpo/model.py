@@ -28,7 +28,7 @@ class MPOForward(NamedTuple):
     """Sums over the pairs of one micro-batch; the trainer divides by the number of pairs of the whole step."""
 
     loss: torch.Tensor  # () sum over pairs of weight * (L1 + retention_weight * L2), differentiable
-    l1: torch.Tensor  # (P,) float32, detached: weight * (beta * RG - RG_reference)^2
+    l1: torch.Tensor  # () float32, detached: sum over pairs of weight * (beta * RG - RG_reference)^2
     l2: torch.Tensor  # () float32, detached: sum over pairs of weight * L2
     reward_gap: torch.Tensor  # (P,) float32, detached
 
@@ -133,7 +133,8 @@ def bind_mpo_forward(model: PreTrainedModel, loss: LossConfig) -> PreTrainedMode
         """hidden (M, D), labels (M,) -> (M,) log-probs; with `pairs` the L1 of the pairs, summed with their weights."""
         if pairs is None:
             return linear_token_logprobs(hidden, self.weight, labels, bias=self.bias, chunk_bytes=loss.chunk_bytes, **head_options)
-        options = dict(pairs, beta=loss.beta, reduction="none", **head_options)
+        # A sum, not a loss per pair: a pair's coefficient is then known in the forward pass, and the head takes three products, not four.
+        options = dict(pairs, beta=loss.beta, reduction="sum", **head_options)
         if loss.head == "logits":
             logits = torch.nn.functional.linear(hidden, self.weight, self.bias)  # (M, V)
             return mpo_loss(logits, labels.to(logits.device, non_blocking=True), inplace_backward=logits.requires_grad, **options)
@@ -166,7 +167,7 @@ def bind_mpo_forward(model: PreTrainedModel, loss: LossConfig) -> PreTrainedMode
                 sequence_weights=batch.pooled_weights,
                 reduction="sum",
             )
-        total = target.loss.sum() + loss.retention_weight * l2
+        total = target.loss + loss.retention_weight * l2
         return MPOForward(total, target.loss.detach(), l2.detach(), target.reward_gap)
 
     model.forward = MethodType(forward, model)

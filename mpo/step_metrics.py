@@ -31,7 +31,7 @@ class StepSums:
         sums = torch.zeros(_FIRST_LANGUAGE + 2 * len(self._languages), dtype=torch.float64)
         sums[_STOP] = float(stop_requested)
         for batch, output in self._parts:
-            sums[_L1] += output.l1.double().sum().cpu()
+            sums[_L1] += output.l1.double().cpu()
             sums[_L2] += output.l2.double().cpu()
             sums[_TOKENS] += batch.packed.input_ids.numel()
             sums[_PADDED] += batch.packed.padded_tokens()

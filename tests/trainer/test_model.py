@@ -141,19 +141,31 @@ def test_activation_checkpointing_changes_nothing(tmp_path, tokenizer):
         assert torch.equal(one, two) and torch.equal(one, three)
 
 
+class Count(TorchDispatchMode):
+    """Operators by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = collections.Counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.calls[operator] += 1
+        return operator(*args, **(kwargs or {}))
+
+
+def test_the_head_takes_three_products():
+    """It goes through the operator that makes gradients in the forward pass, not through token log-probabilities, which take four."""
+    model = bind_mpo_forward(model_of("llama"), LossConfig())
+    with Count() as count:
+        model(batch=mpo_batch(some_sequences())).loss.backward()
+    names = {operator.name() for operator in count.calls if operator.namespace == "mpo_kernels"}
+    assert "mpo_kernels::linear_pair_loss" in names and not any("token_logprobs" in name for name in names)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
 def test_selective_checkpointing_repeats_no_product(architecture, tmp_path, tokenizer):
     """Norms and activation functions are computed again, linear layers are not."""
     folder = save_model(tmp_path / "model", tokenizer, architecture)
-
-    class Count(TorchDispatchMode):
-        def __init__(self):
-            super().__init__()
-            self.calls = collections.Counter()
-
-        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-            self.calls[operator] += 1
-            return operator(*args, **(kwargs or {}))
 
     products, norms = {}, {}
     for how in (False, "selective", True):
