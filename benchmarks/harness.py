@@ -109,6 +109,7 @@ def compare(workload: W, candidates: Sequence[Candidate[W]], repetitions: int = 
 
     Every round runs all candidates in the same order, so that a machine that slows down does so for all.
     """
+    torch.compiler.reset()  # compiled candidates stop compiling after so many workloads of other sizes
     exact = workload.exact()
     rows, losses = [], {}
     for candidate in candidates:
