@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import statistics
 from pathlib import Path
 
 import torch
@@ -111,6 +112,13 @@ def bars(result: Result, path: Path) -> None:
         low = [(_timing(row).median - _timing(row).p20) * 1e3 for row in rows]
         high = [(_timing(row).p80 - _timing(row).median) * 1e3 for row in rows]
         left.barh(names, times, xerr=[low, high], color=colors, capsize=2)
+        # One candidate that is far slower must not squeeze the others: its bar is cut and its time written.
+        limit = 3 * statistics.median(times)
+        if max(times) > limit:
+            left.set_xlim(0, limit)
+            for place, milliseconds in enumerate(times):
+                if milliseconds > limit:
+                    left.text(limit, place, f"{milliseconds:.0f} ms ", ha="right", va="center", fontsize=8, color="white")
         left.set_xlabel("forward and backward, ms (bars from the 20th to the 80th percentile)", fontsize=8)
         left.set_title(f"{comparison.workload}: " + ", ".join(f"{k} {v}" for k, v in comparison.settings.items()), fontsize=8, loc="left")
         right.barh(names, [(row.peak_bytes or 0) / 2**20 for row in rows], color=colors)
