@@ -228,7 +228,8 @@ def linear_mpo_loss(
 
     Only scored rows reach the head, in chunks of whole pairs. The gradients of hidden, weight and bias are computed in the forward pass
     with three GEMMs per chunk (one where no gradient is needed, two when the weight or the hidden states are frozen) and scaled in
-    backward, which needs neither the weight nor the hidden states. The weight's gradient is summed over chunks in fp32.
+    backward, which needs neither the weight nor the hidden states. The weight's gradient is summed over chunks in fp32; where there is one
+    chunk that is smaller than it, in fp32 or fp64, the third GEMM waits for backward.
     reduction="none" goes through `linear_token_logprobs` instead, since a sum over pairs cannot be taken apart in backward.
 
     Args:
@@ -273,6 +274,7 @@ def linear_mpo_loss(
     rows, gaps, weights = hidden.reshape(-1, hidden.shape[-1]), _vector(reference_gap, hidden), _vector(pair_weights, hidden)
     loss, means, gap, *token_results = linear_pair_loss_op(
         rows, weight, bias, flat_labels, offsets, gaps, weights, float(beta), *_needs(hidden, weight, bias),
+        not torch.compiler.is_compiling(),
         ignore_index, float(logit_scale), softcap, chunk_bytes, gemm_dtype, token_outputs, handle_of(parallel),
     )[:6]  # fmt: skip
     chosen, rejected = means.chunk(2)

@@ -3,7 +3,10 @@
 Only scored rows reach the head, in chunks of whole pairs. The gradient c_i of a row's log-probability is known as soon as its pair's gap
 is, so each chunk does: logits GEMM, statistics, pair loss, gradient in the place of the logits, dH GEMM, dW GEMM (equation 10): three
 GEMMs, nothing recomputed. The gradients are computed in the forward pass and only scaled in backward; backward needs neither the
-weight's data (ZeRO-3 may have partitioned it by then) nor the hidden states.
+weight's data (ZeRO-3 may have partitioned it by then) nor the caller's hidden states.
+
+A single chunk of few rows, about D, is smaller than dW. Its logits' gradients and rows are then kept for backward instead, which scales the
+rows before the dW GEMM and saves the pass over dW. Not so in half precision, where scaled rows would be rounded once more.
 
 A pair larger than the budget is computed in pieces, whose c is not known until the last of them is. Its dH rows are scaled by c when it is;
 so is dW where nothing else is in it yet, hence such pairs come first. For each further one the logits are computed again: a fourth GEMM.
@@ -21,7 +24,7 @@ from mpo_kernels.ops.gradients import FP16_PEAK, HeadGradients, hidden_grad_dtyp
 from mpo_kernels.ops.head import HeadOptions, RowStats, row_stats, statistics_dtype, write_logit_grads
 from mpo_kernels.ops.pair import pair_losses
 from mpo_kernels.ops.rows import rows_of_chunks, scored_rows
-from mpo_kernels.planning import plan_pairs, rows_per_chunk, split_rows
+from mpo_kernels.planning import Chunk, plan_pairs, rows_per_chunk, split_rows
 
 _HEAD = "int ignore_index, float logit_scale, float? softcap, int? chunk_bytes, ScalarType? gemm_dtype, bool token_outputs, int parallel"
 
@@ -72,17 +75,20 @@ class _TokenOutputs:
     "mpo_kernels::linear_pair_loss",
     mutates_args=(),
     schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor cu_seqlens, Tensor reference_gap, Tensor? pair_weights, "
-    f"float beta, bool hidden_grad, bool weight_grad, bool bias_grad, {_HEAD}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"float beta, bool hidden_grad, bool weight_grad, bool bias_grad, bool may_keep_chunk, {_HEAD}) "
+    f"-> ({', '.join(['Tensor'] * 12)})",
 )
 def linear_pair_loss_op(
-    hidden, weight, bias, labels, cu_seqlens, reference_gap, pair_weights, beta, hidden_grad, weight_grad, bias_grad,
+    hidden, weight, bias, labels, cu_seqlens, reference_gap, pair_weights, beta, hidden_grad, weight_grad, bias_grad, may_keep_chunk,
     ignore_index, logit_scale, softcap, chunk_bytes, gemm_dtype, token_outputs, parallel,
 ):  # fmt: skip
     """hidden (N, D), labels (N,) and cu_seqlens (2P + 1,) on any device -> sum of the pairs' losses (), means (2P,), gaps (P,);
-    logp, entropy, is_argmax (N,) or (0,); dH (N, D) and the factors (N,) still to be applied to its rows, dW (V, D), db (V,), or (0,).
+    logp, entropy, is_argmax (N,) or (0,); dH (N, D) and the factors (N,) still to be applied to its rows, or (0,); dW (V, D) or
+    (0, D); db (V,) or (0,); the logits' gradients (n, V) and rows (n, D) of the only chunk, kept in place of dW where `may_keep_chunk` and
+    they are smaller, else n = 0.
 
-    Backward may scale the gradients in place: nobody but it may use them."""
+    `may_keep_chunk` makes shapes depend on the labels, which no compiler likes. Backward may scale the gradients in place: nobody but it
+    may use them."""
     options, ranks = HeadOptions(ignore_index, logit_scale, softcap), from_handle(parallel)
     needs = (hidden_grad, weight_grad, bias_grad)
     rows = scored_rows(labels, cu_seqlens, ignore_index, weight.shape[0], ranks)
@@ -92,7 +98,10 @@ def linear_pair_loss_op(
         backend, head = backend_for(hidden), _Head(hidden, weight, bias, gemm_dtype)
         budget = head.rows_per_chunk(chunk_bytes, ranks)
         plan = sorted(plan_pairs(longest.tolist(), budget), key=lambda chunk: chunk.rows <= budget)
-        gradients = HeadGradients(hidden, weight, bias, head.weight, needs, scaled_later=True)
+        keeps_chunk = may_keep_chunk and weight_grad and _is_kept(plan, budget, weight, head.dtype)
+        sums = (hidden_grad, weight_grad and not keeps_chunk, bias_grad)
+        gradients = HeadGradients(hidden, weight, bias, head.weight, sums, scaled_later=True)
+        kept_logits, kept_rows = (head.weight.new_empty(0, size) for size in weight.shape)
         row_scale = hidden.new_ones(hidden.shape[0] if hidden_grad else 0, dtype=statistics_dtype(hidden))
         tokens = _TokenOutputs(hidden.shape[0] if token_outputs else 0, hidden, extra=token_outputs)
         losses, gaps, means = (reference_gap.new_empty(n) for n in (pairs, pairs, 2 * pairs))
@@ -137,13 +146,22 @@ def linear_pair_loss_op(
                         logits = head.logits(chunk_hidden[a:b])
                     _add_gradients(gradients, chunk, a, b, logits, piece, row_grad, divisor, chunk_hidden, options, ranks)
                 factor = None if divisor is None else 1 / divisor
+            if keeps_chunk:
+                kept_logits, kept_rows = logits[0], chunk_hidden
             if hidden_grad and factor is not None:
                 row_scale.index_copy_(0, chunk.places, factor.expand(chunk.places.shape))
         gradients.finish()
         if hidden_grad and ranks is not None:
             ranks.add_hidden_grads(gradients.hidden)
     token_results = (tokens.logp, tokens.entropy, tokens.is_argmax)
-    return losses.sum(), means, gaps, *token_results, gradients.hidden, row_scale, gradients.weight, gradients.bias
+    weight_grads = (gradients.weight.view(-1, weight.shape[1]), gradients.bias, kept_logits, kept_rows)
+    return losses.sum(), means, gaps, *token_results, gradients.hidden, row_scale, *weight_grads
+
+
+def _is_kept(plan: list[Chunk], budget: int, weight: torch.Tensor, gemm_dtype: torch.dtype) -> bool:
+    """Whether there is one chunk, no larger than dW, whose rows can be scaled without losing digits to half precision."""
+    is_whole, is_precise = len(plan) == 1 and plan[0].rows <= budget, gemm_dtype == torch.promote_types(weight.dtype, torch.float32)
+    return is_whole and is_precise and plan[0].rows * sum(weight.shape) <= weight.numel()
 
 
 def _add_gradients(gradients, chunk, a, b, logits, stats, row_grad, divisor, chunk_hidden, options, ranks):
@@ -155,12 +173,16 @@ def _add_gradients(gradients, chunk, a, b, logits, stats, row_grad, divisor, chu
 
 @linear_pair_loss_op.register_fake
 def _(
-    hidden, weight, bias, labels, cu_seqlens, reference_gap, pair_weights, beta, hidden_grad, weight_grad, bias_grad,
+    hidden, weight, bias, labels, cu_seqlens, reference_gap, pair_weights, beta, hidden_grad, weight_grad, bias_grad, may_keep_chunk,
     ignore_index, logit_scale, softcap, chunk_bytes, gemm_dtype, token_outputs, parallel,
 ):  # fmt: skip
     rows, pairs, floats = hidden.shape[0], reference_gap.shape[0], {"dtype": statistics_dtype(hidden)}
     precise = {"dtype": torch.promote_types(weight.dtype, torch.float32)}
     extra = rows if token_outputs else 0
+    sizes: tuple = (0, weight.shape[0] if weight_grad else 0)
+    if may_keep_chunk and weight_grad:
+        sizes = tuple(torch.library.get_ctx().new_dynamic_size() for _ in sizes)
+    kept, summed = sizes
     return (
         *(reference_gap.new_empty(shape) for shape in ((), (2 * pairs,), (pairs,))),
         hidden.new_empty(extra, **floats),
@@ -168,8 +190,9 @@ def _(
         hidden.new_empty(extra, dtype=torch.bool),
         hidden.new_empty(hidden.shape if hidden_grad else 0, dtype=hidden_grad_dtype(hidden.dtype)),
         hidden.new_empty(rows if hidden_grad else 0, **floats),
-        weight.new_empty(weight.shape if weight_grad else 0, **precise),
+        weight.new_empty(summed, weight.shape[1], **precise),
         weight.new_empty(weight.shape[0] if bias_grad else 0, **precise),
+        *(weight.new_empty(kept, size, dtype=gemm_dtype or hidden.dtype) for size in weight.shape),
     )
 
 
@@ -186,12 +209,14 @@ def _pair_loss_backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tu
     none = (None,) * ctx.inputs
     if grad_loss is None:
         return none
-    hidden, row_scale, weight, bias = ctx.saved_tensors
+    hidden, row_scale, weight, bias, kept_logits, kept_rows = ctx.saved_tensors
     scales = (row_scale, None, None)
     grads = [
         scaled_in_backward(grad, scale, grad_loss, dtype) if needed else None
         for grad, scale, dtype, needed in zip((hidden, weight, bias), scales, ctx.dtypes, ctx.needs, strict=True)
     ]
+    if ctx.needs[1] and not weight.shape[0]:
+        grads[1] = torch.mm(kept_logits.T, kept_rows * grad_loss).to(ctx.dtypes[1])
     return *grads, *none[3:]
 
 
