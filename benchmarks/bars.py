@@ -6,7 +6,6 @@ Exits with status 1 if one is missed. Bars of the whole training step are read f
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import statistics
 from collections.abc import Iterator
@@ -15,7 +14,6 @@ from typing import NamedTuple
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # triton's default until 3.10; it decides about instruction counts
@@ -25,7 +23,8 @@ from benchmarks.candidates import from_hidden
 from benchmarks.harness import Comparison, compare, peak_bytes
 from benchmarks.instruments import moved_bytes, numerics
 from benchmarks.instruments.operators import Flops
-from benchmarks.options import RESULTS, Quick, Threads
+from benchmarks.options import RESULTS, Quick, Threads, wide_console
+from benchmarks.step import StepResult
 from benchmarks.workloads import FromHidden
 
 ACCURACY_ELEMENTS = 9_000_000
@@ -45,7 +44,7 @@ class Bar(NamedTuple):
 def main(quick: Quick = False, threads: Threads = 2) -> None:
     """Each bar with the value measured beside it."""
     torch.set_num_threads(threads)
-    console = Console()
+    console = wide_console()
     table = Table("", "bar", "measured", "", title="Bars", title_justify="left")
     missed = 0
     for section in (accuracy, traffic, work, memory, compiled, emulated, peers, step):
@@ -185,13 +184,16 @@ def peers(quick: bool) -> Iterator[Bar]:
 
 
 def step(quick: bool) -> Iterator[Bar]:
-    """The whole step, from what `benchmarks.step` wrote."""
-    found = sorted([*RESULTS.glob("*/step.json"), *Path("runs/benchmarks").glob("*/step.json")], key=lambda path: path.stat().st_mtime)
-    if not found:
+    """The whole step, from what `benchmarks.step` wrote last at full size."""
+    paths = sorted([*RESULTS.glob("*/step.json"), *Path("runs/benchmarks").glob("*/step.json")], key=lambda path: path.stat().st_mtime)
+    results = [(path.parent.name, StepResult.model_validate_json(path.read_text(encoding="utf-8"))) for path in paths]
+    full = [(machine, result) for machine, result in results if not result.quick]
+    if not full:
         yield Bar("whole training step", "1.8x; 0.55 of the memory", "run python -m benchmarks.step", None)
         return
-    for bar in json.loads(found[-1].read_text(encoding="utf-8"))["bars"]:
-        yield Bar(f"step, {bar['what']} ({found[-1].parent.name})", bar["promised"], bar["measured"], bar["holds"])
+    machine, result = full[-1]
+    for bar in result.bars:
+        yield Bar(f"step, {bar.what}, {bar.side} ({machine})", bar.promised, f"{bar.measured:.2f}", bar.holds)
 
 
 if __name__ == "__main__":

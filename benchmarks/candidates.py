@@ -206,8 +206,12 @@ def _torch_linear_cross_entropy(workload: FromHidden) -> Loss:
     return loss
 
 
-def _ours_hidden(workload: FromHidden) -> Loss:
-    return lambda inputs: mpo_kernels.linear_mpo_loss(inputs["hidden"], inputs["weight"], workload.labels, workload.gap, beta=BETA).loss
+def _ours_hidden(workload: FromHidden, chunk_bytes: int | None = None) -> Loss:
+    return lambda inputs: (
+        mpo_kernels.linear_mpo_loss(
+            inputs["hidden"], inputs["weight"], workload.labels, workload.gap, beta=BETA, chunk_bytes=chunk_bytes
+        ).loss
+    )
 
 
 def _ours_tokens(workload: FromHidden) -> Loss:
@@ -226,6 +230,7 @@ def from_hidden() -> list[Candidate[FromHidden]]:
         Candidate("cut-cross-entropy", _cut_cross_entropy),
         Candidate("torch linear_cross_entropy", _torch_linear_cross_entropy),
         Candidate("mpo_kernels", _ours_hidden, ours=True),
+        Candidate("mpo_kernels, 32 MiB chunks", functools.partial(_ours_hidden, chunk_bytes=32 << 20), ours=True),
         Candidate("mpo_kernels token log-probs", _ours_tokens, ours=True),
     ]
 

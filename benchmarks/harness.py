@@ -7,6 +7,7 @@ wrong keeps its times but is marked `wrong` and ranks after all right ones; one 
 from __future__ import annotations
 
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,8 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 import torch
 from pydantic import BaseModel
 from torch.profiler import ProfilerActivity, profile
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler would write lines of its own between the tables
 
 UPSTREAM = 1.7
 """Gradient of the loss in every backward; not 1, for which some implementations have a shortcut."""

@@ -10,7 +10,7 @@ import typer
 from benchmarks.candidates import from_hidden
 from benchmarks.harness import compare
 from benchmarks.options import Out, Quick, Repetitions, Threads, set_up
-from benchmarks.output import Result, save, show
+from benchmarks.output import Result, announced, save, show
 from benchmarks.workloads import FromHidden
 
 
@@ -32,7 +32,7 @@ def main(quick: Quick = False, repetitions: Repetitions = 20, threads: Threads =
     """Forward and backward from hidden states: plain PyTorch, torch.compile, Liger, TRL, cut-cross-entropy, torch's own, and ours."""
     device, machine, folder, console = set_up(threads, out)
     comparisons = []
-    for workload in workloads(device, quick):
+    for workload in announced(workloads(device, quick), console):
         comparisons.append(compare(workload, from_hidden(), 5 if quick else repetitions, 2.0 if quick else 5.0))
         show(comparisons[-1], console)
     save(Result(benchmark="linear", machine=machine, quick=quick, comparisons=comparisons), folder, console)

@@ -8,7 +8,7 @@ import typer
 from benchmarks.candidates import from_logits
 from benchmarks.harness import compare
 from benchmarks.options import Out, Quick, Repetitions, Threads, set_up
-from benchmarks.output import Result, save, show
+from benchmarks.output import Result, announced, save, show
 from benchmarks.workloads import FromLogits
 
 
@@ -20,12 +20,11 @@ def main(quick: Quick = False, repetitions: Repetitions = 20, threads: Threads =
     tokens, pairs = (64, 1) if quick else (2048, 4) if on_gpu else (256, 1)
     vocabularies = (49152,) if quick else (128256, 256000) if on_gpu else (49152, 128256)
     dtypes = (torch.bfloat16,) if on_gpu else (torch.float32, torch.bfloat16)
+    workloads = [FromLogits(pairs, tokens, vocab, dtype=dtype, device=device) for vocab in vocabularies for dtype in dtypes]
     comparisons = []
-    for vocab in vocabularies:
-        for dtype in dtypes:
-            workload = FromLogits(pairs, tokens, vocab, dtype=dtype, device=device)
-            comparisons.append(compare(workload, from_logits(), 5 if quick else repetitions, 2.0 if quick else 5.0))
-            show(comparisons[-1], console)
+    for workload in announced(workloads, console):
+        comparisons.append(compare(workload, from_logits(), 5 if quick else repetitions, 2.0 if quick else 5.0))
+        show(comparisons[-1], console)
     save(Result(benchmark="logits", machine=machine, quick=quick, comparisons=comparisons), folder, console)
 
 

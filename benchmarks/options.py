@@ -19,13 +19,19 @@ Out = Annotated[Path | None, typer.Option(help="Folder for JSON and pictures; by
 Repetitions = Annotated[int, typer.Option(help="Rounds of all candidates; a candidate stops after 5 s.", min=1)]
 
 
+def wide_console() -> Console:
+    """The terminal; where output goes to a log, which has no edge, tables are not folded."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160
+    return console
+
+
 def set_up(threads: int, out: Path | None) -> tuple[torch.device, Machine, Path, Console]:
     """The GPU where there is one; threads fixed; where results go; and a line that says where this runs."""
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    machine, console = Machine.here(device), Console()
-    if not console.is_terminal:
-        console.width = 160  # a log has no edge; the table should not be folded
+    machine, console = Machine.here(device), wide_console()
     console.print(f"[bold]{machine.device}[/], {machine.threads} threads, torch {machine.versions['torch']}")
     if device.type == "cpu":
         console.print("No GPU here: sizes that fit a laptop, and rows of candidates that need one say absent.")

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness import Comparison, Row, Timing
+from benchmarks.harness import Comparison, Row, Timing, W
 from benchmarks.workloads import SEED
 
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "trl", "cut-cross-entropy", "quack-kernels", "mpo-kernels")
@@ -61,10 +62,16 @@ class Result(BaseModel):
     comparisons: list[Comparison]
 
 
+def announced(workloads: Sequence[W], console: Console) -> Iterator[W]:
+    """Hands on each workload after a line that says which of how many it is."""
+    for number, workload in enumerate(workloads, 1):
+        console.print(f"{number} of {len(workloads)}: {workload.name}, {_listed(workload.settings())}", style="dim")
+        yield workload
+
+
 def show(comparison: Comparison, console: Console) -> None:
     """A table: times with their 20th and 80th percentile, memory, worst error, and time as a multiple of the best of the others."""
-    settings = ", ".join(f"{name} {value}" for name, value in comparison.settings.items())
-    table = Table(title=f"{comparison.workload}: {settings}", title_justify="left")
+    table = Table(title=f"{comparison.workload}: {_listed(comparison.settings)}", title_justify="left")
     for column in ("", "forward ms", "backward ms", "both ms (20-80%)", "peak MiB", "worst error", "x fastest peer", ""):
         table.add_column(column, justify="left" if not column else "right", no_wrap=not column)
     peer = comparison.fastest(ours=False)
@@ -120,13 +127,17 @@ def bars(result: Result, path: Path) -> None:
                 if milliseconds > limit:
                     left.text(limit, place, f"{milliseconds:.0f} ms ", ha="right", va="center", fontsize=8, color="white")
         left.set_xlabel("forward and backward, ms (bars from the 20th to the 80th percentile)", fontsize=8)
-        left.set_title(f"{comparison.workload}: " + ", ".join(f"{k} {v}" for k, v in comparison.settings.items()), fontsize=8, loc="left")
+        left.set_title(f"{comparison.workload}: {_listed(comparison.settings)}", fontsize=8, loc="left")
         right.barh(names, [(row.peak_bytes or 0) / 2**20 for row in rows], color=colors)
         right.set_xlabel("peak memory above the inputs, gradients included, MiB", fontsize=8)
         for axis in (left, right):
             axis.tick_params(labelsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _listed(settings: Mapping[str, str | int | float]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
 
 
 def _is_missing(row: Row | None) -> bool:

@@ -18,10 +18,17 @@ from rich.table import Table
 from benchmarks.candidates import from_hidden
 from benchmarks.harness import Comparison, compare
 from benchmarks.options import Out, Quick, Repetitions, Threads, set_up
-from benchmarks.output import OURS, Result, save
+from benchmarks.output import OURS, Result, announced, save
 from benchmarks.workloads import FromHidden
 
-CANDIDATES = ("plain PyTorch", "plain, scored rows only", "Liger fused, chunk 1", "cut-cross-entropy", "mpo_kernels")
+CANDIDATES = (
+    "plain PyTorch",
+    "plain, scored rows only",
+    "Liger fused, chunk 1",
+    "cut-cross-entropy",
+    "mpo_kernels",
+    "mpo_kernels, 32 MiB chunks",
+)
 
 
 def main(quick: Quick = False, repetitions: Repetitions = 20, threads: Threads = 2, out: Out = None) -> None:
@@ -38,8 +45,9 @@ def main(quick: Quick = False, repetitions: Repetitions = 20, threads: Threads =
     comparisons, sweeps = [], {}
     for axis in ("tokens", "vocab", "pairs"):
         sizes = [getattr(centre, axis) * factor for factor in ((1, 2) if quick else (1, 2, 4, 8))]
+        workloads = [replace(centre, **{axis: size}) for size in sizes]
         sweeps[axis] = [
-            compare(replace(centre, **{axis: size}), candidates, 3 if quick else repetitions, 1.0 if quick else 5.0) for size in sizes
+            compare(workload, candidates, 3 if quick else repetitions, 1.0 if quick else 5.0) for workload in announced(workloads, console)
         ]
         comparisons += sweeps[axis]
         _show(axis, sweeps[axis], console)
@@ -72,17 +80,21 @@ def curves(sweeps: dict[str, list[Comparison]], path: Path, machine: str) -> Non
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullLocator
 
     figure, axes = plt.subplots(2, len(sweeps), figsize=(5 * len(sweeps), 7.5), layout="constrained")
     figure.suptitle(f"from hidden states on {machine}", fontsize=10)
     for column, (axis, sweep) in enumerate(sweeps.items()):
-        for place, (name, (sizes, seconds, memory)) in enumerate(points(sweep, axis).items()):
+        for name, (sizes, seconds, memory) in points(sweep, axis).items():
             ours = name.startswith("mpo")
-            style = {"color": OURS if ours else f"C{place + 1}", "linewidth": 2.2 if ours else 1.2, "marker": "o", "markersize": 3}
+            color = OURS if ours else f"C{CANDIDATES.index(name) + 1}"  # one candidate's in all panels
+            line = {"linewidth": 2.2 if ours else 1.2, "linestyle": "--" if "chunks" in name else "-"}
+            style = {"color": color, "marker": "o", "markersize": 3, **line}
             axes[0][column].loglog(sizes, [s * 1e3 for s in seconds], label=f"{name} ({exponent(sizes, seconds):.2f})", **style)
             axes[1][column].loglog(sizes, [m / 2**20 for m in memory], label=f"{name} ({exponent(sizes, memory):.2f})", **style)
         for row, label in ((0, "forward and backward, ms"), (1, "peak above the inputs, MiB")):
-            axes[row][column].set(xlabel=axis, ylabel=label)
+            axes[row][column].set(xlabel=axis, ylabel=label, xticks=sizes, xticklabels=[f"{size:.0f}" for size in sizes])
+            axes[row][column].xaxis.set_minor_locator(NullLocator())
             axes[row][column].legend(fontsize=7, title="(fitted exponent)", title_fontsize=7)
     figure.savefig(path, dpi=110)
     plt.close(figure)

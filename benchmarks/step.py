@@ -279,9 +279,9 @@ def main(quick: Quick = False, threads: Threads = 2, out: Out = None, repetition
     from mpo.config import load_config
     from mpo.prepare import prepare
 
-    tokens = 192 if quick else MAX_TOKENS
+    tokens = 128 if quick else MAX_TOKENS
     overrides = [f"data.max_length={tokens}", "data.on_bad_row=drop", "data.eval=[]", "model.attention=packed"]
-    settings = {name: load_config(RECIPE, [*overrides, *more]) for name, more in SETTINGS.items()}
+    settings = {name: load_config(RECIPE, [*overrides, *more]) for name, more in list(SETTINGS.items())[1 if quick else 0 :]}
     prepared = prepare(next(iter(settings.values())), console.print)
     first = prepared.examples[0].dominant_chosen
     examples = [e for e in prepared.examples if e.dominant_chosen == first][: 2 if quick else ROWS]
