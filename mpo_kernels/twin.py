@@ -141,9 +141,11 @@ def logprob_grad(
 
 def sequence_sums(logp: torch.Tensor, labels: torch.Tensor, cu_seqlens: torch.Tensor, *, ignore_index: int) -> torch.Tensor:
     """(N,) log-probs -> (S, 2): their sum over each sequence, and its number of scored rows."""
-    scored = (labels != ignore_index).to(logp.dtype)
-    zeros = torch.zeros(cu_seqlens.numel() - 1, 2, dtype=logp.dtype, device=logp.device)
-    return zeros.index_add(0, _sequence_of_row(cu_seqlens, labels.numel()), torch.stack([logp, scored], -1))
+    # One row after the other: in float32 the sum of a long response would lose digits that the difference of two such sums needs.
+    dtype = torch.float64 if logp.device.type == "cpu" else logp.dtype  # not every other device has float64
+    rows = torch.stack([logp.to(dtype), (labels != ignore_index).to(dtype)], -1)
+    zeros = torch.zeros(cu_seqlens.numel() - 1, 2, dtype=dtype, device=logp.device)
+    return zeros.index_add(0, _sequence_of_row(cu_seqlens, labels.numel()), rows).to(logp.dtype)
 
 
 def pair_loss(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import REGIMES, labels_of, regime, relative_error, rounded
+from cases import INTERPRETED, REGIMES, labels_of, regime, relative_error, rounded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -93,6 +93,18 @@ def test_error_near_zero_keeps_its_digits():
     output, grad, expected, expected_grad = both(logits, labels, gap)
     assert relative_error(grad, expected_grad) < 2e-3
     assert float(output.loss) == pytest.approx(float(expected[0]), rel=4e-3)
+
+
+def test_means_of_long_responses_keep_their_digits():
+    """Added one after the other in float32, thousands of log-probabilities would cost the gap an order of magnitude."""
+    tokens = 300 if INTERPRETED else 5000
+    labels = labels_of((2, tokens), 3)
+    logits = regime("normal", (2, tokens, 3), labels) * 8
+    output, grad, expected, expected_grad = both(logits, labels, torch.tensor([0.3]))
+    _, chosen, rejected, gap = (t.detach() for t in expected)
+    rounding = torch.finfo(torch.float32).eps * float(chosen.abs() + rejected.abs())
+    assert float((output.reward_gap.double() - gap).abs()) <= rounding
+    assert relative_error(grad, expected_grad) <= 2e-6 + 2 * rounding / float((gap - 0.3).abs())
 
 
 @pytest.mark.parametrize("inplace", [False, True])
