@@ -9,6 +9,7 @@ import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from pydantic import BaseModel
@@ -103,37 +104,68 @@ def save(result: Result, folder: Path, console: Console, bars_too: bool = True) 
 
 def bars(result: Result, path: Path) -> None:
     """Time and memory of every candidate that ran, one line of panels per comparison."""
+    lines = []
+    for comparison in result.comparisons:
+        rows = [row for row in comparison.rows if row.both is not None]
+        drawn = [Bars(marked(r.candidate, r.status), OURS if r.ours else COLORS[r.status], _timing(r), r.peak_bytes or 0) for r in rows]
+        lines.append((f"{comparison.workload}: {_listed(comparison.settings)}", drawn))
+    bar_panels(
+        f"{result.benchmark} on {result.machine.device}, {result.machine.threads} threads",
+        lines,
+        path,
+        time="forward and backward, ms",
+        milliseconds=True,
+        memory="peak memory above the inputs, gradients included, MiB",
+    )
+
+
+class Bars(NamedTuple):
+    """The two bars of one candidate."""
+
+    name: str
+    color: str
+    seconds: Timing
+    peak_bytes: int
+
+
+def bar_panels(title: str, lines: Sequence[tuple[str, Sequence[Bars]]], path: Path, *, time: str, milliseconds: bool, memory: str) -> None:
+    """A picture of horizontal bars: a line of two panels, time and memory, for each titled group, its first on top."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    count = len(result.comparisons)
-    figure, axes = plt.subplots(count, 2, figsize=(12, 0.9 + 3.3 * count), squeeze=False, layout="constrained")
-    figure.suptitle(f"{result.benchmark} on {result.machine.device}, {result.machine.threads} threads", fontsize=10)
-    for (left, right), comparison in zip(axes, result.comparisons, strict=True):
-        rows = [row for row in reversed(comparison.rows) if row.both is not None]
-        names = [row.candidate + (" (WRONG)" if row.status == "wrong" else "") for row in rows]
-        colors = [OURS if row.ours else COLORS[row.status] for row in rows]
-        times = [_seconds(row) * 1e3 for row in rows]
-        low = [(_timing(row).median - _timing(row).p20) * 1e3 for row in rows]
-        high = [(_timing(row).p80 - _timing(row).median) * 1e3 for row in rows]
+    unit = 1e3 if milliseconds else 1.0
+    heights = [0.75 + 0.22 * len(group) for _, group in lines]
+    figure, axes = plt.subplots(len(lines), 2, figsize=(12, 0.6 + sum(heights)), height_ratios=heights, squeeze=False, layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    for (left, right), (name, group) in zip(axes, lines, strict=True):
+        rows = list(reversed(group))
+        names, colors = [row.name for row in rows], [row.color for row in rows]
+        times = [row.seconds.median * unit for row in rows]
+        low = [(row.seconds.median - row.seconds.p20) * unit for row in rows]
+        high = [(row.seconds.p80 - row.seconds.median) * unit for row in rows]
         left.barh(names, times, xerr=[low, high], color=colors, capsize=2)
         # One candidate that is far slower must not squeeze the others: its bar is cut and its time written.
         limit = 3 * statistics.median(times)
         if max(times) > limit:
             left.set_xlim(0, limit)
-            for place, milliseconds in enumerate(times):
-                if milliseconds > limit:
-                    left.text(limit, place, f"{milliseconds:.0f} ms ", ha="right", va="center", fontsize=8, color="white")
-        left.set_xlabel("forward and backward, ms (bars from the 20th to the 80th percentile)", fontsize=8)
-        left.set_title(f"{comparison.workload}: {_listed(comparison.settings)}", fontsize=8, loc="left")
-        right.barh(names, [(row.peak_bytes or 0) / 2**20 for row in rows], color=colors)
-        right.set_xlabel("peak memory above the inputs, gradients included, MiB", fontsize=8)
+            for place, value in enumerate(times):
+                if value > limit:
+                    left.text(limit, place, f"{value:.0f} ", ha="right", va="center", fontsize=8, color="white")
+        left.set_xlabel(f"{time} (bars from the 20th to the 80th percentile)", fontsize=8)
+        left.set_title(name, fontsize=8, loc="left")
+        right.barh(names, [row.peak_bytes / 2**20 for row in rows], color=colors)
+        right.set_xlabel(memory, fontsize=8)
+        right.set_yticklabels([])
         for axis in (left, right):
             axis.tick_params(labelsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def marked(name: str, status: str) -> str:
+    return name + (" (WRONG)" if status == "wrong" else "")
 
 
 def _listed(settings: Mapping[str, str | int | float]) -> str:

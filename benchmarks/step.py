@@ -29,7 +29,7 @@ from rich.table import Table
 
 from benchmarks.harness import TOLERANCE, Timing, allocations, timing
 from benchmarks.options import Out, Quick, Threads, set_up
-from benchmarks.output import COLORS, OURS, Machine
+from benchmarks.output import COLORS, OURS, Bars, Machine, bar_panels, marked
 
 ROWS, MAX_TOKENS = 6, 512
 LEARNING_RATE = 1e-6
@@ -374,29 +374,19 @@ def _show(found: Configuration, rows: int, console: Console) -> None:
 
 def picture(result: StepResult, path: Path) -> None:
     """Seconds and peak memory of every side, a line of panels per model."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    count = len(result.configurations)
-    figure, axes = plt.subplots(count, 2, figsize=(12, 0.8 + 2.2 * count), squeeze=False, layout="constrained")
-    figure.suptitle(f"one training step on {result.machine.device}, {result.machine.threads} threads", fontsize=10)
-    for (left, right), found in zip(axes, result.configurations, strict=True):
-        sides = list(reversed(found.sides))
-        names = [side.name + (" (WRONG)" if side.status == "wrong" else "") for side in sides]
-        colors = [COLORS["ok"] if side.name == PUBLISHED else OURS for side in sides]
-        low, high = ([abs(getattr(s.seconds, p) - s.seconds.median) for s in sides] for p in ("p20", "p80"))
-        left.barh(names, [side.seconds.median for side in sides], xerr=[low, high], color=colors, capsize=2)
-        left.set_xlabel("seconds per step (bars from the 20th to the 80th percentile)", fontsize=8)
-        left.set_title(found.model, fontsize=8, loc="left")
-        right.barh(names, [side.peak_bytes / 2**20 for side in sides], color=colors)
-        right.set_xlabel("peak memory above weights, gradients and optimizer state, MiB", fontsize=8)
-        right.set_yticklabels([])
-        for axis in (left, right):
-            axis.tick_params(labelsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    lines = []
+    for found in result.configurations:
+        colors = [COLORS["ok"] if side.name == PUBLISHED else OURS for side in found.sides]
+        drawn = [Bars(marked(s.name, s.status), color, s.seconds, s.peak_bytes) for s, color in zip(found.sides, colors, strict=True)]
+        lines.append((found.model, drawn))
+    bar_panels(
+        f"one training step on {result.machine.device}, {result.machine.threads} threads",
+        lines,
+        path,
+        time="seconds per step",
+        milliseconds=False,
+        memory="peak memory above weights, gradients and optimizer state, MiB",
+    )
 
 
 if __name__ == "__main__":
