@@ -37,6 +37,8 @@ class Workload(Protocol):
     """What is computed."""
 
     name: str
+    limit: str
+    """What the least work measures: the machine's copy bandwidth or its GEMM rate."""
     dtype: torch.dtype
     device: torch.device
 
@@ -88,6 +90,8 @@ class Row(BaseModel):
     forward: Timing | None = None
     backward: Timing | None = None
     both: Timing | None = None
+    limit_share: float | None = None
+    """Time of the least work over time of this candidate, forward and backward: its share of the comparison's `limit`."""
     peak_bytes: int | None = None
 
 
@@ -95,6 +99,7 @@ class Comparison(BaseModel):
     """All candidates on one workload, best first."""
 
     workload: str
+    limit: str
     settings: dict[str, str | int | float]
     rows: list[Row]
 
@@ -135,14 +140,16 @@ def compare(workload: W, candidates: Sequence[Candidate[W]], repetitions: int = 
             spent[name] += sum(times[name][-1])
         forward, backward = workload.bound()
         bound.append((clock(forward)[0], clock(backward)[0]))
+    forward_time, backward_time, both_time = _timings(bound) if bound else (None, None, None)
     for row in rows:
         if row.candidate in times:
             row.forward, row.backward, row.both = _timings(times[row.candidate])
+            row.limit_share = both_time.median / row.both.median if both_time else None
     if bound:
-        forward_time, backward_time, both_time = _timings(bound)
         rows.append(Row(candidate="least work", status="bound", forward=forward_time, backward=backward_time, both=both_time))
     order = {"bound": 0, "ok": 1, "wrong": 2, "failed": 3, "absent": 4}
-    return Comparison(workload=workload.name, settings=workload.settings(), rows=sorted(rows, key=lambda r: (order[r.status], _both(r))))
+    rows.sort(key=lambda row: (order[row.status], _both(row)))
+    return Comparison(workload=workload.name, limit=workload.limit, settings=workload.settings(), rows=rows)
 
 
 def peak_bytes(workload: Workload, loss: Loss) -> int:

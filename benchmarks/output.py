@@ -71,9 +71,19 @@ def announced(workloads: Sequence[W], console: Console) -> Iterator[W]:
 
 
 def show(comparison: Comparison, console: Console) -> None:
-    """A table: times with their 20th and 80th percentile, memory, worst error, and time as a multiple of the best of the others."""
+    """A table: times with their 20th and 80th percentile, memory, worst error, and time beside the least work's and the best peer's."""
     table = Table(title=f"{comparison.workload}: {_listed(comparison.settings)}", title_justify="left")
-    for column in ("", "forward ms", "backward ms", "both ms (20-80%)", "peak MiB", "worst error", "x fastest peer", ""):
+    for column in (
+        "",
+        "forward ms",
+        "backward ms",
+        "both ms (20-80%)",
+        "peak MiB",
+        "worst error",
+        f"of {comparison.limit}",
+        "x fastest peer",
+        "",
+    ):
         table.add_column(column, justify="left" if not column else "right", no_wrap=not column)
     peer = comparison.fastest(ours=False)
     for row in comparison.rows:
@@ -84,6 +94,7 @@ def show(comparison: Comparison, console: Console) -> None:
             _spread(row.both),
             "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f}",
             f"{max(row.errors.values()):.1e}" if row.errors else "",
+            "" if row.limit_share is None else f"{row.limit_share:.0%}",
             "" if row.both is None or _is_missing(peer) else f"{row.both.median / _seconds(peer):.2f}",
             row.status if row.status in ("ok", "bound") else f"{row.status}: {row.reason}",
             style="bold" if row.ours else "red" if row.status in ("wrong", "failed") else "dim" if row.status != "ok" else None,

@@ -52,6 +52,7 @@ class FromLogits:
     dtype: torch.dtype = torch.float32
     device: torch.device = CPU
     name: str = "from logits"
+    limit: str = "copy bandwidth"
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(SEED)
@@ -94,6 +95,7 @@ class FromHidden:
     trainable: bool = True
     dtype: torch.dtype = torch.float32
     device: torch.device = CPU
+    limit: str = "GEMM roofline"
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(SEED)

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from benchmarks.candidates import from_hidden, from_logits
 from benchmarks.harness import Absent, Candidate, Comparison, compare, peak_bytes
+from benchmarks.options import RESULTS
 from benchmarks.output import Machine, Result, save
 from benchmarks.scaling import exponent
 from benchmarks.workloads import FromHidden, FromLogits
@@ -73,6 +74,8 @@ def test_a_slow_candidate_ranks_last_of_the_right_ones(planted_comparison):
     assert right[-1] == "slow" and len(right) == 4
     assert planted_comparison.fastest(ours=False).candidate == "plain PyTorch"
     assert planted_comparison.row("slow").both.median > 0.05
+    least = planted_comparison.row("least work").both.median
+    assert planted_comparison.row("slow").limit_share == least / planted_comparison.row("slow").both.median < 1
 
 
 def test_what_cannot_run_is_absent_or_failed_and_has_no_time(planted_comparison):
@@ -141,3 +144,11 @@ def test_a_command_ends_with_its_files(tmp_path):
     assert "mpo_kernels in place" in done.stdout
     comparisons = Result.model_validate_json((tmp_path / "logits.json").read_text()).comparisons
     assert all(isinstance(c, Comparison) and c.row("mpo_kernels").status == "ok" for c in comparisons)
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*/l*.json")) + sorted(RESULTS.glob("*/scaling.json")), ids=lambda path: path.stem)
+def test_committed_results_validate_and_none_is_wrong(path):
+    result = Result.model_validate_json(path.read_text(encoding="utf-8"))
+    assert not result.quick
+    for comparison in result.comparisons:
+        assert comparison.row("mpo_kernels").status == "ok" and 0 < comparison.row("mpo_kernels").limit_share <= 1
