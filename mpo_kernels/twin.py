@@ -1,7 +1,7 @@
 """The PyTorch backend: the functions of `mpo_kernels.kernels` for tensors on devices that Triton does not drive.
 
 Lean rather than clever: blocks of rows that stay in cache, in-place passes, no copy of the logits in fp32, ignored rows skipped.
-Float64 input is computed in float64, everything else in float32.
+Float64 input is computed in float64, everything else in float32, but for sums over a sequence on the CPU, which are float64.
 """
 
 from __future__ import annotations
