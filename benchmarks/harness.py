@@ -90,8 +90,6 @@ class Row(BaseModel):
     forward: Timing | None = None
     backward: Timing | None = None
     both: Timing | None = None
-    limit_share: float | None = None
-    """Time of the least work over time of this candidate, forward and backward: its share of the comparison's `limit`."""
     peak_bytes: int | None = None
 
 
@@ -106,6 +104,11 @@ class Comparison(BaseModel):
     def row(self, candidate: str) -> Row:
         """The row of a candidate by its name."""
         return next(row for row in self.rows if row.candidate == candidate)
+
+    def limit_share(self, row: Row) -> float | None:
+        """Time of the least work over time of this row, forward and backward: its share of `limit`."""
+        least = next((r.both for r in self.rows if r.status == "bound"), None)
+        return None if least is None or row.both is None or row.status == "bound" else least.median / row.both.median
 
     def fastest(self, ours: bool) -> Row | None:
         """The right row with the smallest time, of ours or of the others."""
@@ -140,12 +143,11 @@ def compare(workload: W, candidates: Sequence[Candidate[W]], repetitions: int = 
             spent[name] += sum(times[name][-1])
         forward, backward = workload.bound()
         bound.append((clock(forward)[0], clock(backward)[0]))
-    forward_time, backward_time, both_time = _timings(bound) if bound else (None, None, None)
     for row in rows:
         if row.candidate in times:
             row.forward, row.backward, row.both = _timings(times[row.candidate])
-            row.limit_share = both_time.median / row.both.median if both_time else None
     if bound:
+        forward_time, backward_time, both_time = _timings(bound)
         rows.append(Row(candidate="least work", status="bound", forward=forward_time, backward=backward_time, both=both_time))
     order = {"bound": 0, "ok": 1, "wrong": 2, "failed": 3, "absent": 4}
     rows.sort(key=lambda row: (order[row.status], _both(row)))

@@ -94,7 +94,7 @@ def show(comparison: Comparison, console: Console) -> None:
             _spread(row.both),
             "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f}",
             f"{max(row.errors.values()):.1e}" if row.errors else "",
-            "" if row.limit_share is None else f"{row.limit_share:.0%}",
+            "" if (share := comparison.limit_share(row)) is None else f"{share:.0%}",
             "" if row.both is None or _is_missing(peer) else f"{row.both.median / _seconds(peer):.2f}",
             row.status if row.status in ("ok", "bound") else f"{row.status}: {row.reason}",
             style="bold" if row.ours else "red" if row.status in ("wrong", "failed") else "dim" if row.status != "ok" else None,
