@@ -1,6 +1,7 @@
 """A tokenizer that needs no download: all bytes, plus the special tokens of the chat template at hand."""
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -39,3 +40,12 @@ def make_tokenizer(template: str = "chatml") -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread_of_a_cpu():
+    """No GPU for the trainer's tests and their commands; and one thread, which other tests of this process may have changed."""
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("CUDA_VISIBLE_DEVICES", "")
+        yield

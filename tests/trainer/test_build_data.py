@@ -4,8 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import yaml
 from conftest import make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import build_model, mpo_command, save_model, write_rows
+from tiny import build_model, mpo_command, mpo_process, save_model, write_rows
 from tiny_translator import TranslationServer, completion, save_nllb
 from transformers.models.nllb.tokenization_nllb import FAIRSEQ_LANGUAGE_CODES
 
@@ -170,9 +168,7 @@ def test_a_table_for_people_and_status_2_for_mistakes(folder):
 
 
 def begin(folder):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "mpo", "data", "build", str(folder / "build.yaml")]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return mpo_process("data", "build", str(folder / "build.yaml"))
 
 
 def wait_for_lines(path, count, process):

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -135,8 +134,7 @@ def compute(project: Path, ranks: int, runs: list[dict[str, Any]], timeout: floa
     cells.write_text(json.dumps(runs))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     worker = [str(Path(__file__).with_name("exactness_worker.py")), str(project / "run.yaml"), str(cells)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run([*launcher, *worker], capture_output=True, text=True, timeout=timeout, env=env, check=False)
+    result = subprocess.run([*launcher, *worker], capture_output=True, text=True, timeout=timeout, check=False)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
     return result.stdout
 

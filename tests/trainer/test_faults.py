@@ -1,16 +1,13 @@
 """One table of what can be wrong before training starts, and the message that each gives: what, where, and how to mend it."""
 
 import json
-import os
 import shutil
 import socket
-import subprocess
-import sys
 
 import pytest
 import yaml
 from conftest import make_tokenizer
-from tiny import native_rows, save_model, write_rows
+from tiny import mpo_command, native_rows, save_model, write_rows
 
 from mpo import checkpoint, export, lora, reference
 from mpo.config import load_config
@@ -214,8 +211,7 @@ def test_ranks_that_cannot_meet():
             "WORLD_SIZE": "2",
             "LOCAL_RANK": "0",
         }
-        command = [sys.executable, "-m", "mpo", "precompute", "demo"]
-        result = subprocess.run(command, env={**os.environ, **address}, capture_output=True, text=True, check=False)
+        result = mpo_command("precompute", "demo", **address)
     assert result.returncode == 2 and "The ranks cannot meet at 127.0.0.1" in result.stderr and "--master_port" in result.stderr
 
 

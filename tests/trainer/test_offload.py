@@ -1,10 +1,7 @@
 """Optimizer and parameters in host memory: the same numbers as without, resumed too, and one compilation of the CPU Adam."""
 
-import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -122,7 +119,6 @@ def test_interrupted_and_resumed_it_ends_bit_equal(compiled, project, name):  # 
 @pytest.mark.slow
 def test_the_reference_can_be_computed_first(compiled, project):  # noqa: F811
     """`mpo precompute` under the same configuration builds no optimizer, so it must not ask for the offloaded one."""
-    command = [sys.executable, "-m", "mpo", "precompute", str(project / "run.yaml"), f"output_dir={project / 'first'}", *RUNS["zero3-both"]]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    result = mpo_command("precompute", str(project / "run.yaml"), f"output_dir={project / 'first'}", *RUNS["zero3-both"])
     assert result.returncode == 0, result.stderr[-3000:]
     assert (project / "first" / "reference" / "values.safetensors").is_file()

@@ -1,19 +1,18 @@
 """Runs that die at any moment and go on: killed, out of disk, half-written checkpoints, a rank that dies."""
 
 import json
-import os
 import random
 import resource
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
 from test_train import interrupt, losses, project, run, weights  # noqa: F401  (project is a fixture)
+from tiny import mpo_command, mpo_process
 
 from mpo import checkpoint
 from mpo.output_folder import read_metrics
@@ -32,16 +31,16 @@ def whole(project):  # noqa: F811
 
 def begin(project, out, options, ranks):  # noqa: F811
     """One process per rank, without a launcher that would end the others. What they print goes to files beside the run's folder."""
-    command = [sys.executable, "-m", "mpo", "train", str(project / "run.yaml"), f"output_dir={out}", *options]
+    command = ["train", str(project / "run.yaml"), f"output_dir={out}", *options]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     processes = []
     for rank in range(ranks):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        env = {**os.environ, "OMP_NUM_THREADS": "1", **({name: str(value) for name, value in place.items()} if ranks > 1 else {})}
+        environment = {name: str(value) for name, value in place.items()} if ranks > 1 else {}
         with open(out.with_name(f"{out.name}-rank{rank}.log"), "w") as log:
-            processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env))
+            processes.append(mpo_process(*command, environment=environment, stdout=log, stderr=subprocess.STDOUT))
     return processes
 
 
@@ -134,14 +133,13 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_run(project):  # noqa: F81
     """No file may grow beyond 20 kB, as on a full disk; the model's own file is written with checkpoint.export=false left out."""
     out = project / "full"
     options = ["zero.stage=2", "checkpoint.every=2", "checkpoint.export=false", f"output_dir={out}"]
-    result = subprocess.run(
-        [sys.executable, "-m", "mpo", "train", str(project / "run.yaml"), *options],
-        capture_output=True,
-        text=True,
-        check=False,
+    process = mpo_process(
+        "train",
+        str(project / "run.yaml"),
+        *options,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
     )
-    text = result.stdout + result.stderr
+    text = "".join(process.communicate(timeout=120))
     assert "The checkpoint after step 2 could not be written" in text and "There is no older one. Training goes on." in text
     assert len(read_metrics(out / "metrics.jsonl")) == 6
     assert not list((out / "checkpoints").glob("step-*"))
@@ -150,9 +148,8 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_run(project):  # noqa: F81
 def test_a_rank_that_dies_ends_the_others(project):  # noqa: F811
     """Under torch's launcher the other rank is ended instead of waiting for ever."""
     out = project / "dies"
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "mpo", "train", str(project / "run.yaml")]
-    command = [sys.executable, *launcher, f"output_dir={out}", "zero.stage=3", "train.epochs=400"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    options = [f"output_dir={out}", "zero.stage=3", "train.epochs=400"]
+    process = mpo_process("train", str(project / "run.yaml"), *options, ranks=2, stderr=subprocess.STDOUT)
     deadline = time.monotonic() + 90
     while _last_step(out) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -185,8 +182,8 @@ def test_another_stage_and_world_size_go_on_from_a_converted_checkpoint(project,
     other = [*options, f"zero.stage={after[0]}"]
     _, refused = run(project, name, *other, ranks=after[1], expect=1 if after[1] > 1 else 2)
     assert f"mpo convert {out}" in refused.stderr
-    converted = subprocess.run([sys.executable, "-m", "mpo", "convert", str(out)], capture_output=True, text=True, check=True)
-    assert "step-00000004.portable" in converted.stdout
+    converted = mpo_command("convert", str(out))
+    assert converted.returncode == 0 and "step-00000004.portable" in converted.stdout
     _, process = run(project, name, *other, ranks=after[1])
     assert "4 of 12 steps done" in process.stdout
     torch.testing.assert_close(losses(out), losses(plain), rtol=5e-3, atol=5e-5)

@@ -2,14 +2,12 @@
 
 import json
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 import yaml
-from tiny import mpo_command, native_rows, save_model, write_rows
+from tiny import mpo_command, mpo_process, native_rows, save_model, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mpo.output_folder import read_metrics
@@ -134,8 +132,7 @@ def test_bfloat16_runs_and_moves_fp32_masters(project):
 
 def interrupt(project, out, after_step, number, *overrides):
     """Starts a run and sends it a signal as soon as `after_step` is logged."""
-    command = [sys.executable, "-m", "mpo", "train", str(project / "run.yaml"), f"output_dir={out}", *overrides]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = mpo_process("train", str(project / "run.yaml"), f"output_dir={out}", *overrides)
     metrics = out / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -77,15 +78,21 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def mpo_command(*arguments: str, ranks: int = 1, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess:
-    """Runs `python -m mpo ...` as a user would, with `ranks` processes of torch's launcher for more than one."""
+def mpo_process(*arguments: str, ranks: int = 1, environment: dict[str, str] | None = None, **options: Any) -> subprocess.Popen:
+    """Starts `python -m mpo ...` as a user would, with `ranks` processes of torch's launcher for more than one.
+
+    Like every process of the suite it inherits the environment that tests/conftest.py settles; `environment` adds to it.
+    """
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
-    return subprocess.run(
-        [sys.executable, *launcher, "-m", "mpo", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env=env,
-        check=False,
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+    return subprocess.Popen([sys.executable, *launcher, "-m", "mpo", *arguments], env={**os.environ, **(environment or {})}, **pipes)
+
+
+def mpo_command(*arguments: str, ranks: int = 1, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess:
+    """Runs `python -m mpo ...` to its end."""
+    process = mpo_process(*arguments, ranks=ranks, environment=environment)
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)

@@ -1,0 +1,47 @@
+"""One environment for every process of the suite: the tests' own, and the ones that they start, which inherit it.
+
+No test then depends on the machine's threads, its terminal, language or time zone, and both sides of a comparison run alike: the number of
+threads changes the order of a CPU's sums, and so the last bits of a run. What a test is about it sets itself, on top of this.
+"""
+
+import os
+import sys
+import time
+from typing import Any
+
+FIXED = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "COLUMNS": "100",
+    "LINES": "40",
+    "TERM": "xterm",
+    "LC_ALL": "C.UTF-8",
+    "TZ": "UTC",
+    "MPLBACKEND": "agg",
+}
+UNSET = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("FORCE_COLOR", "CLICOLOR_FORCE", "PY_COLORS", "NO_COLOR", "GITHUB_ACTIONS", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "TERMINAL_WIDTH"),
+    *("LANGUAGE", "PYTHONIOENCODING", "PYTHONWARNINGS", "PYTHONOPTIMIZE"),
+)
+
+
+def settle() -> None:
+    """Gives this process the environment. Here, before anything imports torch, which reads the number of threads once."""
+    for name in UNSET:
+        os.environ.pop(name, None)
+    os.environ.update(FIXED)
+    time.tzset()
+
+
+def refuse_another(event: str, arguments: tuple[Any, ...]) -> None:
+    """Audits every process that a test starts: it may set these variables otherwise, but not leave them to the machine."""
+    if event == "subprocess.Popen":
+        environment = arguments[3]
+        missing = [name for name in FIXED if name not in (os.environ if environment is None else environment)]
+        assert not missing, f"{arguments[1]} is started without {', '.join(missing)}: pass env={{**os.environ, ...}}"
+
+
+settle()
+sys.addaudithook(refuse_another)
