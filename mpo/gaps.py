@@ -2,38 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from mpo.config import Config
+from mpo import lora
+from mpo.config import Config, ModelConfig
+from mpo.data import Row
 from mpo.distributed import start
-from mpo.model import bind_mpo_forward, check_model, load_model
-from mpo.prepare import Prepared
+from mpo.errors import UserError
+from mpo.model import bind_mpo_forward, check_model, load_model, load_tokenizer
+from mpo.prepare import Prepared, check_ids
 from mpo.progress import Progress
 from mpo.scoring import Gaps, distinct_sequences, measure_gaps
-from mpo.tokenizing import Example
+from mpo.tokenizing import Example, tokenize_rows
 
 RESAMPLES = 2000
 INTERVAL = 0.95
 
 
 def compare_models(config: Config, prepared: Prepared, models: Sequence[str], progress: Progress) -> dict[str, Any]:
-    """Measures each model, one after the other in one process, and returns the report of `summarise`."""
+    """Measures each model, one after the other in one process, and returns the report of `summarise`.
+
+    Each model reads the rows with its own tokenizer and chat template, cut to data.max_length of its own tokens.
+
+    Raises:
+        UserError: before any weight is loaded: a path is no model, a tokenizer is missing or another model's, or rows cannot be read.
+    """
     device = start()
+    settings = {path: _settings_of(path, prepared.model) for path in models}
+    examples = read_by_each(config, prepared.measured_rows, settings.values(), progress.log)
     measured: dict[str, Gaps] = {}
-    for path in models:
-        check_model(prepared.model.model_copy(update={"path": path}))
-    for path in models:
-        bound = bind_mpo_forward(load_model(prepared.model.model_copy(update={"path": path, "lora": None})), config.loss)
-        model = cast(torch.nn.Module, bound).to(device)
-        with progress.task(f"Gaps of {path}", len(distinct_sequences(prepared.measured))) as advance:
-            measured[path] = measure_gaps(model, prepared.measured, pool=config.loss.pool, device=device, advance=advance)
-        del model, bound
-    return summarise(prepared.measured, measured, config.loss.beta)
+    for path, model_config in settings.items():
+        model = cast(torch.nn.Module, bind_mpo_forward(load_model(model_config), config.loss)).to(device)
+        with progress.task(f"Gaps of {path}", len(distinct_sequences(examples[path]))) as advance:
+            measured[path] = measure_gaps(model, examples[path], pool=config.loss.pool, device=device, advance=advance)
+        del model
+    return summarise(next(iter(examples.values())), measured, config.loss.beta)
+
+
+def _settings_of(path: str, own: ModelConfig) -> ModelConfig:
+    """How a model is loaded: as the configuration's own, but revision and trusted code are for that one alone, or for adapters on it."""
+    belongs = path == own.path or (lora.is_adapter(path) and lora.base_of(path) == own.path)
+    foreign = {} if belongs else {"revision": None, "trust_remote_code": False}
+    return own.model_copy(update={"path": path, "lora": None, **foreign})
+
+
+def read_by_each(
+    config: Config, rows: Sequence[Row], models: Iterable[ModelConfig], log: Callable[[str], None]
+) -> dict[str, list[Example]]:
+    """The rows as tokens of each model, by its path: the same rows for all, those that every model can read.
+
+    Raises:
+        UserError: as `compare_models`.
+    """
+    read: dict[str, list[Example]] = {}
+    for model in models:
+        check_model(model)
+        try:
+            read[model.path], _ = tokenize_rows(rows, load_tokenizer(model), config.data)
+        except UserError as error:
+            raise UserError(f"{model.path} cannot read the measured rows. {error}") from error
+        check_ids(read[model.path], model)
+    common = set.intersection(*({e.source for e in examples} for examples in read.values()))
+    if not common:
+        raise UserError("No measured row can be read by all of the models. Raise data.max_length, or measure them one by one.")
+    if left_out := {row.source for row in rows} - common:
+        log(f"{len(left_out)} measured rows are left out, because not every model can read them: {', '.join(sorted(left_out)[:3])} ...")
+    return {path: [e for e in examples if e.source in common] for path, examples in read.items()}
 
 
 def summarise(examples: Sequence[Example], measured: dict[str, Gaps], beta: float) -> dict[str, Any]:

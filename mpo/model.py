@@ -41,11 +41,45 @@ class Scores(NamedTuple):
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer. Raises UserError where there is none."""
+    """The model's own tokenizer; of an adapter folder the one that lies there, else that of its base model.
+
+    Raises:
+        UserError: there is none, it knows no text, or an adapter folder's tokens have other ids than its base model's.
+    """
+    if lora.is_adapter(config.path):
+        base = load_tokenizer(config.model_copy(update={"path": lora.base_of(config.path)}))
+        if not any((Path(config.path) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+            return base
+        own, ids = _tokenizer(config), base.get_vocab()
+        moved = [token for token, place in own.get_vocab().items() if ids.get(token, place) != place]
+        if moved:
+            raise UserError(
+                f"The tokenizer of the adapters {config.path} is not that of their base model {lora.base_of(config.path)}: "
+                f"{len(moved)} tokens have other ids, such as {moved[0]!r}. Put the base model's tokenizer into the adapter folder, or "
+                "correct base_model_name_or_path in its adapter_config.json."
+            )
+        return own
+    return _tokenizer(config)
+
+
+def _tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(config.path, revision=config.revision, trust_remote_code=config.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(config.path, revision=config.revision, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"No tokenizer at {config.path}: {error}") from error
+    # Some kinds are made without a vocabulary where tokenizer.json is missing, and then read every text as nothing.
+    if not set(tokenizer("Any text", add_special_tokens=False)["input_ids"]) - {tokenizer.unk_token_id}:
+        raise UserError(
+            f"The tokenizer at {config.path} knows no text: its vocabulary is missing. Copy tokenizer.json from the model it belongs to."
+        )
+    return tokenizer
+
+
+def vocabulary_of(config: ModelConfig) -> int:
+    """How many tokens the model has embeddings for, from its config.json; of an adapter folder its base model's."""
+    path = lora.base_of(config.path) if lora.is_adapter(config.path) else config.path
+    hf_config = AutoConfig.from_pretrained(path, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    return int(hf_config.vocab_size)
 
 
 def check_model(config: ModelConfig) -> None:

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from mpo.config import Config, ModelConfig
 from mpo.data import BadRow, Row, load_rows
 from mpo.demo_model import resolve_model
-from mpo.model import check_model, load_tokenizer
+from mpo.errors import UserError
+from mpo.model import check_model, load_tokenizer, vocabulary_of
 from mpo.tokenizing import Example, tokenize_rows
 
 
@@ -28,6 +29,8 @@ class Prepared:
     """Training rows, tokenised."""
     measured: list[Example]
     """Rows whose gaps are reported: held-out ones where data.eval names files, else training rows."""
+    measured_rows: list[Row]
+    """The same rows as text, for models that read other tokens."""
     dropped: list[BadRow]
 
 
@@ -41,9 +44,23 @@ def prepare(config: Config, log: Callable[[str], None]) -> Prepared:
     check_model(model)
     tokenizer = load_tokenizer(model)
     rows, examples, dropped = _read(config.data.train, tokenizer, config, config.data.weights)
-    _, held_out, dropped_held_out = _read(config.data.eval, tokenizer, config) if config.data.eval else ([], examples, [])
-    measured = _evenly_spaced(held_out, config.data.eval_rows_per_language)
-    return Prepared(model, tokenizer, rows, examples, measured, dropped + dropped_held_out)
+    held_out = _read(config.data.eval, tokenizer, config) if config.data.eval else (rows, examples, [])
+    measured = _evenly_spaced(held_out[1], config.data.eval_rows_per_language)
+    check_ids([*examples, *measured], model)
+    texts = {row.source: row for row in held_out[0]}
+    return Prepared(model, tokenizer, rows, examples, measured, [texts[e.source] for e in measured], dropped + held_out[2])
+
+
+def check_ids(examples: Sequence[Example], model: ModelConfig) -> None:
+    """Refuses, before any weight is loaded, tokens that the model has no embedding for: its tokenizer is another model's."""
+    size = vocabulary_of(model)
+    highest, source = max((max(sequence.input_ids), e.source) for e in examples for sequence in e.sequences())
+    if highest >= size:
+        raise UserError(
+            f"The tokenizer of {model.path} gives a token the id {highest} in {source}, but the model has {size} embeddings: it is "
+            "another model's tokenizer, or the embeddings were not resized with it. Put the tokenizer that the model was trained with "
+            "into its folder."
+        )
 
 
 def _read(

@@ -38,6 +38,10 @@ class Example:
     dominant_chosen: TokenizedResponse
     dominant_rejected: TokenizedResponse
 
+    def sequences(self) -> tuple[TokenizedResponse, ...]:
+        """All four."""
+        return self.target_chosen, self.target_rejected, self.dominant_chosen, self.dominant_rejected
+
 
 def tokenize_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> tuple[list[Example], list[BadRow]]:
     """Applies the chat template and cuts to config.max_length.
