@@ -1,6 +1,6 @@
 """The folder of one run: what lies where, and whose it is.
 
-config.json           the configuration, and a digest of the rows: what makes it this run
+config.json           the configuration, and a digest of the rows: what makes it this run; and the number of threads that it began with
 metrics.jsonl         one line a logged step
 dropped_rows.jsonl    rows left out, with reasons (only with data.on_bad_row=drop)
 reference/            the reference store
@@ -22,6 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from mpo.config import Config
@@ -57,7 +58,7 @@ class OutputFolder:
         Raises:
             UserError: the folder holds another run, a finished one, or files that are no run's; or another process is at work in it.
         """
-        mine = {"config": config.model_dump(mode="json"), "rows": rows_digest}
+        mine = {"config": config.model_dump(mode="json"), "rows": rows_digest, "threads": torch.get_num_threads()}
         another = "Choose another output_dir (for example output_dir=runs/second) or delete the folder."
         is_empty = not self.root.exists() or all(path.name == LOCK for path in self.root.iterdir())
         if not is_empty and not self.config.is_file():
@@ -73,6 +74,11 @@ class OutputFolder:
         if self.result.is_file():
             raise UserError(f"output_dir {self.root} holds the finished run of this configuration. {another}")
         return True
+
+    def other_threads(self) -> int | None:
+        """How many CPU threads the run began with, where this process has another number of them, and so other last bits of a CPU's sums."""
+        began_with = read_json(self.config).get("threads")
+        return None if began_with == torch.get_num_threads() else began_with
 
     def _claim(self) -> None:
         """Holds the folder until this process ends, however it ends. File systems without locks are not guarded."""

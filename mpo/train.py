@@ -60,6 +60,11 @@ def train(config: Config) -> dict[str, Any]:
     on_main(lambda: folder.open(config, reference.digest(distinct_sequences([*examples, *measured]))))
     if is_main() and dropped:
         folder.write_dropped(dropped)
+    if (threads := on_main(folder.other_threads)) is not None:
+        progress.log(
+            f"WARNING: This run began with {threads} CPU thread(s) a rank and goes on with {torch.get_num_threads()}, which changes the last "
+            f"bits of a CPU's sums. Set OMP_NUM_THREADS={threads} to go on bit for bit."
+        )
 
     schedule = schedule_of(config, len(examples))
     progress.header(config, examples, measured, dropped, schedule, dist.get_world_size())

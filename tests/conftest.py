@@ -11,8 +11,6 @@ from typing import Any
 
 FIXED = {
     "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
     "COLUMNS": "100",
     "LINES": "40",
     "TERM": "xterm",
@@ -23,6 +21,7 @@ FIXED = {
 UNSET = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
     *("FORCE_COLOR", "CLICOLOR_FORCE", "PY_COLORS", "NO_COLOR", "GITHUB_ACTIONS", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "TERMINAL_WIDTH"),
+    *("MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"),  # they follow the one above, also where a test sets that otherwise
     *("LANGUAGE", "PYTHONIOENCODING", "PYTHONWARNINGS", "PYTHONOPTIMIZE"),
 )
 

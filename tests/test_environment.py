@@ -10,7 +10,7 @@ import pytest
 
 CONFTEST = Path(__file__).with_name("conftest.py")
 MACHINES = {
-    "many-threads": {"OMP_NUM_THREADS": "64", "MKL_NUM_THREADS": "3"},
+    "many-threads": {"OMP_NUM_THREADS": "64", "MKL_NUM_THREADS": "3", "OPENBLAS_NUM_THREADS": "5"},
     "terminal": {"COLUMNS": "20", "LINES": "3", "FORCE_COLOR": "1", "TERM": "dumb", "TERMINAL_WIDTH": "30", "GITHUB_ACTIONS": "true"},
     "elsewhere": {"LC_ALL": "tr_TR.ISO-8859-9", "LANGUAGE": "tr", "TZ": "Asia/Kathmandu", "PYTHONIOENCODING": "latin-1"},
     "under-a-launcher": {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1"},

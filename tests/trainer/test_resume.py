@@ -90,6 +90,7 @@ def same(out, whole):
     ours, theirs = weights(out), weights(whole)
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert json.loads((out / "result.json").read_text()) == json.loads((whole / "result.json").read_text())
+    assert json.loads((out / "config.json").read_text())["threads"] == 1
 
 
 def test_killed_at_random_moments_the_run_ends_bit_equal(project, whole):  # noqa: F811
@@ -170,7 +171,10 @@ def test_a_rank_that_dies_ends_the_others(project):  # noqa: F811
     ids=lambda place: f"zero{place[0]}x{place[1]}",
 )
 def test_another_stage_and_world_size_go_on_from_a_converted_checkpoint(project, before, after):  # noqa: F811
-    """A run of 12 steps stops after 4; converted, the other 8 are the same as without the stop, to rounding."""
+    """A run of 12 steps stops after 4; converted, the other 8 are the same as without the stop, to rounding.
+
+    They also have another number of threads, which is said: with these a run on a CPU is the same to rounding, too.
+    """
     name = "from-{}x{}".format(*before)
     options = ["train.epochs=4", "train.max_steps=12", "checkpoint.keep=9"]
     plain, _ = run(project, f"{name}-whole", *options, f"zero.stage={after[0]}", ranks=after[1])
@@ -184,8 +188,9 @@ def test_another_stage_and_world_size_go_on_from_a_converted_checkpoint(project,
     assert f"mpo convert {out}" in refused.stderr
     converted = mpo_command("convert", str(out))
     assert converted.returncode == 0 and "step-00000004.portable" in converted.stdout
-    _, process = run(project, name, *other, ranks=after[1])
+    _, process = run(project, name, *other, ranks=after[1], OMP_NUM_THREADS="2")
     assert "4 of 12 steps done" in process.stdout
+    assert "This run began with 1 CPU thread(s) a rank and goes on with 2" in process.stdout and "OMP_NUM_THREADS=1" in process.stdout
     torch.testing.assert_close(losses(out), losses(plain), rtol=5e-3, atol=5e-5)
     ours, theirs = weights(out), weights(plain)
     for key in theirs:
