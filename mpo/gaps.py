@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
@@ -46,7 +47,7 @@ def compare_models(config: Config, prepared: Prepared, models: Sequence[str], pr
 
 def _settings_of(path: str, own: ModelConfig) -> ModelConfig:
     """How a model is loaded: as the configuration's own, but revision and trusted code are for that one alone, or for adapters on it."""
-    belongs = path == own.path or (lora.is_adapter(path) and lora.base_of(path) == own.path)
+    belongs = path == own.path or (lora.is_adapter(path) and os.path.abspath(lora.base_of(path)) == os.path.abspath(own.path))
     foreign = {} if belongs else {"revision": None, "trust_remote_code": False}
     return own.model_copy(update={"path": path, "lora": None, **foreign})
 

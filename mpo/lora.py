@@ -9,12 +9,13 @@ from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mpo import quantized
 from mpo.config import LoraConfig
 from mpo.errors import UserError
 from mpo.files import new_folder
+from mpo.weights import damaged, first_line, refuse_differences
 
 ADAPTER_FILE = "adapter_config.json"
 
@@ -86,7 +87,10 @@ def save(model: PreTrainedModel, folder: Path, state: dict[str, torch.Tensor] | 
     named = {f"base_model.model.{name.removeprefix('base_model.model.')}": tensor for name, tensor in tensors.items()}
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}, folder / "adapter_model.safetensors")
     settings = model.peft_config["default"]
-    settings.base_model_name_or_path, settings.inference_mode = model.name_or_path, True
+    # A relative path would hold in one working folder only.
+    base = Path(str(model.name_or_path))
+    settings.base_model_name_or_path = str(base.resolve()) if base.exists() else model.name_or_path
+    settings.inference_mode = True
     settings.save_pretrained(folder)
     settings.inference_mode = False
 
@@ -97,10 +101,57 @@ def is_adapter(path: str) -> bool:
 
 
 def base_of(path: str) -> str:
-    """The model that the adapters in the folder belong to."""
+    """The model that the adapters in the folder belong to. Raises UserError where the folder does not say."""
+    base = _settings(path).base_model_name_or_path
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{Path(path) / ADAPTER_FILE} names no base_model_name_or_path: the model that the adapters belong to.")
+    if is_adapter(base):
+        raise UserError(f"The adapters in {path} belong to {base}, which holds adapters itself: merge those into their model first.")
+    return base
+
+
+def _settings(path: str) -> Any:
     import peft
 
-    return str(peft.PeftConfig.from_pretrained(path).base_model_name_or_path)
+    file = Path(path) / ADAPTER_FILE
+    try:
+        settings = peft.PeftConfig.from_pretrained(path)
+    except Exception as error:  # a damaged file makes the libraries raise whatever they happen to trip over
+        raise UserError(f"{file} cannot be read: {first_line(error)}.{damaged(Path(path))}") from error
+    if settings.peft_type != peft.PeftType.LORA:
+        raise UserError(f"{file} is of type {settings.peft_type}; only LoRA adapters can be measured and merged.")
+    return settings
+
+
+def empty(hf_config: PretrainedConfig) -> PreTrainedModel:
+    """The model of a configuration on the meta device."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(hf_config)
+
+
+def check(path: str, base: PreTrainedModel) -> None:
+    """Raises UserError if the folder does not hold exactly the adapters that its configuration puts on `base`, which is changed."""
+    import peft
+
+    settings = _settings(path)
+    try:
+        model = peft.PeftModel(base, settings, low_cpu_mem_usage=True)
+        expected = {name: list(tensor.shape) for name, tensor in peft.get_peft_model_state_dict(model).items()}
+        found = {name: list(tensor.shape) for name, tensor in peft.utils.load_peft_weights(path, device="cpu").items()}
+    except Exception as error:  # a damaged file makes the libraries raise whatever they happen to trip over
+        raise UserError(f"The adapters in {path} cannot be put on their model: {first_line(error)}.{damaged(Path(path))}") from error
+    shapes = {
+        name: f"{found[name]} there, {shape} in the model" for name, shape in expected.items() if found.get(name, shape) != shape
+    }  # fmt: skip
+    refuse_differences(f"The adapters in {path}", expected.keys() - found.keys(), found.keys() - expected.keys(), shapes)
+
+
+def _with_adapters(base: PreTrainedModel, adapter: str) -> Any:
+    """peft's own loader says nothing of adapters that it does not find in the file."""
+    import peft
+
+    check(adapter, empty(base.config))
+    return peft.PeftModel.from_pretrained(base, adapter)
 
 
 def merged(base: PreTrainedModel, adapter: str) -> PreTrainedModel:
@@ -108,17 +159,13 @@ def merged(base: PreTrainedModel, adapter: str) -> PreTrainedModel:
 
     Quantized weights become numbers first: the adapters were trained on those, and their sum is not rounded to few bits again.
     """
-    import peft
-
     whole = base if quantized.kind_of(base) is None else quantized.dequantized(base)
-    return peft.PeftModel.from_pretrained(whole, adapter).merge_and_unload()
+    return _with_adapters(whole, adapter).merge_and_unload()
 
 
 def beside(base: PreTrainedModel, adapter: str) -> PreTrainedModel:
     """The base model with the adapters of a folder attached, frozen, and its weights as they are."""
-    import peft
-
-    return cast(PreTrainedModel, peft.PeftModel.from_pretrained(base, adapter).get_base_model())
+    return cast(PreTrainedModel, _with_adapters(base, adapter).get_base_model())
 
 
 def export_merged(base: PreTrainedModel, adapter: Path, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

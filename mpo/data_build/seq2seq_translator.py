@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from mpo.data_build.config import Seq2SeqConfig
 from mpo.data_build.translation import Failure, Finished
 from mpo.errors import UserError
 from mpo.language_table import LANGUAGES
+from mpo.weights import check_weights, damaged, first_line, refuse_partial
 
 _SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？।።။])\s*")
 
@@ -33,15 +35,18 @@ class Seq2SeqTranslator:
         try:
             model = AutoConfig.from_pretrained(config.path, revision=config.revision)
             self._tokenizer: Any = AutoTokenizer.from_pretrained(config.path, revision=config.revision)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # a damaged file makes the libraries raise whatever they happen to trip over
             raise UserError(
-                f"translator.seq2seq.path {config.path} is neither a model folder nor a hub id that can be read: {error}"
+                f"translator.seq2seq.path {config.path} is neither a model folder nor a hub id that can be read: {first_line(error)}."
+                f"{damaged(Path(config.path))}"
             ) from error
         if not model.is_encoder_decoder:
             raise UserError(
                 f"translator.seq2seq.path {config.path} is of type {model.model_type!r}, which does not translate from one sequence to "
                 "another. Serve a chat model and use translator.server."
             )
+        if Path(config.path).exists():
+            check_weights(config.path, kind=AutoModelForSeq2SeqLM)
         room = getattr(model, "max_position_embeddings", None) or config.max_source_tokens
         if config.max_source_tokens > room:
             raise UserError(f"translator.seq2seq.max_source_tokens={config.max_source_tokens} is more than the model's {room}; lower it.")
@@ -101,9 +106,12 @@ class Seq2SeqTranslator:
         if not sys.stderr.isatty():
             disable_progress_bar()  # none in a log
         try:
-            model = AutoModelForSeq2SeqLM.from_pretrained(config.path, revision=config.revision, dtype=getattr(torch, config.dtype))
-        except (OSError, ValueError, ImportError) as error:
-            raise UserError(f"The model at {config.path} could not be loaded: {error}") from error
+            options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, with their names
+            dtype = getattr(torch, config.dtype)
+            model, found = AutoModelForSeq2SeqLM.from_pretrained(config.path, revision=config.revision, dtype=dtype, **options)
+        except Exception as error:  # a damaged file makes the libraries raise whatever they happen to trip over
+            raise UserError(f"The model at {config.path} could not be loaded: {first_line(error)}.") from error
+        refuse_partial(config.path, found)
         return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
     def _count(self, text: str) -> int:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ import yaml
 from conftest import make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tiny import build_model, mpo_command, mpo_process, save_model, write_rows
 from tiny_translator import TranslationServer, completion, save_nllb
 from transformers.models.nllb.tokenization_nllb import FAIRSEQ_LANGUAGE_CODES
@@ -494,6 +496,17 @@ def test_every_code_is_one_of_nllb_and_other_kinds_are_understood(tmp_path, nllb
     for code in ("en", "sw", "zh"):
         assert tiny._code_of(code) == (code, tiny._tokenizer.get_lang_id(code))
         tiny._tokenizer.src_lang = tiny._code_of(code)[0]
+
+
+def test_a_translator_is_not_half_random(folder, nllb):
+    half = folder / "half"
+    shutil.copytree(nllb, half)
+    values = load_file(half / "model.safetensors")
+    del values["model.decoder.layers.0.fc1.weight"]
+    save_file(values, half / "model.safetensors", metadata={"format": "pt"})
+    configure(folder, seq2seq={"path": str(half), "max_source_tokens": 64})
+    with pytest.raises(UserError, match=r"missing from its files: model\.decoder\.layers\.0\.fc1\.weight"):
+        run(folder)
 
 
 def test_seq2seq_faults(folder, nllb):
