@@ -1,8 +1,9 @@
 """From rows of text to token ids with the position where the response begins.
 
-The chat template's own ids are used as they are; no text is encoded twice, so no second BOS can appear. The prompt's ids must be a prefix
-of the
-whole conversation's ids. Scored are the response and the end-of-turn token, not what some templates write after it (a newline).
+What a template writes around an answer is learned by rendering another answer in its place: so the answer's own place in the text is known,
+whatever stands before and behind it (an empty think block, an end of turn). The whole conversation is encoded once, so no second BOS can
+appear. Scored are the answer's tokens and its end of turn, up to the first special token behind it; nothing that the template adds before
+the answer, and not what it writes after the end (a newline).
 """
 
 from __future__ import annotations
@@ -47,10 +48,12 @@ def tokenize_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, confi
     """Applies the chat template and cuts to config.max_length.
 
     Returns:
-        Examples, and the rows of which a response would lose all its tokens or that the template refuses (none of them where
-        config.on_bad_row is "error").
+        Examples, and the rows that cannot be trained on as tokens (none of them where config.on_bad_row is "error"): a response would lose
+        all its tokens, or its first one is joined with the template's text; both answers are the same tokens; or the template refuses the
+        conversation, leaves the answer out or rewrites it.
     Raises:
-        UserError: no chat template; a template whose prompt is no prefix of the conversation; bad rows under "error"; nothing left.
+        UserError: no chat template; a template that begins an answer otherwise than its generation prompt; bad rows under "error";
+            nothing left.
     """
     if not tokenizer.chat_template:
         raise UserError(
@@ -77,7 +80,17 @@ def tokenize_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, confi
 def decode_view(response: TokenizedResponse, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """(prompt, scored text) with special tokens visible, for people who want to see what is trained on."""
     ids, start = list(response.input_ids), response.response_start
-    return str(tokenizer.decode(ids[:start])), str(tokenizer.decode(ids[start:]))
+    return decode(ids[:start], tokenizer), decode(ids[start:], tokenizer)
+
+
+def decode(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of tokens as they are: special ones visible, no space taken away."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that control a model, such as the end of a turn."""
+    return frozenset(tokenizer.all_special_ids) | {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 class _Unusable(Exception):
@@ -86,53 +99,128 @@ class _Unusable(Exception):
         self.reason, self.detail = reason, detail
 
 
+_PROBE = "739184620551739184620"
+"""Rendered in place of an answer, to see what the template writes around one."""
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """What a template writes around an answer of one conversation."""
+
+    asked: str
+    """The conversation with the generation prompt: what the model sees when it is used."""
+    before: str
+    """All that stands before an answer: `asked`, and what some templates add to it."""
+    behind: str
+
+    def place_of(self, answer: str, text: str) -> str | None:
+        """What stands before the answer in a rendered conversation; None where something else than the answer stands there.
+
+        White space around an answer may have been stripped. An answer may bring its own of what the template else adds (a think block).
+        """
+        for before in (self.before, self.asked):
+            found = text[len(before) : len(text) - len(self.behind)]
+            if text.startswith(before) and text.endswith(self.behind) and found.strip() == answer.strip():
+                return before
+        return None
+
+
 class _Encoder:
     """Encodes pairs, each distinct one once: the published data repeat every dominant pair six times."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         self._tokenizer, self._max_length = tokenizer, max_length
-        self._special = set(tokenizer.all_special_ids) | {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._special = special_ids(tokenizer)
         self._done: dict[Pair, tuple[TokenizedResponse, TokenizedResponse]] = {}
 
     def encode_pair(self, pair: Pair, side: str) -> tuple[TokenizedResponse, TokenizedResponse]:
         if pair not in self._done:
-            self._done[pair] = (self._encode(pair, "chosen", side), self._encode(pair, "rejected", side))
-        return self._done[pair]
+            frame = self._frame_of(pair)
+            self._done[pair] = (self._encode(pair, "chosen", side, frame), self._encode(pair, "rejected", side, frame))
+        chosen, rejected = self._done[pair]
+        if chosen == rejected:
+            count = len(chosen.input_ids) - chosen.response_start
+            raise _Unusable(
+                "chosen_equals_rejected",
+                f"the {side} pair has no gap: both answers are the same {count} tokens after the chat template and data.max_length "
+                f"{self._max_length}",
+            )
+        return chosen, rejected
 
-    def _encode(self, pair: Pair, kind: str, side: str) -> TokenizedResponse:
+    def _frame_of(self, pair: Pair) -> _Frame:
         conversation = pair.conversation()
-        prompt = self._ids(conversation, add_generation_prompt=True)
-        whole = self._ids([*conversation, {"role": "assistant", "content": getattr(pair, kind)}], add_generation_prompt=False)
-        if whole[: len(prompt)] != prompt:
-            at = len(prompt)
+        asked = self._rendered(conversation, add_generation_prompt=True)
+        before, found, behind = self._rendered([*conversation, _answer(_PROBE)]).rpartition(_PROBE)
+        if not found:
+            raise _Unusable("answer_rewritten", "the chat template leaves the answer of this conversation out")
+        if not before.startswith(asked):
             raise UserError(
-                "The chat template is not prefix-stable: the ids of a prompt are not the beginning of the ids of prompt and response, so "
-                f"where the response begins is unknown. The prompt ends with {self._tokenizer.decode(prompt[-8:])!r}, the conversation has "
-                f"{self._tokenizer.decode(whole[max(0, at - 8) : at])!r} there. Use a template whose generation prompt is what it writes "
+                "The chat template is not prefix-stable: its generation prompt is no beginning of what it writes before an answer, so a "
+                f"model would be trained behind another prompt than it is asked with. The prompt ends with {asked[-40:]!r}, the "
+                f"conversation has {before[max(0, len(asked) - 40) :]!r} there. Use a template whose generation prompt is what it writes "
                 "before an answer."
             )
-        end = self._end_of_turn(whole, len(prompt))
-        cut = min(end, self._max_length)
-        if cut <= len(prompt):
+        return _Frame(asked, before, behind)
+
+    def _encode(self, pair: Pair, kind: str, side: str, frame: _Frame) -> TokenizedResponse:
+        answer = str(getattr(pair, kind))
+        text = self._rendered([*pair.conversation(), _answer(answer)])
+        before = frame.place_of(answer, text)
+        if before is None:
+            raise _Unusable("answer_rewritten", f"the chat template writes something else than the {side} {kind} answer: {text[-80:]!r}")
+        split = self._split(text, before, frame)
+        if split is None:
+            raise _Unusable(
+                "answer_joined_with_template",
+                f"the {side} {kind} answer begins with {answer[:12]!r}, which the tokenizer joins with the template's {before[-12:]!r}, so "
+                "it cannot be scored alone; take off white space at its beginning, or use a template that ends otherwise",
+            )
+        prompt, response = split
+        response = response[: self._end(response, frame.behind)]
+        left = response[: max(0, self._max_length - len(prompt))]
+        if not left:
             raise _Unusable(
                 "response_truncated_away",
-                f"the {side} prompt has {len(prompt)} tokens, so none of the {end - len(prompt)} {kind} tokens is left at data.max_length "
+                f"the {side} prompt has {len(prompt)} tokens, so none of the {len(response)} {kind} tokens is left at data.max_length "
                 f"{self._max_length}; raise it or shorten the prompt",
             )
-        return TokenizedResponse(tuple(whole[:cut]), len(prompt))
+        return TokenizedResponse((*prompt, *left), len(prompt))
 
-    def _ids(self, conversation: list[dict[str, str]], add_generation_prompt: bool) -> list[int]:
+    def _split(self, text: str, before: str, frame: _Frame) -> tuple[list[int], list[int]] | None:
+        """Tokens of the prompt, and of the answer with what stands behind it; None where one token belongs to both.
+
+        White space that a template adds to its generation prompt may be in the answer's first token, as the model writes it. Where the
+        prompt has other tokens alone than before an answer, it gets those that it has alone: those it is asked with.
+        """
+        ids = self._ids(text)
+        for prompt in (before, frame.asked):
+            alone = self._ids(prompt)
+            if before.startswith(prompt) and not before[len(prompt) :].strip() and ids[: len(alone)] == alone:
+                return alone, ids[len(alone) :]
+        prompt_ids, rest = self._ids(before), self._ids(text[len(before) :])
+        place = len(ids) - len(rest)
+        told_apart = ids[place:] == rest and decode(ids[:place], self._tokenizer) == decode(prompt_ids, self._tokenizer)
+        return (prompt_ids, rest) if told_apart else None
+
+    def _end(self, response: list[int], behind: str) -> int:
+        """Where scoring ends: behind the first special token after the answer, or at the end of the ids where there is none.
+
+        Counted from the end, since the answer may hold special tokens itself.
+        """
+        count = sum(token in self._special for token in self._ids(behind))
+        places = [place for place, token in enumerate(response) if token in self._special]
+        return places[-count] + 1 if count else len(response)
+
+    def _rendered(self, conversation: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
         try:
-            encoded: Any = self._tokenizer.apply_chat_template(
-                conversation, tokenize=True, return_dict=True, add_generation_prompt=add_generation_prompt
-            )
-        except TemplateError as error:
+            return str(self._tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt))
+        except (TemplateError, TypeError, ValueError, LookupError) as error:
             raise _Unusable("refused_by_template", f"the chat template refuses it: {error}") from error
+
+    def _ids(self, text: str) -> list[int]:
+        encoded: Any = self._tokenizer(text, add_special_tokens=False)
         return list(encoded["input_ids"])
 
-    def _end_of_turn(self, ids: list[int], start: int) -> int:
-        """Where scoring ends: behind the last special token if only white space follows it, else at the end of the ids."""
-        for place in range(len(ids) - 1, start - 1, -1):
-            if ids[place] in self._special:
-                return place + 1 if not str(self._tokenizer.decode(ids[place + 1 :])).strip() else len(ids)
-        return len(ids)
+
+def _answer(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}

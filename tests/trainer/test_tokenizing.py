@@ -1,8 +1,8 @@
 """What exactly is scored, for chat templates of every kind."""
 
 import pytest
-from conftest import make_tokenizer
-from hypothesis import given
+from conftest import SPECIAL, make_tokenizer
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mpo.config import DataConfig
@@ -37,16 +37,116 @@ def test_the_response_and_its_end_of_turn_are_scored(template, prompt, scored):
     assert decode_view(example.target_chosen, tokenizer) == (prompt, scored)
 
 
-@given(st.text(alphabet=st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1).filter(lambda s: s.strip()))
-def test_any_answer_is_scored_whole(text):
-    """Texts in any script; the prompt's ids are untouched by what follows, and no begin-of-sequence token is added."""
-    tokenizer = make_tokenizer("llama3")
-    if any(token in text for token in tokenizer.all_special_tokens):
-        return
-    (example,), _ = tokenize_rows([row(chosen=text, rejected="z" + text)], tokenizer, config(max_length=100_000))
-    ids = example.target_chosen.input_ids
-    assert tokenizer.decode(ids[example.target_chosen.response_start :]) == text + "<|eot|>"
-    assert ids.count(tokenizer.convert_tokens_to_ids("<|begin|>")) == 1
+PIECES = st.one_of(
+    st.sampled_from(["\n", "\n\n", " ", "  ", "\t", "n", "No.", "<think>", "</think>", "<think>\nwell\n</think>\n\n", *SPECIAL[:6]]),
+    st.text(alphabet=st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=6),
+)
+FRAMES = {
+    "chatml": ("<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"),
+    "llama3": ("<|begin|><|header|>user<|/header|>\n\nhello<|eot|><|header|>assistant<|/header|>\n\n", "<|eot|>"),
+    "gemma": ("<bos><start_of_turn>user\nhello<end_of_turn>\n<start_of_turn>model\n", "<end_of_turn>"),
+    "no_end": ("user: hello\nassistant: ", "\n"),
+    "thinking": ("<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n", "<|im_end|>"),
+    "stripping": ("<|begin|><|header|>user<|/header|>\n\nhello<|eot|><|header|>assistant<|/header|>\n\n", "<|eot|>"),
+    "spaced": ("<bos>[INST] hello [/INST] ", "<|eot|>"),
+    "two_ends": ("<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"),
+    "unasked": ("<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"),
+    "channels": ("<|begin|>user<|/header|>hello<|im_end|><|begin|>assistant<|header|>final<|/header|>", "<|eot|>"),
+    "no_system": ("<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"),
+}
+"""What a template writes before an answer without a think block of its own, and its end of turn."""
+
+
+@pytest.mark.parametrize("kind", ["bytes", "joining", "pieces"])
+@pytest.mark.parametrize("template", FRAMES)
+def test_scored_is_the_answer_and_its_end_of_turn_and_nothing_else(template, kind):
+    """For any answer. What cannot be scored so is a bad row, and only an answer with white space around it or a think block may be one."""
+    tokenizer = make_tokenizer(template, kind)
+    before, end = FRAMES[template]
+
+    @settings(max_examples=25, deadline=None)
+    @given(st.lists(PIECES, min_size=1, max_size=5).map("".join).filter(str.strip))
+    @example("no thanks")
+    @example("\n\nno thanks")
+    @example("\nno thanks ")
+    @example("think")
+    @example("<|im_end|>no<|eot|>")
+    @example("<think>\nwell\n</think>\n\nno thanks")
+    @example("<think>\n\n</think>\n\nno thanks")
+    def check(answer):
+        rows = [row(chosen=answer, rejected="z"), row(chosen="Well.")]  # the second keeps the list from being empty
+        examples, bad = tokenize_rows(rows, tokenizer, config(max_length=100_000, on_bad_row="drop"))
+        if bad:
+            beginnings = " n" if template == "no_end" else "\n "  # its generation prompt ends with a space
+            joined = kind != "bytes" and answer[0] in beginnings and template not in ("stripping", "channels")
+            rewritten = template == "thinking" and "</think>" in answer
+            assert [b.reason for b in bad] == ["answer_rewritten" if rewritten else "answer_joined_with_template"] and (joined or rewritten)
+            return
+        prompt, scored = decode_view(examples[0].target_chosen, tokenizer)
+        space = " " if template == "spaced" and prompt + " " == before else ""  # in the answer's first token, as the model writes it
+        text = scored.removeprefix(space).removesuffix(end)
+        assert scored == space + text + end
+        if template in ("stripping", "thinking"):
+            assert text.strip() == answer.strip()
+        else:
+            assert text == answer
+        own_thoughts = template == "thinking" and "</think>" in answer
+        assert prompt + space == (before.removesuffix("<think>\n\n</think>\n\n") if own_thoughts else before)
+
+    check()
+
+
+def test_an_answer_that_cannot_be_told_from_the_template_is_a_bad_row_with_its_place():
+    tokenizer = make_tokenizer("chatml", "joining")
+    message = (
+        r"rows.jsonl:1: answer_joined_with_template: the target chosen answer begins with '\\n\\nno thanks', which the tokenizer joins"
+    )
+    with pytest.raises(UserError, match=message):
+        tokenize_rows([row(chosen="\n\nno thanks"), row()], tokenizer, config())
+    examples, bad = tokenize_rows([row(chosen="\n\nno thanks"), row()], tokenizer, config(on_bad_row="drop"))
+    assert len(examples) == 1 and [b.reason for b in bad] == ["answer_joined_with_template"]
+    one = row(chosen="\nno thanks")  # "assistant", "\n", "\n", "no": told apart
+    assert decode_view(tokenize_rows([one], tokenizer, config())[0][0].target_chosen, tokenizer)[1] == "\nno thanks<|im_end|>"
+
+
+def test_a_prompt_has_the_tokens_that_the_model_is_asked_with():
+    """Here two line breaks are one token at the end of a prompt, and two before a word."""
+    tokenizer = make_tokenizer("llama3", "joining")
+    (example,), _ = tokenize_rows([row()], tokenizer, config())
+    asked = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], add_generation_prompt=True)["input_ids"]
+    response = example.target_chosen
+    assert list(response.input_ids[: response.response_start]) == asked
+    assert tokenizer.decode(response.input_ids[response.response_start :]) == "no thanks<|eot|>"
+
+
+def test_a_template_that_rewrites_or_drops_an_answer_makes_bad_rows():
+    for change, message in (
+        ("| upper", "writes something else than the target chosen answer"),
+        ("[:3]", "leaves the answer"),
+        ("+ 1", "refuses"),
+    ):
+        tokenizer = make_tokenizer()
+        tokenizer.chat_template = tokenizer.chat_template.replace("m['content'] }}", f"m['content'] {change} }}}}")
+        with pytest.raises(UserError, match=message):
+            tokenize_rows([row()], tokenizer, config())
+
+
+@pytest.mark.parametrize(
+    ("template", "chosen", "rejected", "short"),
+    [
+        ("chatml", "sure, here it is", "sure, never", 6),  # equal where max_length cuts
+        ("stripping", "no", "no \u2028", None),
+        ("thinking", "\nno", "no", None),
+    ],
+)
+def test_answers_that_are_equal_as_tokens_are_a_bad_row(template, chosen, rejected, short):
+    tokenizer = make_tokenizer(template)
+    limit = len(tokenizer(FRAMES[template][0])["input_ids"]) + (short or 100)
+    same = row(chosen=chosen, rejected=rejected)
+    with pytest.raises(UserError, match=r"rows.jsonl:1: chosen_equals_rejected: the target pair has no gap: both answers are the same"):
+        tokenize_rows([same], tokenizer, config(max_length=limit))
+    examples, bad = tokenize_rows([same, row()], tokenizer, config(max_length=limit, on_bad_row="drop"))
+    assert len(examples) == 1 and [b.reason for b in bad] == ["chosen_equals_rejected"]
 
 
 def test_truncation_cuts_the_response_and_keeps_at_least_one_token():
