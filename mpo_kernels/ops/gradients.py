@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from mpo_kernels.ops.operator import operator
+
 FP16_PEAK = 256.0
 """Largest entry that a chunk's float16 logit gradients are scaled to. Unscaled they are of the size of a probability divided by pairs and
 tokens, which float16 rounds to 0; a GradScaler's factor comes too late, in backward. 256 leaves 2^-32 above 0 and dH below
@@ -147,10 +149,10 @@ def _factor(grad: torch.Tensor, row_scale: torch.Tensor | None, scale: torch.Ten
     return scale if row_scale is None else (row_scale * scale).view(-1, *(1,) * (grad.ndim - 1))
 
 
-@torch.library.custom_op(
+@operator(
     "mpo_kernels::scaled",
-    mutates_args=(),
     schema="(Tensor grad, Tensor? row_scale, Tensor scale, ScalarType dtype) -> Tensor",
+    strided=("grad",),
 )
 def scaled(grad, row_scale, scale, dtype):
     """grad (R, ...) * scale () * row_scale (R,) in `dtype`, in one pass that does not change `grad`, so that retain_graph is safe."""

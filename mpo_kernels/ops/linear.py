@@ -22,6 +22,7 @@ from mpo_kernels.backend import backend_for
 from mpo_kernels.distributed import Parallel, from_handle
 from mpo_kernels.ops.gradients import FP16_PEAK, HeadGradients, hidden_grad_dtype, power_of_two_for, scaled, scaled_in_backward
 from mpo_kernels.ops.head import HeadOptions, RowStats, row_stats, statistics_dtype, write_logit_grads
+from mpo_kernels.ops.operator import operator
 from mpo_kernels.ops.pair import pair_losses
 from mpo_kernels.ops.rows import rows_of_chunks, scored_rows
 from mpo_kernels.planning import Chunk, plan_pairs, rows_per_chunk, split_rows
@@ -71,12 +72,12 @@ class _TokenOutputs:
             self.is_argmax.index_copy_(0, places, stats.is_argmax)
 
 
-@torch.library.custom_op(
+@operator(
     "mpo_kernels::linear_pair_loss",
-    mutates_args=(),
     schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor cu_seqlens, Tensor reference_gap, Tensor? pair_weights, "
     f"float beta, bool hidden_grad, bool weight_grad, bool bias_grad, bool may_keep_chunk, {_HEAD}) "
     f"-> ({', '.join(['Tensor'] * 12)})",
+    strided=("hidden", "weight"),
 )
 def linear_pair_loss_op(
     hidden, weight, bias, labels, cu_seqlens, reference_gap, pair_weights, beta, hidden_grad, weight_grad, bias_grad, may_keep_chunk,
@@ -223,11 +224,11 @@ def _pair_loss_backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tu
 linear_pair_loss_op.register_autograd(_pair_loss_backward, setup_context=_save_pair_loss)
 
 
-@torch.library.custom_op(
+@operator(
     "mpo_kernels::linear_token_logprobs",
-    mutates_args=(),
     schema=f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, bool keep_stats, bool keep_hidden_grad, {_HEAD}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    strided=("hidden", "weight"),
 )
 def linear_token_logprobs_op(
     hidden, weight, bias, labels, keep_stats, keep_hidden_grad,
@@ -279,11 +280,11 @@ def _(
     )
 
 
-@torch.library.custom_op(
+@operator(
     "mpo_kernels::linear_token_logprobs_grad",
-    mutates_args=(),
     schema="(Tensor grad_logp, Tensor logp, Tensor normalizer, Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, "
     f"bool hidden_grad, bool weight_grad, bool bias_grad, {_HEAD}) -> (Tensor, Tensor, Tensor, Tensor)",
+    strided=("hidden", "weight"),
 )
 def linear_token_logprobs_grad_op(
     grad_logp, logp, normalizer, hidden, weight, bias, labels, hidden_grad, weight_grad, bias_grad,

@@ -14,6 +14,7 @@ import torch
 
 from mpo_kernels.backend import backend_for
 from mpo_kernels.distributed import Parallel, from_handle
+from mpo_kernels.ops.operator import operator
 
 
 def pair_losses(
@@ -35,9 +36,8 @@ def pair_losses(
     )  # fmt: skip
 
 
-@torch.library.custom_op(
+@operator(
     "mpo_kernels::pair_loss",
-    mutates_args=(),
     schema="(Tensor logp, Tensor labels, Tensor cu_seqlens, Tensor reference_gap, Tensor? pair_weights, float beta, int ignore_index, "
     "int parallel) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
@@ -55,9 +55,8 @@ def _(logp, labels, cu_seqlens, reference_gap, pair_weights, beta, ignore_index,
     return tuple(logp.new_empty(n) for n in (pairs, 2 * pairs, pairs, 2 * pairs, pairs))
 
 
-@torch.library.custom_op(
+@operator(
     "mpo_kernels::pair_loss_grad",
-    mutates_args=(),
     schema="(Tensor gap_grad, Tensor counts, Tensor labels, Tensor cu_seqlens, int ignore_index) -> Tensor",
 )
 def pair_loss_grad_op(gap_grad, counts, labels, cu_seqlens, ignore_index):

@@ -11,12 +11,13 @@ import torch
 
 from mpo_kernels.backend import backend_for
 from mpo_kernels.ops.head import statistics_dtype
+from mpo_kernels.ops.operator import operator
 
 
-@torch.library.custom_op(
+@operator(
     "mpo_kernels::mean_pool",
-    mutates_args=(),
     schema="(Tensor hidden, Tensor? mask, Tensor cu_seqlens) -> (Tensor, Tensor)",
+    strided=("hidden",),
 )
 def mean_pool_op(hidden, mask, cu_seqlens):
     """hidden (N, D), mask (N,) bool, cu_seqlens (S + 1,) -> means (S, D), rows pooled (S,)."""
@@ -30,9 +31,8 @@ def _(hidden, mask, cu_seqlens):
     return hidden.new_empty(sequences, hidden.shape[1], dtype=dtype), hidden.new_empty(sequences, dtype=dtype)
 
 
-@torch.library.custom_op(
+@operator(
     "mpo_kernels::mean_pool_grad",
-    mutates_args=(),
     schema="(Tensor grad_pooled, Tensor? mask, Tensor cu_seqlens, Tensor counts, int rows, ScalarType dtype) -> Tensor",
 )
 def mean_pool_grad_op(grad_pooled, mask, cu_seqlens, counts, rows, dtype):

@@ -13,14 +13,15 @@ from torch.autograd.function import once_differentiable
 
 from mpo_kernels.distributed import from_handle
 from mpo_kernels.ops.head import HeadOptions, row_stats, statistics_dtype, write_logit_grads
+from mpo_kernels.ops.operator import operator
 
 _HEAD = "int ignore_index, float logit_scale, float? softcap, int parallel"
 
 
-@torch.library.custom_op(
+@operator(
     "mpo_kernels::token_logprobs",
-    mutates_args=(),
     schema=f"(Tensor logits, Tensor labels, bool token_outputs, {_HEAD}) -> (Tensor, Tensor, Tensor, Tensor)",
+    strided=("logits",),
 )
 def token_logprobs_op(logits, labels, token_outputs, ignore_index, logit_scale, softcap, parallel):
     """logits (B, T, V), labels (N,) int64 -> logp (N,), normalizer (N, 2), entropy (N,), is_argmax (N,); the last two (0,) unless asked."""
@@ -43,10 +44,10 @@ def _(logits, labels, token_outputs, ignore_index, logit_scale, softcap, paralle
     )
 
 
-@torch.library.custom_op(
+@operator(
     "mpo_kernels::token_logprobs_grad",
-    mutates_args=(),
     schema=f"(Tensor grad_logp, Tensor logits, Tensor labels, Tensor logp, Tensor normalizer, {_HEAD}) -> Tensor",
+    strided=("logits",),
 )
 def token_logprobs_grad_op(grad_logp, logits, labels, logp, normalizer, ignore_index, logit_scale, softcap, parallel):
     """dL/dlogp (N,) -> dL/dlogits (B, T, V), contiguous."""
@@ -81,9 +82,10 @@ class InplaceTokenLogprobs(torch.autograd.Function):
     """The same results as `mpo_kernels::token_logprobs`; backward overwrites the logits with their gradient."""
 
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
-        output = token_logprobs_op(logits, *arguments)
-        _save(ctx, (logits, *arguments), output)
+    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
+        labels = labels.contiguous()  # backward hands them to the kernel, past any operator's door
+        output = token_logprobs_op(logits, labels, *arguments)
+        _save(ctx, (logits, labels, *arguments), output)
         ctx.overwritten = False
         return output
 

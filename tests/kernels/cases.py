@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -58,3 +59,35 @@ def relative_error(ours: torch.Tensor | None, theirs: torch.Tensor | None) -> fl
     assert ours.shape == theirs.shape
     difference = (ours.double() - theirs.double()).norm()
     return 0.0 if difference == 0 else float(difference / theirs.double().norm().clamp_min(1e-30))
+
+
+LAYOUTS = ("gaps", "transposed", "offset", "expanded")
+
+
+def laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same numbers as a view of other memory, which holds as plausible numbers elsewhere. `expanded` has other numbers: the last slice
+    of the first dimension, over and over."""
+    if layout == "transposed":
+        backwards = tuple(reversed(range(tensor.ndim)))
+        return tensor.permute(backwards).contiguous().permute(backwards)
+    if layout == "expanded":
+        long = next((d for d, n in enumerate(tensor.shape) if n > 1), None)
+        return tensor if long is None else tensor.narrow(long, -1, 1).clone().expand_as(tensor)
+    step = 2 if layout == "gaps" else 1  # `offset`: contiguous, but off any alignment
+    memory = tensor.roll(1).flatten()[:1].repeat(1 + step * tensor.numel() or 1) if tensor.numel() else tensor.new_zeros(1)
+    strides = [step * n for n in torch.empty(tensor.shape, device="meta").stride()]
+    return memory.as_strided(tensor.shape, strides, min(1, memory.numel() - 1)).copy_(tensor)
+
+
+class OtherStrides(TorchDispatchMode):
+    """Hands every tensor to every operator of the package as a view with gaps, as a compiler may; `seen` are the operators' names."""
+
+    def __init__(self, layout: str = "gaps") -> None:
+        super().__init__()
+        self.layout, self.seen = layout, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "mpo_kernels":
+            self.seen.add(func.name())
+            args = [laid_out(a, self.layout) if isinstance(a, torch.Tensor) else a for a in args]
+        return func(*args, **(kwargs or {}))

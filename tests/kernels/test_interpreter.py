@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
-@pytest.mark.parametrize("file", ["test_logits.py", "test_tokens.py", "test_linear.py", "test_pool.py", "test_bytes.py"])
+@pytest.mark.parametrize("file", ["test_logits.py", "test_tokens.py", "test_linear.py", "test_pool.py", "test_bytes.py", "test_strides.py"])
 def test_triton_kernels_in_the_interpreter(file):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "MPO_KERNELS_BACKEND": "triton"}
     result = subprocess.run(
