@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from fractions import Fraction
 from typing import Any, Literal
 
 import torch
@@ -227,6 +228,11 @@ def order_of_rows(examples: Sequence[Example], epoch: int, seed: int, group_by_d
     return [index for group in shuffled(list(groups.values())) for index in shuffled(group)]
 
 
+def as_written(value: float) -> Fraction:
+    """The decimal number that a configuration's float stands for: 1.1 x 100 rows are 110, where floats make it a little more."""
+    return Fraction(str(value))
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Which rows each optimizer step computes. The rows of a run are cut from the concatenated epochs, so a step may span two."""
@@ -238,14 +244,16 @@ class Schedule:
     repeats_first_step: bool = False
 
     @property
-    def steps(self) -> int:
-        return self.max_steps or max(1, math.ceil(self.rows * self.epochs / self.pairs_per_step))
+    def pairs(self) -> int:
+        """Pairs of the run, from which all else follows: `max_steps` full steps, or `epochs` passes to the nearest row, at least one."""
+        if self.max_steps is not None:
+            return self.max_steps * self.pairs_per_step
+        return max(1, round(self.rows * as_written(self.epochs)))
 
     @property
-    def pairs(self) -> int:
-        """Pairs of the whole run. Only the last step may be smaller, and only where `epochs` sets the end."""
-        full = self.steps * self.pairs_per_step
-        return full if self.max_steps else min(full, max(1, round(self.rows * self.epochs)))
+    def steps(self) -> int:
+        """Only the last one may have fewer than `pairs_per_step`, and only where `epochs` sets the end; none is empty."""
+        return -(-self.pairs // self.pairs_per_step)
 
     def positions(self, step: int) -> range:
         """Positions of the step's pairs in the concatenated epochs."""

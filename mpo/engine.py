@@ -13,6 +13,7 @@ import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from transformers import PreTrainedModel
 
+from mpo.batching import as_written
 from mpo.config import Config, TrainConfig
 from mpo.errors import UserError
 
@@ -137,8 +138,11 @@ class OptimizerGuard:
 
 
 def learning_rate(train: TrainConfig, step: int, steps: int) -> float:
-    """Learning rate of step 0 <= step < steps: linear warm-up from 0, then the schedule's decay to 0."""
-    warmup = math.ceil(train.warmup_ratio * steps)
+    """Learning rate of step 0 <= step < steps: a linear warm-up from above 0 to the peak, then the schedule's decay toward 0.
+
+    With w = ceil(warmup_ratio * steps): peak * (step + 1) / w where step < w, else peak * factor((step - w) / (steps - w)).
+    """
+    warmup = math.ceil(as_written(train.warmup_ratio) * steps)
     if step < warmup:
         return train.learning_rate * (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)

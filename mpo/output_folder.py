@@ -76,7 +76,7 @@ class OutputFolder:
         return True
 
     def other_threads(self) -> int | None:
-        """How many CPU threads the run began with, where this process has another number of them, and so other last bits of a CPU's sums."""
+        """How many CPU threads the run began with, where this process has another number of them; a CPU's sums depend on it."""
         began_with = read_json(self.config).get("threads")
         return None if began_with == torch.get_num_threads() else began_with
 

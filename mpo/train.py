@@ -62,8 +62,8 @@ def train(config: Config) -> dict[str, Any]:
         folder.write_dropped(dropped)
     if (threads := on_main(folder.other_threads)) is not None:
         progress.log(
-            f"WARNING: This run began with {threads} CPU thread(s) a rank and goes on with {torch.get_num_threads()}, which changes the last "
-            f"bits of a CPU's sums. Set OMP_NUM_THREADS={threads} to go on bit for bit."
+            f"WARNING: This run began with {threads} CPU thread(s) a rank and goes on with {torch.get_num_threads()}, which changes the "
+            f"last bits of a CPU's sums. Set OMP_NUM_THREADS={threads} to go on bit for bit."
         )
 
     schedule = schedule_of(config, len(examples))

@@ -1,18 +1,21 @@
 """Packing and the assignment of rows to steps and ranks: exact bookkeeping, checked position by position."""
 
+import math
+from decimal import ROUND_HALF_EVEN, Decimal
 from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mpo.batching import MicroBatch, Schedule, in_micro_batches, of_every_rank, order_of_rows, pack, pack_for_scoring, tokens_of
-from mpo.config import Config
+from mpo.config import Config, TrainConfig
+from mpo.engine import learning_rate
 from mpo.model import Scores
 from mpo.reference import ReferenceStore
 from mpo.tokenizing import Example, TokenizedResponse
-from mpo.train import make_batch
+from mpo.train import Batches, make_batch, schedule_of
 
 SEQUENCES = st.lists(st.integers(1, 6).flatmap(lambda start: st.tuples(st.just(start), st.integers(1, 5))), min_size=1, max_size=6)
 
@@ -96,7 +99,7 @@ def examples_of(rows):
     per_step=st.integers(1, 9),
     micro=st.integers(1, 4),
     world=st.integers(1, 5),
-    epochs=st.sampled_from([0.5, 1, 2, 2.3]),
+    epochs=st.sampled_from([0.5, 1, 1.1, 2, 2.3]),
     budget=st.sampled_from([None, 1, 10, 25]),
     share=st.booleans(),
 )
@@ -111,6 +114,7 @@ def test_every_pair_once_and_every_rank_as_many_micro_batches(rows, per_step, mi
         shares = [of_every_rank(schedule, step, rank, world, cut) for rank in range(world)]
         assert len({len(share) for share in shares}) == 1
         in_step = [examples[p % rows] for p in schedule.positions(step)]
+        assert in_step
         computed = [e for share in shares for part in share for e in part.examples]
         assert sorted(computed, key=lambda e: e.source) == sorted(in_step, key=lambda e: e.source)
         if budget is None:
@@ -119,8 +123,8 @@ def test_every_pair_once_and_every_rank_as_many_micro_batches(rows, per_step, mi
             # Each dominant sequence of the rank's rows once, with half the number of rows that have it.
             mine = [examples[p % rows] for p in schedule.share(step, rank, world)]
             want: dict = {}
-            for example in mine:
-                for sequence in (example.dominant_chosen, example.dominant_rejected):
+            for row in mine:
+                for sequence in (row.dominant_chosen, row.dominant_rejected):
                     want[sequence] = want.get(sequence, 0) + 0.5
             found = [item for part in parts for item in part.dominant]
             assert dict(found) == want and len(found) == len(want)
@@ -130,7 +134,50 @@ def test_every_pair_once_and_every_rank_as_many_micro_batches(rows, per_step, mi
                 else:
                     assert part.tokens(share) <= budget or len(part.examples) + bool(part.dominant) == 1
         seen += in_step
-    assert len(seen) == max(1, round(rows * epochs))
+    assert len(seen) == pairs_of(rows, epochs)
+
+
+def pairs_of(rows, epochs):
+    """The nearest whole number of rows to so many passes, by decimal arithmetic, at least one."""
+    return max(1, int((rows * Decimal(str(epochs))).quantize(Decimal(1), ROUND_HALF_EVEN)))
+
+
+@given(
+    rows=st.integers(1, 500),
+    per_step=st.integers(1, 40),
+    epochs=st.decimals("0.01", "4", places=2).map(float) | st.floats(0.01, 4),
+    max_steps=st.none() | st.integers(1, 30),
+    world=st.integers(1, 9),
+)
+@example(rows=2, per_step=2, epochs=1.1, max_steps=None, world=1)
+@example(rows=100, per_step=11, epochs=1.1, max_steps=None, world=1)
+@example(rows=50, per_step=1, epochs=0.29, max_steps=None, world=2)
+@settings(max_examples=400)
+def test_steps_cut_the_rows_of_a_run_without_a_rest(rows, per_step, epochs, max_steps, world):
+    """No step is empty, all but the last are full, every rank's shares add up, and what is counted is what is computed."""
+    schedule = Schedule(rows, per_step, epochs, max_steps)
+    assert schedule.pairs == (pairs_of(rows, epochs) if max_steps is None else max_steps * per_step)
+    steps = [schedule.positions(step) for step in range(schedule.steps)]
+    assert [place for step in steps for place in step] == list(range(schedule.pairs))
+    assert all(len(step) == per_step for step in steps[:-1]) and 1 <= len(steps[-1]) <= per_step
+    for i, step in enumerate(steps):
+        assert [place for rank in range(world) for place in schedule.share(i, rank, world)] == list(step)
+    again = Schedule(rows, per_step, epochs, max_steps, repeats_first_step=True)
+    assert again.steps == schedule.steps and {again.positions(i) for i in range(again.steps)} == {steps[0]}
+
+
+@given(rows=st.integers(1, 20), per_step=st.integers(1, 7), epochs=st.integers(1, 3), world=st.integers(1, 4), grouped=st.booleans())
+def test_every_epoch_computes_every_row_once(rows, per_step, epochs, world, grouped):
+    """Through the very object that a run and the dry run ask."""
+    train = {"pairs_per_step": per_step, "epochs": epochs, "group_by_dominant": grouped}
+    config = Config.model_validate({"output_dir": "-", "model": {"path": "-"}, "data": {"train": ["-"]}, "train": train})
+    examples, schedule = examples_of(rows), schedule_of(config, rows)
+    batches = Batches(examples, schedule, config)
+    parts = [part for step in range(schedule.steps) for rank in range(world) for part in batches.micro_batches(step, rank, world)]
+    computed = [int(e.source) for part in parts for e in part.examples]
+    assert len(computed) == rows * epochs
+    for epoch in range(epochs):
+        assert sorted(computed[epoch * rows : (epoch + 1) * rows]) == list(range(rows))
 
 
 def test_a_budget_is_filled_by_the_longest_first():
@@ -147,6 +194,38 @@ def test_an_empty_micro_batch_runs_on_the_filler():
     assert batch.packed.documents == ((1, 1, 1),) and batch.packed.input_ids.tolist() == [[0, 0, 0]]
     assert batch.packed.scored_rows.tolist() == [0, 0] and batch.packed.pooled_rows.numel() == 0
     assert batch.pair_weights.tolist() == [0] and batch.pooled_weights.numel() == 0
+
+
+TEN_STEPS = {  # ratio of the warm-up: the share of the peak in steps 0, 1, 2, 3, 5 and 9 of ten, by hand
+    ("constant", 0): (1, 1, 1, 1, 1, 1),
+    ("constant", 0.1): (1, 1, 1, 1, 1, 1),
+    ("constant", 0.3): (1 / 3, 2 / 3, 1, 1, 1, 1),
+    ("constant", 0.25): (1 / 3, 2 / 3, 1, 1, 1, 1),
+    ("constant", 1): (0.1, 0.2, 0.3, 0.4, 0.6, 1),
+    ("linear", 0): (1, 0.9, 0.8, 0.7, 0.5, 0.1),
+    ("linear", 0.1): (1, 1, 8 / 9, 7 / 9, 5 / 9, 1 / 9),
+    ("linear", 0.3): (1 / 3, 2 / 3, 1, 1, 5 / 7, 1 / 7),
+    ("cosine", 0): (1, 0.9755282581, 0.9045084972, 0.7938926261, 0.5, 0.0244717419),
+    ("cosine", 0.1): (1, 1, 0.9698463104, 0.8830222216, 0.5868240888, 0.0301536896),
+    ("cosine", 0.3): (1 / 3, 2 / 3, 1, 1, 0.8117449009, 0.0495155660),
+}
+
+
+@pytest.mark.parametrize(("schedule", "warmup"), TEN_STEPS)
+def test_learning_rates_are_those_of_a_table_made_by_hand(schedule, warmup):
+    train = TrainConfig(learning_rate=3e-4, schedule=schedule, warmup_ratio=warmup)
+    found = [learning_rate(train, step, 10) / 3e-4 for step in (0, 1, 2, 3, 5, 9)]
+    assert found == pytest.approx(TEN_STEPS[schedule, warmup], rel=1e-8)
+
+
+@given(ratio=st.decimals("0", "1", places=2), steps=st.integers(1, 300))
+@example(ratio=Decimal("0.1"), steps=30)  # floats make it 3.0000000000000004, which is no fourth step
+@example(ratio=Decimal("0.07"), steps=100)
+def test_the_peak_comes_after_the_share_of_the_steps_that_was_written(ratio, steps):
+    warmup = math.ceil(ratio * steps)
+    train = TrainConfig(learning_rate=1, schedule="linear", warmup_ratio=float(ratio))
+    rates = [learning_rate(train, step, steps) for step in range(steps)]
+    assert rates.index(1) == max(warmup, 1) - 1 and all(0 < rate <= 1 for rate in rates)
 
 
 def test_max_steps_overrides_epochs():
