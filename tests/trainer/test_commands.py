@@ -9,7 +9,6 @@ from test_train import project, run, weights  # noqa: F401  (project is a fixtur
 from tiny import mpo_command, native_rows, write_rows
 from transformers import AutoModelForCausalLM
 
-from mpo.gaps import bootstrap_interval
 from mpo.language_table import script_share
 
 
@@ -83,13 +82,6 @@ def test_gaps_of_two_models_agree_with_the_run(project, trained):  # noqa: F811
             assert low <= rows[language]["distance"] <= high
     text = command("gaps", project, f"output_dir={trained}").stdout
     assert "bootstrap" in text and str(trained / "model") in text.replace("\n", "")
-
-
-def test_bootstrap_interval_is_that_of_a_mean():
-    values = torch.randn(400, generator=torch.Generator().manual_seed(0)) + 3
-    low, high = bootstrap_interval(values)
-    half = 1.96 * float(values.std()) / 20
-    assert low == pytest.approx(float(values.mean()) - half, abs=0.02) and high == pytest.approx(float(values.mean()) + half, abs=0.02)
 
 
 @pytest.mark.parametrize(
