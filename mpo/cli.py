@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import typer
 
 from mpo.config import load_config
 from mpo.errors import UserError
+from mpo.files import not_finite, to_json
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
@@ -67,8 +67,9 @@ def train(
 
     with _aside(as_json):
         result = run(checked)
+    _warn_of_missing_numbers(result)
     if as_json and _is_main():
-        print(json.dumps(result))
+        _print_json(result)
 
 
 @app.command()
@@ -248,8 +249,9 @@ def _print(report: Any, show: Any, as_json: bool) -> None:
     """A report as JSON on standard output, or as tables; in a log, whose lines have no edge, 140 columns wide."""
     if not _is_main():
         return
+    _warn_of_missing_numbers(report)
     if as_json:
-        print(json.dumps(report, ensure_ascii=False))
+        _print_json(report)
         return
     from rich.console import Console
 
@@ -257,6 +259,22 @@ def _print(report: Any, show: Any, as_json: bool) -> None:
     if not console.is_terminal:
         console.width = 140
     show(report, console)
+
+
+def _print_json(report: Any) -> None:
+    """One line, in letters that standard output has."""
+    encoding = (getattr(sys.stdout, "encoding", None) or "utf-8").lower()
+    print(to_json(report, ascii_only=not encoding.startswith("utf")))
+
+
+def _warn_of_missing_numbers(report: Any) -> None:
+    places = not_finite(report)
+    if places:
+        more = f" and {len(places) - 3} more" if len(places) > 3 else ""
+        _complain(
+            f"WARNING: {', '.join(places[:3])}{more} came out as no number: the model gives NaN or infinities for some rows. JSON has null "
+            "there. Check the model's weights, or try model.dtype=float32."
+        )
 
 
 def _note(line: str) -> None:

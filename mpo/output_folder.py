@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from mpo.config import Config
 from mpo.data import BadRow
 from mpo.errors import UserError
-from mpo.files import new_folder, read_json, write_json
+from mpo.files import new_folder, read_json, to_json, write_json
 from mpo.scoring import Gaps
 
 LOCK = ".lock"
@@ -103,18 +103,18 @@ class OutputFolder:
 
     def write_dropped(self, rows: Sequence[BadRow]) -> None:
         """Writes the rows that were left out, one JSON object a line."""
-        self.dropped.write_text("".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+        self.dropped.write_text("".join(to_json(asdict(r)) + "\n" for r in rows), encoding="utf-8")
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Adds one line to metrics.jsonl."""
         with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(to_json(row) + "\n")
 
     def truncate_metrics(self, steps: int) -> None:
         """Removes lines of steps that a checkpoint does not have, which will be computed again."""
         if self.metrics.is_file():
             rows = [row for row in read_metrics(self.metrics) if row["step"] <= steps]
-            self.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            self.metrics.write_text("".join(to_json(row) + "\n" for row in rows), encoding="utf-8")
 
     def save_gaps_before(self, gaps: Gaps) -> None:
         """Keeps the gaps before training, which a resumed run can no longer measure."""

@@ -75,7 +75,7 @@ def identity(
         # A hub model is identified by its commit, a local one by the contents of its files.
         "weights": sha256_of_files(weights) if weights else str(getattr(model.config, "_commit_hash", None)),
         "chat_template": _sha256(str(tokenizer.chat_template)),
-        "vocabulary": _sha256(json.dumps(sorted(tokenizer.get_vocab().items()))),
+        "vocabulary": _sha256(json.dumps(sorted(tokenizer.get_vocab().items()), allow_nan=False)),
         "attention": model.config._attn_implementation,
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantized": quantized.kind_of(model),
@@ -86,7 +86,7 @@ def identity(
 
 def digest(sequences: Sequence[TokenizedResponse]) -> str:
     """SHA-256 of token ids and response starts, in order."""
-    return _sha256(json.dumps([[s.response_start, *s.input_ids] for s in sequences]))
+    return _sha256(json.dumps([[s.response_start, *s.input_ids] for s in sequences], allow_nan=False))
 
 
 def build(

@@ -11,11 +11,12 @@ from types import TracebackType
 from typing import Any
 
 from mpo.errors import UserError
+from mpo.files import to_json
 
 
 def key_of(*parts: Any) -> str:
     """What a finished text depends on, as 32 hexadecimal digits. Parts are whatever JSON holds."""
-    return hashlib.sha256(json.dumps(parts, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(parts, ensure_ascii=False, sort_keys=True, allow_nan=False).encode()).hexdigest()[:32]
 
 
 class Journal:
@@ -57,7 +58,7 @@ class Journal:
         """Appends finished texts, each with its `key`, and waits until they are on the disk."""
         records = list(records)
         try:
-            self._file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
+            self._file.write("".join(to_json(record) + "\n" for record in records).encode())
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:

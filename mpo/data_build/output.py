@@ -10,7 +10,6 @@ rows.jsonl.answers.jsonl          journal of the model's answers (only with chos
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from mpo.errors import UserError
-from mpo.files import new_file, read_json, write_json
+from mpo.files import new_file, read_json, to_json, write_json
 
 
 class Output:
@@ -77,12 +76,12 @@ class Output:
         Raises:
             UserError: no room, or no right to write.
         """
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        lines = [to_json(row) + "\n" for row in rows]
         digest = hashlib.sha256("".join(lines).encode()).hexdigest()
         try:
             self.rows.unlink(missing_ok=True)
             with new_file(self.dropped) as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in dropped)
+                file.writelines(to_json(row) + "\n" for row in dropped)
             write_json(self.report, {**report, "sha256": digest})
             if lines:
                 with new_file(self.rows) as file:

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from mpo.data_build.config import ServerConfig
 from mpo.data_build.translation import Failure, Finished
 from mpo.errors import UserError
+from mpo.files import to_json
 from mpo.language_table import LANGUAGES
 
 FIRST_DELAY, LONGEST_DELAY = 0.5, 60.0
@@ -151,7 +152,7 @@ class ServerTranslator:
         headers = {"Content-Type": "application/json", "User-Agent": "mpo-kernels"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
-        data = None if body is None else json.dumps(body).encode()
+        data = None if body is None else to_json(body).encode()
         request = urllib.request.Request(self._address + path, data=data, headers=headers)
         try:
             with self._opener.open(request, timeout=self._config.timeout) as reply:
@@ -205,9 +206,9 @@ def _translation_in(reply: Any) -> str | Failure:
         text = choice["message"]["content"] or ""
         finish = choice.get("finish_reason")
     except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise _Again(f"the reply holds no choices[0].message.content: {json.dumps(reply)[:200]}") from error
+        raise _Again(f"the reply holds no choices[0].message.content: {to_json(reply)[:200]}") from error
     if not isinstance(text, str):
-        raise _Again(f"the reply's content is no text: {json.dumps(text)[:200]}")
+        raise _Again(f"the reply's content is no text: {to_json(text)[:200]}")
     if finish == "length":
         return Failure("truncated", "the reply met the server's limit of tokens; see translator.server.max_tokens")
     if finish == "content_filter":
