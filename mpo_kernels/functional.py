@@ -18,6 +18,7 @@ import torch
 from mpo_kernels import validation as check
 from mpo_kernels.distributed import Parallel, handle_of
 from mpo_kernels.ops.linear import linear_pair_loss_op, linear_token_logprobs_op
+from mpo_kernels.ops.once import check_mode, is_wrapped
 from mpo_kernels.ops.pair import pair_loss_op
 from mpo_kernels.ops.pool import mean_pool_op
 from mpo_kernels.ops.token import InplaceTokenLogprobs, token_logprobs_op
@@ -301,6 +302,7 @@ def mean_pool(
         ValueError: shapes, dtypes, devices or values do not fit.
     """
     check.check_float("hidden", hidden)
+    check_mode(hidden)
     sequences = check.check_layout(hidden, cu_seqlens, "hidden", pairs=False)
     if mask is not None and (mask.dtype != torch.bool or mask.shape != hidden.shape[:-1] or mask.device != hidden.device):
         raise ValueError(
@@ -372,6 +374,7 @@ def _from_logits(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Checks, and logp (N,), normalizer, entropy and is_argmax (N,) or (0,)."""
     check.check_rows("logits", logits, labels)
+    check_mode(logits)
     check.check_options(logit_scale, softcap)
     check.check_integers(ignore_index)
     check.check_slice("logits", logits.shape[-1], parallel)
@@ -379,6 +382,8 @@ def _from_logits(
         check.check_label_values(labels, _vocab(logits.shape[-1], parallel), ignore_index)
     arguments = labels.reshape(-1).long(), token_outputs, ignore_index, float(logit_scale), softcap, handle_of(parallel)
     if inplace_backward and not torch.compiler.is_compiling():
+        if is_wrapped(logits):
+            raise ValueError("inplace_backward=True overwrites one tensor, and under vmap there are several. Pass inplace_backward=False.")
         return InplaceTokenLogprobs.apply(_overwritable(logits), *arguments)
     return token_logprobs_op(_three_dimensional(logits), *arguments)
 
@@ -414,6 +419,7 @@ def _check_head(
     autocast = torch.is_autocast_enabled(device)
     check.check_rows("hidden", hidden, labels, host_labels_ok=True)
     check.check_head(hidden, weight, bias, any_dtype=autocast)
+    check_mode(hidden, weight, bias)
     check.check_slice("weight", weight.shape[0], parallel)
     return torch.get_autocast_dtype(device) if autocast and hidden.dtype != torch.float64 else None
 

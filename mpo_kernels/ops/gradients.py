@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from mpo_kernels.ops.once import is_plain
 from mpo_kernels.ops.operator import operator
 
 FP16_PEAK = 256.0
@@ -139,10 +140,9 @@ def scaled_in_backward(grad: torch.Tensor, row_scale: torch.Tensor | None, scale
 
 
 def _graph_ends_here(*tensors: torch.Tensor) -> bool:
-    """Whether this is a backward pass without retain_graph on plain tensors, not traced by a compiler and not under vmap."""
+    """Whether this is a backward pass without retain_graph on plain tensors, not traced by a compiler and not batched."""
     keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
-    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    return not keeps_graph() and all(type(tensor) is torch.Tensor and not is_wrapped(tensor) for tensor in tensors)
+    return not keeps_graph() and all(map(is_plain, tensors))
 
 
 def _factor(grad: torch.Tensor, row_scale: torch.Tensor | None, scale: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ from mpo_kernels.backend import backend_for
 from mpo_kernels.distributed import Parallel, from_handle
 from mpo_kernels.ops.gradients import FP16_PEAK, HeadGradients, hidden_grad_dtype, power_of_two_for, scaled, scaled_in_backward
 from mpo_kernels.ops.head import HeadOptions, RowStats, row_stats, statistics_dtype, write_logit_grads
+from mpo_kernels.ops.once import differentiable_once
 from mpo_kernels.ops.operator import operator
 from mpo_kernels.ops.pair import pair_losses
 from mpo_kernels.ops.rows import rows_of_chunks, scored_rows
@@ -221,7 +222,7 @@ def _pair_loss_backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tu
     return *grads, *none[3:]
 
 
-linear_pair_loss_op.register_autograd(_pair_loss_backward, setup_context=_save_pair_loss)
+differentiable_once(linear_pair_loss_op, _pair_loss_backward, setup_context=_save_pair_loss)
 
 
 @operator(
@@ -360,4 +361,4 @@ def _token_logprobs_backward(ctx: Any, grad_logp: torch.Tensor | None, *_: Any) 
     return *(g.to(dtype) if needed else None for g, dtype, needed in zip(grads, ctx.dtypes, needs, strict=True)), *none[3:]
 
 
-linear_token_logprobs_op.register_autograd(_token_logprobs_backward, setup_context=_save_token_logprobs)
+differentiable_once(linear_token_logprobs_op, _token_logprobs_backward, setup_context=_save_token_logprobs)

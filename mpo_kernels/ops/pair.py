@@ -14,6 +14,7 @@ import torch
 
 from mpo_kernels.backend import backend_for
 from mpo_kernels.distributed import Parallel, from_handle
+from mpo_kernels.ops.once import differentiable_once
 from mpo_kernels.ops.operator import operator
 
 
@@ -85,4 +86,4 @@ def _backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tuple:
     return pair_loss_grad_op(gap_grad * grad_loss, counts, labels, cu_seqlens, ctx.ignore_index), *(None,) * 7
 
 
-pair_loss_op.register_autograd(_backward, setup_context=_save)
+differentiable_once(pair_loss_op, _backward, setup_context=_save)

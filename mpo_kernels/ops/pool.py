@@ -11,6 +11,7 @@ import torch
 
 from mpo_kernels.backend import backend_for
 from mpo_kernels.ops.head import statistics_dtype
+from mpo_kernels.ops.once import differentiable_once
 from mpo_kernels.ops.operator import operator
 
 
@@ -63,4 +64,4 @@ def _backward(ctx: Any, grad_pooled: torch.Tensor | None, _: Any) -> tuple:
     return mean_pool_grad_op(grad_pooled, mask, cu_seqlens, counts, ctx.rows, ctx.dtype), None, None
 
 
-mean_pool_op.register_autograd(_backward, setup_context=_save)
+differentiable_once(mean_pool_op, _backward, setup_context=_save)

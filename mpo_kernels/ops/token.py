@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from mpo_kernels.distributed import from_handle
 from mpo_kernels.ops.head import HeadOptions, row_stats, statistics_dtype, write_logit_grads
+from mpo_kernels.ops.once import differentiable_once, is_plain, refusing_second_derivatives, remember_inputs
 from mpo_kernels.ops.operator import operator
 
 _HEAD = "int ignore_index, float logit_scale, float? softcap, int parallel"
@@ -75,7 +75,7 @@ def _backward(ctx: Any, grad_logp: torch.Tensor | None, *_: Any) -> tuple:
     return grad, *(None,) * 6
 
 
-token_logprobs_op.register_autograd(_backward, setup_context=_save)
+differentiable_once(token_logprobs_op, _backward, setup_context=_save)
 
 
 class InplaceTokenLogprobs(torch.autograd.Function):
@@ -86,11 +86,12 @@ class InplaceTokenLogprobs(torch.autograd.Function):
         labels = labels.contiguous()  # backward hands them to the kernel, past any operator's door
         output = token_logprobs_op(logits, labels, *arguments)
         _save(ctx, (logits, labels, *arguments), output)
+        remember_inputs(ctx, (logits,))
         ctx.overwritten = False
         return output
 
     @staticmethod
-    @once_differentiable
+    @refusing_second_derivatives
     def backward(ctx: Any, grad_logp: torch.Tensor | None, *_: Any) -> tuple:
         if ctx.overwritten:
             raise RuntimeError(
@@ -99,6 +100,11 @@ class InplaceTokenLogprobs(torch.autograd.Function):
             )
         if grad_logp is None:
             return (None,) * 7
+        if not is_plain(grad_logp):
+            raise NotImplementedError(
+                "inplace_backward=True has one place for one gradient, and several are asked for (vectorize=True, is_grads_batched=True). "
+                "Call with inplace_backward=False."
+            )
         logits, labels, logp, normalizer = ctx.saved_tensors
         *head, parallel = ctx.head
         write_logit_grads(logits, labels, logp, normalizer, grad_logp.contiguous(), logits, HeadOptions(*head), from_handle(parallel))

@@ -1,4 +1,4 @@
-"""The functions under torch.compile, torch.library.opcheck, autocast and torch.func."""
+"""The functions under torch.compile, torch.library.opcheck, autocast and functional_call; test_autograd.py has torch.func."""
 
 import shutil
 
@@ -175,28 +175,9 @@ def test_autocast_does_not_touch_losses_from_logits():
     assert torch.equal(plain.loss, inside.loss) and torch.equal(plain.reward_gap, inside.reward_gap)
 
 
-def test_limits_of_torch_func():
-    """vmap runs, one call after the other. Registered autograd formulas do not take part in grad, vjp or jacrev, which PyTorch says."""
-    logits = random(3, 2 * P, T, V)
-
-    def loss(x):
-        return mpo_kernels.mpo_loss(x, LABELS, GAP, validate=False).loss
-
-    torch.testing.assert_close(torch.func.vmap(loss)(logits), torch.stack([loss(x) for x in logits]))
-    with pytest.raises(RuntimeError, match="functorch transforms"):
-        torch.func.grad(loss)(logits[0])
-
-
 def test_functional_call():
     head = torch.nn.Linear(D, V, bias=False)
     weight = random(V, D, grad=True)
     logits = torch.func.functional_call(head, {"weight": weight}, random(2 * P, T, D))
     mpo_kernels.mpo_loss(logits, LABELS, GAP).loss.backward()
     assert weight.grad is not None and weight.grad.any()
-
-
-def test_a_second_derivative_is_refused():
-    logits = random(2 * P, T, V, grad=True)
-    (grad,) = torch.autograd.grad(mpo_kernels.mpo_loss(logits, LABELS, GAP).loss, logits, create_graph=True)
-    with pytest.raises(RuntimeError, match="token_logprobs_grad"):
-        grad.sum().backward()
