@@ -10,8 +10,9 @@ Reported, each in a list with one line per instruction (its first occurrence):
     out_of_bounds   global accesses that lie in no argument; a view with gaps (`x[:, :-1]`) is its rows, not what lies between them
     misaligned      vector accesses at an address that their size does not divide
     races           two warps touch a byte, one of them writes another value to it, and no barrier lies between; or two programs do
-    undefined       a register or shared memory is read that was not written; a shuffle reads a thread that is not there; a barrier that
-                    some threads of the program miss
+    undefined       a register that was never written is read; one that another path wrote, or what was computed or shuffled from it, is
+                    stored, used as an address or decides where a thread goes; shared memory is read that was not written; a shuffle reads
+                    a thread that is not there; a barrier that some threads of the program miss
 
 Instructions are followed in an order that a GPU may choose but does not have to: programs one after another, all threads of a program
 together, those that went apart join at the lowest instruction. Approximate instructions (ex2.approx, div.full) give numpy's float32
@@ -308,7 +309,8 @@ class _Threads:
         self._shared = _Memory("shared", max(shared_bytes, 16))
         self._shared_written = np.zeros(len(self._shared.bytes), bool)
         self._registers: dict[str, np.ndarray] = {}
-        self._written: dict[str, Mask] = {}
+        self._written: dict[str, Mask] = {}  # threads in which a register was written, from what was written itself
+        self._unwritten: Mask = np.zeros(self._count, bool)  # threads in which the instruction at hand has read what was not
         self._interval = number << 24  # of accesses between two barriers; never that of another program
         self._special = {
             "%tid.x": np.arange(self._count),
@@ -369,7 +371,9 @@ class _Threads:
 
     def _guard(self, instruction: Instruction, mask: Mask) -> Mask:
         assert instruction.guard is not None
+        self._unwritten[:] = False
         value = self._bits(instruction.guard, 1, mask)
+        self._must_be_written(instruction, mask)
         return ~value if instruction.guard_negated else value
 
     def _execute(self, instruction: Instruction, mask: Mask) -> None:
@@ -378,20 +382,21 @@ class _Threads:
             return
         if name not in _OPERATIONS:
             raise NotImplementedError(f"The emulator does not know the instruction {instruction.text!r}.")
+        self._unwritten[:] = False
         _OPERATIONS[name](self, instruction, mask)
 
     # Registers
 
     def _bits(self, operand: str, width: int, mask: Mask) -> np.ndarray:
-        """An operand's bits in all threads; those in `mask` must have been written."""
+        """An operand's bits in all threads. Which of those in `mask` were not written is noted: triton before 3.7 lets threads that take no
+        part in a reduction shuffle such registers, and drops the result."""
         if operand.startswith("!"):
             return ~self._bits(operand[1:], width, mask)
         if operand in self._program.widths:
             if operand not in self._registers:
                 self._findings.add("undefined", f"register {operand} is read and was never written")
                 return np.zeros(self._count, bool if width == 1 else _UNSIGNED[width])
-            if (mask & ~self._written[operand]).any():
-                self._findings.add("undefined", f"register {operand} is read in threads that did not write it")
+            self._unwritten |= mask & ~self._written[operand]
             value = self._registers[operand]
             return value if width == 1 else value.astype(_UNSIGNED[width], copy=False)
         if operand in self._special:
@@ -425,7 +430,13 @@ class _Threads:
         old = self._registers.get(register)
         self._registers[register] = np.where(mask, bits, np.zeros_like(bits) if old is None else old)
         written = self._written.get(register)
-        self._written[register] = mask.copy() if written is None else written | mask
+        kept = np.zeros_like(mask) if written is None else written & ~mask
+        self._written[register] = kept | (mask & ~self._unwritten)
+
+    def _must_be_written(self, instruction: Instruction, mask: Mask) -> None:
+        """What the instruction has read so far takes effect outside of registers."""
+        if (self._unwritten & mask).any():
+            self._findings.add("undefined", f"a register is used in threads that did not write it: {instruction.text}")
 
     # Memory
 
@@ -449,6 +460,7 @@ class _Threads:
     def store(self, instruction: Instruction, mask: Mask) -> None:
         width = _width(instruction.types[-1])
         parts = [self._bits(name, width, mask) for name in instruction.operands[1]]
+        self._must_be_written(instruction, mask)
         data = np.ascontiguousarray(np.stack(parts, axis=1)).view(np.uint8)
         memory, threads, places = self._reach(instruction, instruction.operands[0][0], data.shape[1], mask)
         self._track(instruction, memory, threads, places, memory.bytes[places] != data[threads])
@@ -475,6 +487,7 @@ class _Threads:
         """The memory, the threads whose access is good, and the bytes that they touch (threads, size)."""
         base, sign, offset = re.fullmatch(r"\[\s*([^\s+\]]+)\s*(?:([+-])\s*(-?\w+))?\s*\]", operand).groups()  # type: ignore[union-attr]
         addresses = self._bits(base, 64, mask).astype(np.int64)
+        self._must_be_written(instruction, mask)
         if offset:
             addresses = addresses + int(offset, 0) * (-1 if sign == "-" else 1)
         threads = np.flatnonzero(mask)
@@ -514,7 +527,9 @@ class _Threads:
 
     def shuffle(self, instruction: Instruction, mask: Mask) -> None:
         """shfl.sync d, value, b, c: reads another thread of the warp."""
-        value, b, c = (self._bits(instruction.operands[i][0], 32, mask).astype(np.int64) for i in (1, 2, 3))
+        b, c = (self._bits(instruction.operands[i][0], 32, mask).astype(np.int64) for i in (2, 3))
+        self._must_be_written(instruction, mask)
+        value = self._bits(instruction.operands[1][0], 32, mask)
         segment, clamp = c >> 8 & 31, c & 31
         low = self._lane & segment
         high = low | (clamp & ~segment)
@@ -525,9 +540,10 @@ class _Threads:
         if (~mask[source[mask]]).any():
             self._findings.add("undefined", f"a shuffle reads a thread that takes no part in it: {instruction.text}")
         target, _, flag = instruction.operands[0][0].partition("|")
-        self.write(target, value[source].astype(np.uint32), "b32", mask)
         if flag:
             self.write(flag, inside, "pred", mask)
+        self._unwritten = self._unwritten[source]
+        self.write(target, value[source], "b32", mask)
 
     def reduce_warp(self, instruction: Instruction, mask: Mask) -> None:
         """redux.sync: every thread of a warp gets the reduction over the warp."""
@@ -535,6 +551,7 @@ class _Threads:
         if (warps.any(1) & ~warps.all(1)).any():
             self._findings.add("undefined", f"a reduction over a warp that not all of its threads reach: {instruction.text}")
         value = self.read(instruction, 1, mask).reshape(-1, _WARP)
+        self._unwritten = self._unwritten.reshape(-1, _WARP).any(1).repeat(_WARP)
         name = instruction.modifier(*_REDUCTIONS)
         if name is None:
             raise NotImplementedError(f"The emulator does not know the instruction {instruction.text!r}.")

@@ -166,6 +166,16 @@ def _specialise(kernel: Any, target: str, args: tuple[Any, ...], kwargs: dict[st
     backend = make_backend(_gpu(target))
     given = {name: value for name, value in kwargs.items() if name not in kernel.arg_names}
     kwargs = {"debug": False, **kwargs}
-    bound, specialisation, options = create_function_from_signature(kernel.signature, kernel.params, backend)(*args, **kwargs)
-    options, signature, constants, attributes = kernel._pack_args(backend, kwargs, bound, specialisation, options)
-    return Specialised(kernel, target, bound, signature, constants, attributes, options, given)
+    bound, specialised, _ = create_function_from_signature(kernel.signature, kernel.params, backend)(*args, **kwargs)
+    # `specialised` holds (type, marks) of each argument. Triton's own packing of it has another name in each version.
+    kinds = [kind for kind, _ in specialised]
+    return Specialised(
+        kernel,
+        target,
+        bound,
+        signature=dict(zip(kernel.arg_names, kinds, strict=True)),
+        constants={(i,): value for i, (kind, value) in enumerate(zip(kinds, bound.values(), strict=True)) if kind == "constexpr"},
+        attributes={(i,): backend.parse_attr(marks) for i, (kind, marks) in enumerate(specialised) if kind != "constexpr" and marks},
+        options=backend.parse_options(kwargs),
+        given=given,
+    )

@@ -64,12 +64,29 @@ def test_race_in_shared_memory():
     assert "ld.shared" in findings.races[0]
 
 
+HALF_WRITTEN = "setp.lt.s32 %p1, %r1, 8; @%p1 mov.b32 %r9, 0;"
+
 FAULTS = {
     "read of a register that was never written": ("add.s32 %r9, %r10, 1;", "undefined", "%r10 is read and was never written"),
-    "read where another branch wrote": (
-        "setp.lt.s32 %p1, %r1, 8; @%p1 mov.b32 %r9, 1; add.s32 %r10, %r9, 1;",
+    "stored where another branch wrote": (
+        f"{HALF_WRITTEN} add.s32 %r10, %r9, 1; st.global.b32 [%rd3], %r10;",
         "undefined",
-        "%r9 is read in threads that did not write it",
+        "a register is used in threads that did not write it: st.global",
+    ),
+    "stored after a shuffle from threads that did not write": (
+        f"{HALF_WRITTEN} shfl.sync.idx.b32 %r10, %r9, 31, 31, -1; st.global.b32 [%rd3], %r10;",
+        "undefined",
+        "a register is used in threads that did not write it: st.global",
+    ),
+    "a branch on what another branch wrote": (
+        f"{HALF_WRITTEN} setp.lt.s32 %p2, %r9, 8; @%p2 bra $AROUND; mov.b32 %r10, 1;\n$AROUND:",
+        "undefined",
+        "a register is used in threads that did not write it: @%p2 bra",
+    ),
+    "an address that another branch wrote": (
+        f"{HALF_WRITTEN} add.s32 %r10, %r4, %r9; ld.shared.b32 %r11, [%r10];",
+        "undefined",
+        "a register is used in threads that did not write it: ld.shared",
     ),
     "shared memory that was never written": ("ld.shared.b32 %r9, [%r4];", "undefined", "shared memory is read and was not written"),
     "outside of shared memory": ("st.shared.b32 [%r4+256], %r1;", "out_of_bounds", "shared memory"),
@@ -108,6 +125,19 @@ def test_planted_fault(name):
     body, kind, message = FAULTS[name]
     findings, _ = probe(body)
     assert message in "\n".join(getattr(findings, kind)), findings
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        f"{HALF_WRITTEN} shfl.sync.bfly.b32 %r10, %r9, 4, 31, -1; @%p1 st.global.b32 [%rd3], %r10;",  # among the threads that wrote it
+        f"{HALF_WRITTEN} add.s32 %r10, %r9, 1; mov.b32 %r10, 2; st.global.b32 [%rd3], %r10;",  # and written again
+    ],
+    ids=["shuffled", "written again"],
+)
+def test_what_was_not_written_and_has_no_effect_is_no_fault(body):
+    findings, _ = probe(body)
+    assert findings.clean, findings
 
 
 def test_storing_the_same_value_twice_is_no_race():
