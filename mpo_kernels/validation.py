@@ -30,8 +30,8 @@ def check_options(logit_scale: float, softcap: float | None, beta: float = 1.0, 
     for name, value in (("logit_scale", logit_scale), ("softcap", softcap), ("beta", beta)):
         if value is None and name == "softcap":
             continue
-        # Not math.isfinite, which torch.compile cannot trace for a dynamic float.
-        if isinstance(value, torch.Tensor) or not isinstance(value, int | float) or not abs(value) < float("inf"):
+        # Not math.isfinite, which torch.compile cannot trace for a dynamic float; nor `int | float`, which that of torch 2.8 cannot.
+        if isinstance(value, torch.Tensor) or not isinstance(value, (int, float)) or not abs(value) < float("inf"):
             raise ValueError(f"{name} must be a finite Python number, not {value!r}.")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap is {softcap}; it must be positive, or None for no cap.")
@@ -41,9 +41,9 @@ def check_options(logit_scale: float, softcap: float | None, beta: float = 1.0, 
 
 def check_integers(ignore_index: int, chunk_bytes: int | None = None) -> None:
     """Refuses what is no whole number, and a budget that holds nothing."""
-    if isinstance(ignore_index, bool | float | torch.Tensor) or ignore_index is None:
+    if isinstance(ignore_index, (bool, float, torch.Tensor)) or ignore_index is None:
         raise ValueError(f"ignore_index must be an int, not {ignore_index!r}.")
-    if chunk_bytes is not None and (isinstance(chunk_bytes, bool | float | torch.Tensor) or chunk_bytes < 1):
+    if chunk_bytes is not None and (isinstance(chunk_bytes, (bool, float, torch.Tensor)) or chunk_bytes < 1):
         raise ValueError(f"chunk_bytes is {chunk_bytes!r}; it must be a positive int, or None for 512 MiB.")
 
 
