@@ -8,7 +8,8 @@ def main() -> None:
     try:
         from mpo.cli import run
     except ModuleNotFoundError as error:
-        sys.exit(f"The trainer needs {error.name}, which is not installed. Install it with: pip install 'mpo-kernels[train]'")
+        print(f"The trainer needs {error.name}, which is not installed. Install it with: pip install 'mpo-kernels[train]'", file=sys.stderr)
+        sys.exit(2)  # mpo.errors.Status.MENDABLE
     run()
 
 

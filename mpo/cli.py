@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from mpo.config import load_config
-from mpo.errors import UserError
+from mpo.errors import Status, UserError, mendable, unexpected
 from mpo.files import not_finite, to_json
+from mpo.terminal import Streams, console
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
@@ -93,7 +95,7 @@ def validate(
         report = examine(checked, prepare(checked, _note))
     _print(report, show, as_json)
     if strict and (report["suspicious"] or report["dropped"]):
-        raise typer.Exit(1)
+        raise typer.Exit(Status.FOUND)
 
 
 @app.command()
@@ -216,28 +218,58 @@ def data_build(
 
 
 def run() -> None:
-    """Entry point: the errors that a user can mend become a message and status 2, an interruption becomes status 130."""
+    """Entry point: ends with the status of `status_of`."""
+    streams = Streams()
+    status = status_of()
+    lost = streams.lost()
+    if lost is not None:
+        _complain(f"Error: standard output could not be written ({lost}): part of it is lost. Files that were named are whole.")
+    sys.exit(status if lost is None else status or Status.MENDABLE)
+
+
+def status_of(arguments: list[str] | None = None) -> int:
+    """Runs a command line, by default that of the process, and returns its exit status. Whatever goes wrong becomes a sentence."""
     from mpo.interruption import Interrupted
 
     try:
-        app()
+        app(arguments)
     except SystemExit as done:
         if not done.code and (group := sys.modules.get("mpo.distributed")):
             group.leave()
-        raise
+        return done.code if isinstance(done.code, int) else Status.DONE if done.code is None else _unexpected(done)
     except UserError as error:
-        _complain(f"Error: {error}")
-        sys.exit(2)
+        if _is_main() or os.environ.get("LOCAL_RANK", "0") == "0":  # once on each node: the others may have failed alike, or not
+            _print_to_stderr(f"Error: {error}")
+        return _traced(Status.MENDABLE)
     except Interrupted as stop:
         _complain(str(stop))
-        sys.exit(130)
+        return Status.INTERRUPTED
     except KeyboardInterrupt:
         _complain("Interrupted. What was checkpointed is kept; the same command goes on from there.")
-        sys.exit(130)
+        return Status.INTERRUPTED
+    except Exception as error:
+        words = mendable(error)
+        if words is None:
+            return _unexpected(error)
+        _print_to_stderr(f"Error: {words}")  # on every rank: it may be the only one that knows
+        return _traced(Status.MENDABLE)
+    return Status.DONE
+
+
+def _unexpected(error: BaseException) -> int:
+    _print_to_stderr(unexpected(error))
+    return _traced(Status.UNEXPECTED)
+
+
+def _traced(status: Status) -> int:
+    """The status, after the traceback for those who ask for it."""
+    if os.environ.get("MPO_TRACEBACK"):
+        traceback.print_exc()
+    return status
 
 
 def _is_main() -> bool:
-    return int(os.environ.get("RANK", 0)) == 0
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _aside(as_json: bool) -> contextlib.AbstractContextManager[Any]:
@@ -246,19 +278,14 @@ def _aside(as_json: bool) -> contextlib.AbstractContextManager[Any]:
 
 
 def _print(report: Any, show: Any, as_json: bool) -> None:
-    """A report as JSON on standard output, or as tables; in a log, whose lines have no edge, 140 columns wide."""
+    """A report as JSON on standard output, or as tables."""
     if not _is_main():
         return
     _warn_of_missing_numbers(report)
     if as_json:
         _print_json(report)
         return
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 140
-    show(report, console)
+    show(report, console())
 
 
 def _print_json(report: Any) -> None:
@@ -284,4 +311,8 @@ def _note(line: str) -> None:
 
 def _complain(message: str) -> None:
     if _is_main():
-        print(message, file=sys.stderr, flush=True)
+        _print_to_stderr(message)
+
+
+def _print_to_stderr(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

@@ -23,6 +23,7 @@ T = TypeVar("T")
 
 def start() -> torch.device:
     """Joins the process group of the launcher, or makes one of a single process. Returns this rank's device."""
+    _check_launcher()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed's calls, not the user's
     if not (is_main() and sys.stderr.isatty()):
@@ -51,6 +52,22 @@ def start() -> torch.device:
                 "of one whose launcher was killed: end them, or give the launcher another --master_port."
             ) from error
     return torch.device("cpu") if on_cpu else torch.device(accelerator.device_name(local_rank))
+
+
+def _check_launcher() -> None:
+    """Refuses half of what a launcher says: DeepSpeed would look for MPI, or wait for ranks that nobody started."""
+    if "RANK" not in os.environ:
+        return
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+    wrong = [f"{name} is {os.environ[name]!r}" for name in names if name in os.environ and not os.environ[name].isdecimal()]
+    wrong += [f"{name} is not set" for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if not wrong and int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
+        wrong = [f"RANK {os.environ['RANK']} is not below WORLD_SIZE {os.environ['WORLD_SIZE']}"]
+    if wrong:
+        raise UserError(
+            f"RANK={os.environ['RANK']} says that a launcher started this process, but {', '.join(wrong)}. Start it with deepspeed or "
+            "torchrun, which set all of them; or unset RANK for a run of one process."
+        )
 
 
 def leave() -> None:

@@ -131,9 +131,9 @@ def show(report: dict[str, Any], console: Console) -> None:
                 language if place == 0 else "",
                 name,
                 str(row["n"]) if place == 0 else "",
-                f"{row['target_gap']:+.3f} [{low:+.3f}, {high:+.3f}]".replace("[", r"\["),
+                f"{row['target_gap']:+.3f} [{low:+.3f}, {high:+.3f}]",
                 f"{row['dominant_gap']:+.3f}",
-                f"{row['distance']:.3f} [{near:.3f}, {far:.3f}]".replace("[", r"\["),
+                f"{row['distance']:.3f} [{near:.3f}, {far:.3f}]",
                 f"{row['sign_accuracy']:.0%}",
                 end_section=place == len(models) - 1,
             )

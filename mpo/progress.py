@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
+
+from mpo.terminal import console
 
 if TYPE_CHECKING:  # for annotations only: a command that trains nothing need not wait seconds for the libraries behind them
     from mpo.batching import Schedule
@@ -26,9 +27,7 @@ class Progress:
     """Rank 0's view of the run; silent on the other ranks."""
 
     def __init__(self, enabled: bool) -> None:
-        self.console = Console(quiet=not enabled, highlight=False)
-        if not self.console.is_terminal:
-            self.console.width = 140  # a log has no edge; the table should not be folded
+        self.console = console(quiet=not enabled)
 
     def log(self, line: str) -> None:
         """Prints a line."""
@@ -98,12 +97,12 @@ class Progress:
 
     def _bars(self) -> Bars:
         return Bars(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[detail]}"),
+            TextColumn("{task.fields[detail]}", markup=False),
             console=self.console,
             transient=not self.console.is_terminal,
             disable=not self.console.is_terminal,

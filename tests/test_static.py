@@ -38,4 +38,4 @@ def test_command_line_starts_fast_and_shows_examples():
 def test_without_the_trainer_extra_the_command_says_what_to_install():
     script = "import sys; sys.modules['typer'] = None; from mpo.__main__ import main; main()"
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 1 and "pip install 'mpo-kernels[train]'" in result.stderr and "Traceback" not in result.stderr
+    assert result.returncode == 2 and "pip install 'mpo-kernels[train]'" in result.stderr and "Traceback" not in result.stderr
