@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+ELSEWHERE, UNSCORED = -1, -2
+"""What labels that a rank's slice does not have become there: those of other slices, and those that are not scored. Labels of the slice
+count from 0; whatever ignore_index is, it cannot be told from them there."""
+
+
 class Parallel:
     """How a call's work is divided: pass it as `parallel` to the functions of `mpo_kernels`. Make it once, on all ranks of its groups.
 
@@ -43,24 +48,23 @@ class Parallel:
         self.vocab_group, self.context_group = vocab_group, context_group
         self.vocab_start = self.vocab = self.vocab_slice = self._largest_slice = 0
         if vocab_group is not None and vocab_slice is not None:
-            if vocab_slice < 1:
-                raise ValueError(f"vocab_slice is {vocab_slice}; each rank of the group needs at least one token.")
             rank = torch.distributed.get_rank(vocab_group)
             size = torch.tensor([vocab_slice], dtype=torch.int64, device=_device_of(vocab_group))
             sizes = _gathered(size, vocab_group).flatten().tolist()
+            if min(sizes) < 1:  # refused by all ranks, or the others would wait for this one
+                raise ValueError(f"vocab_slice is {sizes} on the ranks of vocab_group; each of them needs at least one token.")
             self.vocab_start, self.vocab, self.vocab_slice = sum(sizes[:rank]), sum(sizes), vocab_slice
             self._largest_slice = max(sizes)
         self.handle = len(_KNOWN)
         _KNOWN.append(self)
 
-    def local_labels(self, labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
-        """Labels counted from this rank's slice; those of other slices become a number that no slice has."""
+    def local_labels(self, labels: torch.Tensor, ignore_index: int) -> tuple[torch.Tensor, int]:
+        """Labels counted from this rank's slice, and what stands for those that are not scored."""
         if self.vocab_group is None:
-            return labels
-        elsewhere = -1 if ignore_index != -1 else -2
+            return labels, ignore_index
         local = labels - self.vocab_start
-        local = torch.where((local >= 0) & (local < self.vocab_slice), local, elsewhere)
-        return torch.where(labels == ignore_index, labels, local)
+        local = torch.where((local >= 0) & (local < self.vocab_slice), local, ELSEWHERE)
+        return local.masked_fill(labels == ignore_index, UNSCORED), UNSCORED
 
     def chunk_vocab(self, local: int) -> int:
         """Columns that the chunks of rows are planned for: the widest slice's, so that all ranks plan the same."""

@@ -498,7 +498,7 @@ def _check_pair_data(
     """Checks that read data, on whatever device it is."""
     offsets = _offsets(cu_seqlens, sequences, labels.numel(), labels.device)
     check.check_cu_seqlens_values(offsets, labels.numel())
-    counts = _counts(labels.reshape(-1) != ignore_index, offsets)
+    counts = _counts(labels.reshape(-1).long() != ignore_index, offsets)
     check.check_no_empty_sequence(counts if parallel is None else parallel.total(counts.cpu()), pairs=True)
     _check_pair_values(reference_gap, pair_weights)
 

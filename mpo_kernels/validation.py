@@ -41,8 +41,8 @@ def check_options(logit_scale: float, softcap: float | None, beta: float = 1.0, 
 
 def check_integers(ignore_index: int, chunk_bytes: int | None = None) -> None:
     """Refuses what is no whole number, and a budget that holds nothing."""
-    if isinstance(ignore_index, (bool, float, torch.Tensor)) or ignore_index is None:
-        raise ValueError(f"ignore_index must be an int, not {ignore_index!r}.")
+    if isinstance(ignore_index, (bool, float, torch.Tensor)) or ignore_index is None or not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must be an int of 64 bits, not {ignore_index!r}.")
     if chunk_bytes is not None and (isinstance(chunk_bytes, (bool, float, torch.Tensor)) or chunk_bytes < 1):
         raise ValueError(f"chunk_bytes is {chunk_bytes!r}; it must be a positive int, or None for 512 MiB.")
 
@@ -132,6 +132,7 @@ def check_cu_seqlens_values(cu_seqlens: torch.Tensor, rows: int) -> None:
 
 def check_label_values(labels: torch.Tensor, vocab: int, ignore_index: int) -> None:
     """Reads labels: each is in [0, vocab) or ignore_index."""
+    labels = labels.long()  # int32 would be compared with what is left of a larger ignore_index
     bad = torch.nonzero((labels != ignore_index) & ((labels < 0) | (labels >= vocab)))
     if bad.numel():
         place = tuple(bad[0].tolist())

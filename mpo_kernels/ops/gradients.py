@@ -124,6 +124,8 @@ def power_of_two_for(row_grad: torch.Tensor, dtype: torch.dtype) -> torch.Tensor
     """
     if dtype != torch.float16:
         return None
+    if row_grad.numel() == 0:  # a rank of a context that has none of these rows
+        return row_grad.new_ones(())
     ratio = FP16_PEAK / row_grad.abs().amax().clamp_min(1e-30)
     mantissa, _ = torch.frexp(ratio)
     return ratio / mantissa

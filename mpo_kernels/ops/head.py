@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -45,12 +45,12 @@ def row_stats(
     backend = backend_for(logits)
     if parallel is None or parallel.vocab_group is None:
         return RowStats(*backend.logprob_stats(logits, labels, **options.kwargs, token_outputs=token_outputs))
-    local = parallel.local_labels(labels, options.ignore_index)
-    partials = backend.logprob_partials(logits, local, **options.kwargs, token_outputs=token_outputs)
+    local, local_options = _local(labels, options, parallel)
+    partials = backend.logprob_partials(logits, local, **local_options.kwargs, token_outputs=token_outputs)
     gathered = parallel.gather_partials(partials)
-    logp, *others = backend.combine(gathered, labels, ignore_index=options.ignore_index, token_outputs=token_outputs)
     unknown = (labels != options.ignore_index) & ((labels < 0) | (labels >= parallel.vocab))
-    return RowStats(logp.masked_fill(unknown, float("nan")), *others)
+    gathered[0, :, 3].masked_fill_(unknown, float("nan"))  # as one rank marks it: value and gradient are NaN
+    return RowStats(*backend.combine(gathered, labels, ignore_index=options.ignore_index, token_outputs=token_outputs))
 
 
 def write_logit_grads(
@@ -64,8 +64,16 @@ def write_logit_grads(
     parallel: Parallel | None,
 ) -> None:
     """Writes dL/dlogits of this rank's logits (B, T, V) into `out`, which may be `logits`; row_grad (N,) is dL/dlogp."""
-    local = labels if parallel is None else parallel.local_labels(labels, options.ignore_index)
+    local, options = _local(labels, options, parallel)
     backend_for(logits).logprob_grad(logits, local, logp, normalizer, row_grad, out, **options.kwargs)
+
+
+def _local(labels: torch.Tensor, options: HeadOptions, parallel: Parallel | None) -> tuple[torch.Tensor, HeadOptions]:
+    """Labels as this rank's slice of the vocabulary counts them, and the options that go with them."""
+    if parallel is None:
+        return labels, options
+    local, ignore_index = parallel.local_labels(labels, options.ignore_index)
+    return local, replace(options, ignore_index=ignore_index)
 
 
 def statistics_dtype(tensor: torch.Tensor) -> torch.dtype:
