@@ -471,17 +471,36 @@ class _Threads:
             self._shared_written[places] = True
 
     def load_matrix(self, instruction: Instruction, mask: Mask) -> None:
-        """ldmatrix of one 8 x 8 matrix of 16 bits: thread 4r + c gets elements 2c and 2c + 1 of row r, whose address thread r holds."""
-        if instruction.modifier("x1") is None or "trans" in instruction.modifiers or not mask.all():
-            raise NotImplementedError(f"The emulator does not know the instruction {instruction.text!r}.")
+        """ldmatrix of 8 x 8 matrices of 16 bits: of the i-th, thread 4r + c gets elements 2c and 2c + 1 of row r in its i-th register, and
+        thread 8i + r holds that row's address."""
+        registers = instruction.operands[0]
+        self._knows_matrix(instruction, mask)
         rows = np.zeros((self._count, 16), np.uint8)
-        memory, threads, places = self._reach(instruction, instruction.operands[1][0], 16, self._lane < 8)
+        memory, threads, places = self._reach(instruction, instruction.operands[1][0], 16, self._lane < 8 * len(registers))
         self._track(instruction, memory, threads, places, None)
         rows[threads] = memory.bytes[places]
         if not self._shared_written[places].all():
             self._findings.add("undefined", f"shared memory is read and was not written: {instruction.text}")
-        words = rows.view(np.uint32)[self._warp * _WARP + self._lane // 4, self._lane % 4]
-        self.write(instruction.operands[0][0], words, "b32", mask)
+        words = rows.view(np.uint32)
+        for i, register in enumerate(registers):
+            self.write(register, words[self._warp * _WARP + 8 * i + self._lane // 4, self._lane % 4], "b32", mask)
+
+    def store_matrix(self, instruction: Instruction, mask: Mask) -> None:
+        """stmatrix, the inverse of `load_matrix`."""
+        registers = instruction.operands[1]
+        self._knows_matrix(instruction, mask)
+        words = np.zeros((self._count, 4), np.uint32)
+        for i, register in enumerate(registers):
+            words[self._warp * _WARP + 8 * i + self._lane // 4, self._lane % 4] = self._bits(register, 32, mask)
+        data = words.view(np.uint8)
+        memory, threads, places = self._reach(instruction, instruction.operands[0][0], 16, self._lane < 8 * len(registers))
+        self._track(instruction, memory, threads, places, memory.bytes[places] != data[threads])
+        memory.bytes[places] = data[threads]
+        self._shared_written[places] = True
+
+    def _knows_matrix(self, instruction: Instruction, mask: Mask) -> None:
+        if instruction.modifier("x1", "x2", "x4") is None or "trans" in instruction.modifiers or not mask.all():
+            raise NotImplementedError(f"The emulator does not know the instruction {instruction.text!r}.")
 
     def _reach(self, instruction: Instruction, operand: str, size: int, mask: Mask) -> tuple[_Memory, np.ndarray, np.ndarray]:
         """The memory, the threads whose access is good, and the bytes that they touch (threads, size)."""
@@ -766,4 +785,5 @@ _OPERATIONS: dict[str, Callable[[_Threads, Instruction, Mask], None]] = {
     "setp": _Threads.compare,
     "shfl": _Threads.shuffle,
     "st": _Threads.store,
+    "stmatrix": _Threads.store_matrix,
 }

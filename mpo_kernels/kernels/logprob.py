@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from mpo_kernels.kernels.launch import kernel, launch
 from mpo_kernels.kernels.tiles import splits_for, tile_for
 
 PARTIAL = tl.constexpr(4)
@@ -153,7 +154,7 @@ def _finish(
         tl.store(is_argmax_ptr + row, (z_label >= peak).to(tl.int8), mask=mask)
 
 
-@triton.jit
+@kernel
 def _logprob_stats_kernel(
     logits_ptr,  # (B, T, V) any float, last dimension contiguous
     labels_ptr,  # (N,) int64, N = B * T
@@ -236,7 +237,7 @@ def _logprob_stats_kernel(
             _finish(peak, total, weighted, z_label, row, logp_ptr, normalizer_ptr, entropy_ptr, is_argmax_ptr, None, HAS_TOKEN_OUTPUTS)
 
 
-@triton.jit
+@kernel
 def _combine_kernel(
     partials_ptr,  # (parts, N, 4) float32, not read for ignored rows
     labels_ptr,  # (N,) int64
@@ -277,7 +278,7 @@ def _combine_kernel(
     _finish(peak, total, weighted, z_label, rows, logp_ptr, normalizer_ptr, entropy_ptr, is_argmax_ptr, scored, HAS_TOKEN_OUTPUTS)
 
 
-@triton.jit
+@kernel
 def _logprob_grad_kernel(
     logits_ptr,  # (B, T, V)
     labels_ptr,  # (N,) int64
@@ -370,9 +371,9 @@ def logprob_partials(
 
     A label outside [0, V) that is not ignored belongs to another slice.
     """
-    partials = torch.empty(1, labels.numel(), 4, dtype=torch.float32, device=logits.device)
+    partials = torch.empty(labels.numel(), 4, dtype=torch.float32, device=logits.device)
     _launch_stats(logits, labels, None, partials, 1, ignore_index, logit_scale, softcap, token_outputs, True)
-    return partials[0]
+    return partials
 
 
 def combine(
@@ -382,7 +383,8 @@ def combine(
     parts, rows, _ = partials.shape
     outputs = _outputs(labels, token_outputs)
     if rows:
-        _combine_kernel[(triton.cdiv(rows, COMBINE_BLOCK),)](
+        launch(
+            _combine_kernel, triton.cdiv(rows, COMBINE_BLOCK),
             partials, labels, *outputs, rows, parts, ignore_index,
             HAS_TOKEN_OUTPUTS=token_outputs, BLOCK=COMBINE_BLOCK, num_warps=4,
         )  # fmt: skip
@@ -406,7 +408,8 @@ def logprob_grad(
     tile = tile_for("grad", V, logits.device)
     blocks = triton.cdiv(V, tile.block)
     if B * T:
-        _logprob_grad_kernel[(B * T * blocks,)](
+        launch(
+            _logprob_grad_kernel, B * T * blocks,
             logits, labels, logp, normalizer, row_grad, out, T, V, blocks, logits.stride(0), logits.stride(1),
             out.stride(0), out.stride(1), ignore_index, *_softcap_arguments(logit_scale, softcap),
             BLOCK=tile.block, num_warps=tile.num_warps,
@@ -428,7 +431,8 @@ def _launch_stats(
     B, T, V = logits.shape
     tile = tile_for("stats", V, logits.device)
     if B * T:
-        _logprob_stats_kernel[(B * T * splits,)](
+        launch(
+            _logprob_stats_kernel, B * T * splits,
             logits, labels, *(outputs or (None,) * 4), partials, B * T, T, V, logits.stride(0), logits.stride(1),
             splits, triton.cdiv(triton.cdiv(V, tile.block), splits) * tile.block, ignore_index,
             *_softcap_arguments(logit_scale, softcap),

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from mpo_kernels.kernels.launch import kernel, launch
+
 BLOCK = 1024
 """Rows of a sequence that one program reads at a time."""
 
@@ -38,7 +40,7 @@ def _bounds(cu_seqlens_ptr, sequence, N):
     return tl.maximum(start, 0), tl.minimum(end, N)
 
 
-@triton.jit
+@kernel
 def _sequence_sums_kernel(
     logp_ptr,  # (N,) float32, 0 for ignored rows
     labels_ptr,  # (N,) int64
@@ -55,7 +57,7 @@ def _sequence_sums_kernel(
     tl.store(sums_ptr + 2 * sequence + 1, count)
 
 
-@triton.jit
+@kernel
 def _pair_kernel(
     sums_ptr,  # (2P, 2) float32, read instead of the rows with HAS_SUMS
     logp_ptr,  # (N,) float32, 0 for ignored rows
@@ -104,7 +106,7 @@ def _pair_kernel(
     tl.store(gap_grad_ptr + pair, 2.0 * beta * weight * error)
 
 
-@triton.jit
+@kernel
 def _row_grad_kernel(
     gap_grad_ptr,  # (P,) float32: dL/dRG
     counts_ptr,  # (2P,) float32
@@ -132,7 +134,7 @@ def sequence_sums(logp: torch.Tensor, labels: torch.Tensor, cu_seqlens: torch.Te
     """(N,) log-probs -> (S, 2) float32: their sum over each sequence, and its number of scored rows."""
     S = cu_seqlens.numel() - 1
     sums = torch.empty(S, 2, dtype=torch.float32, device=logp.device)
-    _sequence_sums_kernel[(S,)](logp, labels, cu_seqlens, sums, logp.numel(), ignore_index, BLOCK=BLOCK, num_warps=4)
+    launch(_sequence_sums_kernel, S, logp, labels, cu_seqlens, sums, logp.numel(), ignore_index, BLOCK=BLOCK, num_warps=4)
     return sums
 
 
@@ -154,7 +156,8 @@ def pair_loss(
     P = reference_gap.numel()
     means, counts = (torch.empty(2 * P, dtype=torch.float32, device=logp.device) for _ in range(2))
     gap, loss, gap_grad = (torch.empty(P, dtype=torch.float32, device=logp.device) for _ in range(3))
-    _pair_kernel[(P,)](
+    launch(
+        _pair_kernel, P,
         sums, logp, labels, cu_seqlens, reference_gap, pair_weights, means, counts, gap, loss, gap_grad,
         logp.numel(), P, float(beta), ignore_index,
         HAS_SUMS=sums is not None, HAS_WEIGHTS=pair_weights is not None, BLOCK=BLOCK, num_warps=4,
@@ -168,5 +171,7 @@ def row_grads(
     """dL/dRG (P,) -> dL/dlogp of every row (N,) float32, 0 for ignored rows."""
     row_grad = torch.zeros(labels.numel(), dtype=torch.float32, device=labels.device)
     P = gap_grad.numel()
-    _row_grad_kernel[(2 * P,)](gap_grad, counts, labels, cu_seqlens, row_grad, row_grad.numel(), P, ignore_index, BLOCK=BLOCK, num_warps=4)
+    launch(
+        _row_grad_kernel, 2 * P, gap_grad, counts, labels, cu_seqlens, row_grad, row_grad.numel(), P, ignore_index, BLOCK=BLOCK, num_warps=4
+    )
     return row_grad

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from mpo_kernels.kernels.launch import kernel, launch
 from mpo_kernels.kernels.pair import _bounds
 
 POOL_ROWS, POOL_BLOCK = 16, 128
@@ -15,7 +16,7 @@ UNPOOL_BLOCK = 512
 """Columns that a program of its transpose writes; stores need not be waited for."""
 
 
-@triton.jit
+@kernel
 def _pool_kernel(
     hidden_ptr,  # (N, D) any float
     mask_ptr,  # (N,) uint8, not read unless HAS_MASK
@@ -52,7 +53,7 @@ def _pool_kernel(
         tl.store(counts_ptr + sequence, rows_pooled)
 
 
-@triton.jit
+@kernel
 def _unpool_kernel(
     grad_pooled_ptr,  # (S, D) float32
     mask_ptr,  # (N,) uint8, not read unless HAS_MASK
@@ -87,7 +88,8 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor | None, cu_seqlens: torch.Tens
     pooled = torch.empty(S, D, dtype=torch.float32, device=hidden.device)
     counts = torch.empty(S, dtype=torch.float32, device=hidden.device)
     block, blocks = _blocks(D, POOL_BLOCK)
-    _pool_kernel[(S * blocks,)](
+    launch(
+        _pool_kernel, S * blocks,
         hidden, mask, cu_seqlens, pooled, counts, hidden.shape[0], D, hidden.stride(0), blocks,
         HAS_MASK=mask is not None, ROWS=POOL_ROWS, BLOCK=block, num_warps=4,
     )  # fmt: skip
@@ -98,9 +100,11 @@ def unpool(grad_pooled: torch.Tensor, mask: torch.Tensor | None, cu_seqlens: tor
     """Writes the gradient of the pooled rows into `out` (N, D), contiguous; 0 on rows that are not pooled."""
     S, D = grad_pooled.shape
     block, blocks = _blocks(D, UNPOOL_BLOCK)
-    _unpool_kernel[(S * blocks,)](
-        grad_pooled, mask, cu_seqlens, counts, out, out.shape[0], D, blocks, HAS_MASK=mask is not None, BLOCK=block, num_warps=4
-    )
+    launch(
+        _unpool_kernel, S * blocks,
+        grad_pooled, mask, cu_seqlens, counts, out, out.shape[0], D, blocks,
+        HAS_MASK=mask is not None, BLOCK=block, num_warps=4,
+    )  # fmt: skip
 
 
 def _blocks(D: int, most: int) -> tuple[int, int]:

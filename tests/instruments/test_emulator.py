@@ -262,3 +262,22 @@ def test_rounding_is_that_of_ieee(target, dtype):
 def test_target_is_checked():
     with pytest.raises(ValueError, match="sm_80, sm_90, sm_100"), gpu_on_cpu("gfx942"):
         pass
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_matrices_in_shared_memory(count):
+    """What stmatrix laid down lies row by row, and ldmatrix reads the same."""
+    names = ", ".join(f"%r{10 + i}" for i in range(count))
+    body = f"""
+      and.b32 %r5, %r1, 31; shr.b32 %r6, %r1, 5; shl.b32 %r6, %r6, 9; shl.b32 %r7, %r5, 4;
+      add.s32 %r8, %r3, %r6; add.s32 %r8, %r8, %r7; ld.global.b32 %r10, [%rd3];
+      add.s32 %r11, %r10, 100; add.s32 %r12, %r10, 200; add.s32 %r13, %r10, 300;
+      stmatrix.sync.aligned.m8n8.x{count}.shared.b16 [%r8], {{{names}}}; bar.sync 0; """
+    plain = "add.s32 %r9, %r3, %r6; shl.b32 %r7, %r5, 2; add.s32 %r9, %r9, %r7; ld.shared.b32 %r15, [%r9+{at}]; st.global.b32 [%rd3], %r15;"
+    again = f"ldmatrix.sync.aligned.m8n8.x{count}.shared.b16 {{{names}}}, [%r8]; st.global.b32 [%rd3], %r{9 + count};"
+    expected = torch.arange(64, dtype=torch.int32) + 100 * (count - 1)
+    for read in (plain.format(at=128 * (count - 1)), again):
+        data = torch.arange(64, dtype=torch.int32)
+        findings = emulate(parse(HEAD + body + read + "\n ret;\n}"), (1,), [data], num_warps=2, shared_bytes=1024)
+        assert findings.clean, findings
+        assert torch.equal(data, expected)
