@@ -441,15 +441,32 @@ def _three_dimensional(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _overwritable(logits: torch.Tensor) -> torch.Tensor:
-    """`_three_dimensional` of logits that backward may overwrite."""
-    if logits.is_leaf and logits.requires_grad and torch.is_grad_enabled():
+    """`_three_dimensional` of logits whose memory backward may overwrite: no leaf's, and none that several logits share."""
+    memory = logits if logits._base is None else logits._base
+    if memory.is_leaf and memory.requires_grad and torch.is_grad_enabled():
+        given = "are a leaf" if memory is logits else "are a view of a leaf"
         raise ValueError(
-            "inplace_backward=True would overwrite logits that are a leaf (a parameter or an input you hold) with their "
+            f"inplace_backward=True would overwrite logits that {given} (a parameter or an input you hold) with their "
             "gradient. Use it on the output of a head, or pass inplace_backward=False."
         )
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         raise ValueError(f"inplace_backward=True needs logits whose last stride is 1; theirs are {logits.stride()}.")
+    if _may_overlap(logits):
+        raise ValueError(
+            f"inplace_backward=True needs memory of its own for each logit; these have shape {tuple(logits.shape)} and strides "
+            f"{logits.stride()}, so that several share one (expand, as_strided). Pass inplace_backward=False."
+        )
     return _three_dimensional(logits)
+
+
+def _may_overlap(tensor: torch.Tensor) -> bool:
+    """Whether two elements may share their memory: some stride is no larger than what the smaller ones reach together."""
+    reach = 0
+    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1):
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 def _offsets(cu_seqlens: torch.Tensor | None, sequences: int, rows: int, device: torch.device) -> torch.Tensor:

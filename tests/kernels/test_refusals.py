@@ -1,5 +1,7 @@
 """Every refused call and what its caller is told."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -79,6 +81,86 @@ def test_refused(place):
     call, message = REFUSED[place]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+class _Same(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+VIEWS_OF_LEAVES = [
+    lambda x: x,
+    lambda x: x[:, :-1],
+    lambda x: x.view(2, 2, 3, 7),
+    lambda x: x.flatten(0, 1),
+    lambda x: x.transpose(0, 1),
+    lambda x: x.unsqueeze(0),
+    lambda x: x.chunk(2)[0],
+    lambda x: x.unbind(0)[1],
+    lambda x: x.narrow(1, 1, 2)[1:],
+    lambda x: x.expand(4, 3, 7),
+    lambda x: x.view_as(x),
+    lambda x: x[:1].expand(5, 3, 7),
+    lambda x: _Same.apply(x),
+    lambda x: x.to(x.dtype),
+    lambda x: x.contiguous(),
+]
+
+
+@pytest.mark.parametrize("place", range(len(VIEWS_OF_LEAVES)))
+def test_a_leaf_is_not_overwritten_through_any_view(place):
+    leaf = torch.randn(4, 3, 7, generator=torch.Generator().manual_seed(0))
+    before, labels = leaf.clone(), torch.ones_like(VIEWS_OF_LEAVES[place](leaf)[..., 0], dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"overwrite logits that are a (view of a )?leaf"):
+        token_logprobs(VIEWS_OF_LEAVES[place](leaf.requires_grad_()), labels, inplace_backward=True).sum().backward()
+    assert torch.equal(leaf, before)
+    head_output = leaf * 1  # the same views of what a head returned
+    token_logprobs(VIEWS_OF_LEAVES[place](leaf), labels).sum().backward()
+    expected, leaf.grad = leaf.grad, None
+    if not _shares_memory(VIEWS_OF_LEAVES[place](head_output)):
+        token_logprobs(VIEWS_OF_LEAVES[place](head_output), labels, inplace_backward=True).sum().backward()
+        torch.testing.assert_close(leaf.grad, expected)
+
+
+def _shares_memory(tensor):
+    """Whether two elements have one address, by looking at all of them."""
+    addresses = sum(
+        torch.arange(n).mul(s).view(-1, *(1,) * (tensor.ndim - 1 - d))
+        for d, (n, s) in enumerate(zip(tensor.shape, tensor.stride(), strict=True))
+    )
+    return addresses.unique().numel() < tensor.numel()
+
+
+def test_memory_that_several_logits_share_is_not_overwritten():
+    """Three rows by hand, then any strides: shared memory is refused; all else has the gradient that it has out of place."""
+    one = torch.zeros(1, 1, 3, requires_grad=True) * 1
+    with pytest.raises(ValueError, match=r"memory of its own for each logit; these have shape \(2, 1, 3\) and strides \(0, 3, 1\)"):
+        token_logprobs(one.expand(2, 1, 3), torch.tensor([[0], [1]]), inplace_backward=True)
+    refused = 0
+    for b, t in itertools.product(range(13), repeat=2):
+        for shape in ((2, 3, 4), (1, 3, 4), (2, 1, 4)):
+            leaf = torch.randn(60, generator=torch.Generator().manual_seed(b * t)).requires_grad_()
+            labels = torch.arange(shape[0] * shape[1]).view(shape[:2]) % 4
+            logits = (leaf * 1).as_strided(shape, (b, t, 1), 2)
+            if _shares_memory(logits):
+                refused += 1
+                with pytest.raises(ValueError, match="memory of its own"):
+                    token_logprobs(logits, labels, inplace_backward=True)
+                continue
+            try:
+                token_logprobs(logits, labels, inplace_backward=True).sum().backward()
+            except ValueError:  # rows that interlace may be refused too
+                assert shape == (2, 3, 4) and b < 3 * t and t < 5 * b
+                continue
+            got, leaf.grad = leaf.grad, None
+            token_logprobs((leaf * 1).as_strided(shape, (b, t, 1), 2), labels).sum().backward()
+            torch.testing.assert_close(got, leaf.grad)
+    assert refused > 100
 
 
 def test_partitioned_weight():
