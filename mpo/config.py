@@ -9,29 +9,61 @@ own folder when something exists there, else to the working directory.
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from mpo.errors import UserError
+from mpo.files import not_finite
+
+LARGEST = 2**31 - 1
+"""Of counts: more is a mistake, and would overflow where it is used."""
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
     """A group of fields. Unknown fields are errors, and a checked configuration does not change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_what_it_seems(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuses what would be taken for something else: true for 1, and texts that no file and no terminal can have."""
+        name = info.field_name or ""
+        kind = str(cls.model_fields[name].annotation)
+        for part in [value, *(value if isinstance(value, list | tuple) else ())]:
+            if isinstance(part, bool) and "bool" not in kind and not _is_a_language(name, part):
+                raise ValueError(f"{str(part).lower()} is no value of it. YAML takes yes, no, on and off for true and false: use quotes")
+            if isinstance(part, str) and ("\0" in part or not _is_unicode(part)):
+                raise ValueError("holds a character that no name can have")
+            if kind.startswith("dict") and not_finite(part):
+                raise ValueError(f"{not_finite(part)[0]} is no finite number")
+        return value
+
+
+def _is_a_language(name: str, value: bool) -> bool:
+    """`no`, Norwegian, is YAML's false."""
+    return "language" in name and value is False
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class LoraConfig(Section):
     """Low-rank adapters (peft) are trained instead of the model's own weights."""
 
-    rank: int = Field(default=16, ge=1)
+    rank: int = Field(default=16, ge=1, le=65536)
     """Rank of each update."""
-    alpha: int = Field(default=32, ge=1)
+    alpha: int = Field(default=32, ge=1, le=LARGEST)
     """The update is scaled by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """On the adapters' input. The step-0 self-check runs without it."""
@@ -88,13 +120,13 @@ class DataConfig(Section):
     """One per source of `train`: 2 takes each of its rows twice an epoch, 0.5 every second one. Empty: all rows once."""
     eval: tuple[str, ...] = ()
     """Files of held-out rows for the before/after table. Empty: `eval_rows_per_language` training rows are measured instead."""
-    eval_rows_per_language: int | None = Field(default=None, ge=1)
+    eval_rows_per_language: int | None = Field(default=None, ge=1, le=LARGEST)
     """At most this many rows of each language are measured, evenly spaced over the file. None: all rows of `eval`."""
     languages: tuple[str, ...] = ("zh", "ja", "ko", "ar", "bn", "sw")
     """Target languages (ISO 639-1) that language detection chooses from, for files that do not state the language of a row."""
     dominant_language: str = "en"
     """Language of the dominant side (ISO 639-1)."""
-    max_length: int = Field(default=1024, ge=2)
+    max_length: int = Field(default=1024, ge=2, le=LARGEST)
     """Tokens kept of one prompt + response; the response is cut at the end. At least one of its tokens must remain."""
     on_bad_row: Literal["error", "drop"] = "error"
     """`error` refuses the run and lists bad rows with place and reason; `drop` leaves bad rows out and reports counts by reason."""
@@ -111,15 +143,15 @@ class DataConfig(Section):
 class LossConfig(Section):
     """L = mean((beta * RG_target - RG_dominant_reference)^2) + retention_weight * L2   (arXiv 2505.16869)."""
 
-    beta: float = Field(default=1.0, gt=0)
+    beta: float = Field(default=1.0, gt=0, le=1e6)
     """Scale of the target language's reward gap. Published: 1.0 for Llama-3.1, 1.5 for Gemma-2 and Qwen2.5."""
-    retention_weight: float = Field(default=1.0, ge=0)
+    retention_weight: float = Field(default=1.0, ge=0, le=1e6)
     """Weight lambda of L2, which keeps the dominant representation where the reference has it."""
     pool: Literal["response", "all"] = "response"
     """Positions averaged for L2: those of the response, or every position of the sequence (as published)."""
     head: Literal["linear", "logits"] = "linear"
     """`linear`: loss from hidden states, the logits never exist as a whole. `logits`: the head makes all scored rows' logits first."""
-    chunk_bytes: int | None = Field(default=None, ge=1)
+    chunk_bytes: int | None = Field(default=None, ge=1, lt=2**63)
     """Byte budget of one chunk of logits under `linear`. None: the kernel's default."""
 
 
@@ -135,35 +167,35 @@ class ReferenceConfig(Section):
 class TrainConfig(Section):
     """How many rows, in which order, and how the weights move."""
 
-    epochs: float = Field(default=2, gt=0)
+    epochs: float = Field(default=2, gt=0, le=1e6)
     """Passes over the training rows."""
-    max_steps: int | None = Field(default=None, ge=1)
+    max_steps: int | None = Field(default=None, ge=1, le=LARGEST)
     """Optimizer steps to run; overrides `epochs`."""
-    pairs_per_step: int = Field(default=8, ge=1)
+    pairs_per_step: int = Field(default=8, ge=1, le=LARGEST)
     """Rows behind one optimizer step, over all ranks. The result does not depend on the number of ranks."""
-    pairs_per_micro_batch: int = Field(default=1, ge=1)
+    pairs_per_micro_batch: int = Field(default=1, ge=1, le=LARGEST)
     """Rows that one rank packs into one forward pass: more is faster, and needs more memory."""
-    tokens_per_micro_batch: int | None = Field(default=None, ge=1)
+    tokens_per_micro_batch: int | None = Field(default=None, ge=1, le=LARGEST)
     """Packed tokens of one forward pass at most, instead of `pairs_per_micro_batch`. A row that is larger alone goes alone."""
     overfit_batch: bool = False
     """Train on the first step's rows over and over: the loss must go to 0, or something is wrong. For finding mistakes."""
     group_by_dominant: bool = False
     """Keep rows that share a dominant pair next to each other in the order: rows of one micro-batch then share its forward pass."""
-    learning_rate: float = Field(default=6e-7, gt=0)
+    learning_rate: float = Field(default=6e-7, gt=0, le=10)
     """Peak learning rate of AdamW."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Decay after the warm-up: to 0 for cosine and linear."""
     warmup_ratio: float = Field(default=0.1, ge=0, le=1)
     """Share of the steps in which the learning rate rises linearly from 0."""
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0, le=100)
     """AdamW's decoupled weight decay."""
-    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_betas: tuple[Decay, Decay] = (0.9, 0.999)
     """AdamW's decay rates of the first and second moment."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    """Gradients are clipped to this global L2 norm."""
-    max_skipped_steps: int = Field(default=3, ge=1)
+    max_grad_norm: float = Field(default=1.0, gt=0, le=1e30)
+    """Gradients are clipped to this global L2 norm. 1e30: not at all."""
+    max_skipped_steps: int = Field(default=3, ge=1, le=LARGEST)
     """So many steps in a row with non-finite gradients end the run. Such a step leaves the weights as they were."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Seeds the order of the rows and the random state."""
 
 
@@ -194,9 +226,9 @@ class ZeroConfig(Section):
 class CheckpointConfig(Section):
     """What is written while training, to go on after an interruption."""
 
-    every: int | None = Field(default=None, ge=1)
+    every: int | None = Field(default=None, ge=1, le=LARGEST)
     """Steps between checkpoints. None: only on SIGTERM or Ctrl-C."""
-    keep: int = Field(default=2, ge=1)
+    keep: int = Field(default=2, ge=1, le=LARGEST)
     """Newest checkpoints kept."""
     export: bool = True
     """Write the trained model as a Hugging Face folder (`<output_dir>/model`) at the end."""
@@ -230,7 +262,7 @@ class Config(Section):
     zero: ZeroConfig = ZeroConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     track: TrackConfig = TrackConfig()
-    log_every: int = Field(default=1, ge=1)
+    log_every: int = Field(default=1, ge=1, le=LARGEST)
     """Steps between lines of `metrics.jsonl` and of the log."""
 
     @model_validator(mode="after")
@@ -277,28 +309,57 @@ def read_config(path: Path, overrides: list[str] | None, kind: type[Checked]) ->
     """Reads, overrides and checks a YAML file of any kind, as `load_config` does with that of a run. Paths are left as they are."""
     try:
         tree: Any = OmegaConf.load(path)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path} is no readable YAML: {error}") from error
+    except Exception as error:  # of many kinds: no YAML, no text, no number that Python reads, nested too deeply
+        raise UserError(f"{path} is no readable YAML: {_words(error)}") from error
     if not isinstance(tree, DictConfig):
         raise UserError(f"{path} holds no mapping of sections such as 'model:' and 'data:'.")
     for override in overrides or []:
         if "=" not in override or override.startswith("="):
             raise UserError(f"Override {override!r} is not of the form section.field=value, e.g. loss.beta=1.5.")
     try:
-        tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides or [])))
+        if overrides:
+            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
         values = OmegaConf.to_container(tree, resolve=True)
-    except (OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path} with overrides {list(overrides or [])} does not resolve: {error}") from error
+    except Exception as error:  # of many kinds, as above
+        raise UserError(f"{path} with overrides {list(overrides or [])} does not resolve: {_words(error)}") from error
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         raise UserError(_explain(path, error, kind)) from error
 
 
+def _words(error: Exception) -> str:
+    """An exception's own words in one line, or its kind."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def home(name: str) -> str:
+    """The name with `~` replaced by the home folder, which no shell does inside output_dir=~/run.
+
+    Raises:
+        UserError: there is no home folder.
+    """
+    if not name.startswith("~"):
+        return name
+    try:
+        return str(Path(name).expanduser())
+    except RuntimeError as error:
+        raise UserError(f"{name}: {error} Set HOME, or write the whole path.") from error
+
+
 def beside(folder: Path, name: str) -> str:
-    """The file or folder of that name in the configuration's own folder where there is one, else the name as it is."""
-    there = folder / name
-    return str(there) if not Path(name).is_absolute() and there.exists() else name
+    """The absolute path of what has that name in the configuration's own folder, else in the working folder; else the name as it is.
+
+    Absolute, so that a run's config.json still names its files when the next command is given from another folder.
+    """
+    name = home(name)
+    for there in (folder / name, Path(name)):
+        try:
+            if there.exists():
+                return os.path.abspath(there)
+        except OSError:  # a name that is too long for a file is none
+            break
+    return name
 
 
 def _find(path: Path) -> Path:
@@ -323,9 +384,14 @@ def _explain(path: Path, error: ValidationError, kind: type[Section]) -> str:
         elif item["type"] == "missing":
             lines.append(f"  {where}: missing; it is required.")
         else:
-            given = f" (given: {item['input']!r})" if item["loc"] else ""
+            given = f" (given: {_shown(item['input'])})" if item["loc"] else ""
             lines.append(f"  {where or 'configuration'}: {item['msg'].removeprefix('Value error, ')}{given}")
     return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _fields_at(location: tuple[int | str, ...], kind: type[Section]) -> list[str]:
@@ -345,4 +411,6 @@ def _resolve_paths(config: Config, folder: Path) -> Config:
 
     data = config.data.model_copy(update={"train": tuple(map(resolve, config.data.train)), "eval": tuple(map(resolve, config.data.eval))})
     model = config.model.model_copy(update={"path": resolve(config.model.path)})
-    return config.model_copy(update={"data": data, "model": model})
+    store = config.reference.store
+    reference = config.reference if store is None else config.reference.model_copy(update={"store": os.path.abspath(home(store))})
+    return config.model_copy(update={"output_dir": home(config.output_dir), "data": data, "model": model, "reference": reference})

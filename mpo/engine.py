@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import math
 import resource
@@ -11,6 +12,8 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import ValidationError
 from transformers import PreTrainedModel
 
 from mpo.batching import as_written
@@ -39,8 +42,57 @@ def deepspeed_settings(config: Config) -> dict[str, Any]:
         "steps_per_print": None,
         **_trackers(config),
     }
+    _refuse_what_is_set_elsewhere(config.zero.deepspeed, settings)
     _merge(settings, config.zero.deepspeed, "zero.deepspeed")
+    try:
+        DeepSpeedZeroConfig(**settings["zero_optimization"])
+    except (TypeError, ValidationError) as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        raise UserError(f"zero.deepspeed.zero_optimization: {' '.join(lines[1:3]) or lines[0]}") from error
     return settings
+
+
+SET_BY = {
+    "optimizer": "train.learning_rate, train.adam_betas and train.weight_decay",
+    "scheduler": "train.schedule and train.warmup_ratio",
+    "train_batch_size": "train.pairs_per_step",
+    "fp16": "model.dtype",
+    "amp": "model.dtype",
+    "activation_checkpointing": "model.activation_checkpointing",
+}
+"""Settings of DeepSpeed that it would ignore or trip over here, and the fields in their place."""
+PASSED_ON = {
+    "aio",
+    "checkpoint",
+    "comms_logger",
+    "communication_data_type",
+    "csv_monitor",
+    "comet",
+    "disable_allgather",
+    "dump_state",
+    "flops_profiler",
+    "gradient_predivide_factor",
+    "memory_breakdown",
+    "prescale_gradients",
+    "seq_parallel_communication_data_type",
+    "tensorboard",
+    "timers",
+    "wall_clock_breakdown",
+    "wandb",
+}
+"""Settings that have a meaning in a run, besides those that this file makes."""
+
+
+def _refuse_what_is_set_elsewhere(extra: dict[str, Any], settings: dict[str, Any]) -> None:
+    """DeepSpeed says nothing of settings that it does not know, and takes an optimizer of its own for none."""
+    for key in extra:
+        if key in SET_BY:
+            raise UserError(f"zero.deepspeed.{key} has no effect on a run. Remove it and set {SET_BY[key]}.")
+        if key not in PASSED_ON and key not in settings:
+            known = sorted({*PASSED_ON, *settings})
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"a run passes on {', '.join(known)}."
+            raise UserError(f"zero.deepspeed.{key} is no setting that a run passes on to DeepSpeed; {hint}")
 
 
 def _trackers(config: Config) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from mpo.config import Section, beside, read_config
+from mpo.config import LARGEST, Section, beside, read_config
 from mpo.errors import UserError
 
 PROMPT = (
@@ -29,13 +29,13 @@ class Seq2SeqConfig(Section):
     """Dtype of the weights; bfloat16 halves memory and time on a GPU."""
     codes: dict[str, str] = Field(default_factory=dict)
     """The model's own code of a language where the built-in one does not fit, e.g. {zh: zho_Hant}."""
-    batch_size: int = Field(default=16, ge=1)
+    batch_size: int = Field(default=16, ge=1, le=LARGEST)
     """Pieces of text in one call of the model."""
-    num_beams: int = Field(default=4, ge=1)
+    num_beams: int = Field(default=4, ge=1, le=LARGEST)
     """Beams of the search; 1 is greedy, and faster."""
-    max_source_tokens: int = Field(default=256, ge=8)
+    max_source_tokens: int = Field(default=256, ge=8, le=LARGEST)
     """A line with more tokens is cut between sentences into pieces of at most so many. Such models were trained on short texts."""
-    max_new_tokens: int = Field(default=512, ge=8)
+    max_new_tokens: int = Field(default=512, ge=8, le=LARGEST)
     """A piece whose translation is not finished after so many tokens drops its rows as `truncated`."""
 
 
@@ -48,13 +48,13 @@ class ServerConfig(Section):
     """Name that the server knows the model by."""
     api_key_env: str | None = None
     """Environment variable that holds the key, which is sent as a bearer token and written nowhere."""
-    concurrency: int = Field(default=8, ge=1)
+    concurrency: int = Field(default=8, ge=1, le=LARGEST)
     """Requests under way at the same time."""
     timeout: float = Field(default=120, gt=0)
     """Seconds that one request may take."""
-    retries: int = Field(default=6, ge=0)
+    retries: int = Field(default=6, ge=0, le=LARGEST)
     """Further attempts after a 429, a 5xx, a timeout or a broken answer, 0.5, 1, 2, 4 ... seconds apart, or what Retry-After says."""
-    max_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1, le=LARGEST)
     """Tokens of one reply. None: the server's own limit. A reply that meets either drops its rows as `truncated`."""
     prompt: str = PROMPT
     """The request, with {source} and {target} for the languages and {text} for the text."""
@@ -98,9 +98,9 @@ class AnswersConfig(Section):
     """Branch, tag or commit of a hub id."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Dtype of the weights."""
-    max_new_tokens: int = Field(default=512, ge=1)
+    max_new_tokens: int = Field(default=512, ge=1, le=LARGEST)
     """An answer that is not finished after so many tokens drops its row as `answer_truncated`."""
-    batch_size: int = Field(default=8, ge=1)
+    batch_size: int = Field(default=8, ge=1, le=LARGEST)
     """Prompts in one call of the model."""
     temperature: float = Field(default=0, ge=0)
     """0 is greedy; above, answers are sampled with seeds taken from the prompts."""
@@ -113,14 +113,14 @@ class FiltersConfig(Section):
     """Escaped characters such as &quot;. `unescape`: put right in source and translation, and what is left after that drops the row."""
     min_script_share: float = Field(default=0.5, ge=0, le=1)
     """Least share of a text's letters that are of its language's script. 0: not looked at."""
-    detect_from: int | None = Field(default=40, ge=1)
+    detect_from: int | None = Field(default=40, ge=1, le=LARGEST)
     """A text with at least so many letters must also read as its language, where script alone does not tell. None: not looked at."""
     min_length_ratio: float = Field(default=0.33, ge=0)
     """Least weighted length of a translation over that of its source. Weights: Han character 3, kana or Hangul 2, combining mark 0,
     white space 0, any other character 1; 10 is added to both lengths, so that short texts may differ more."""
     max_length_ratio: float = Field(default=3.0, gt=0)
     """The largest such ratio."""
-    max_repeats: int | None = Field(default=5, ge=2)
+    max_repeats: int | None = Field(default=5, ge=2, le=LARGEST)
     """A piece of 1 to 60 characters that stands more often than this in a row, over 20 characters or more, is a translator gone round in
     circles, unless the source has such a piece too. None: not looked at."""
 
