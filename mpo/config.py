@@ -14,14 +14,31 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from mpo.errors import UserError
 from mpo.files import not_finite
+from mpo.language_table import canonical
 
 LARGEST = 2**31 - 1
 """Of counts: more is a mistake, and would overflow where it is used."""
 Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _one_or_several(value: Any) -> Any:
+    """A single name as a list of one: data.train=rows.jsonl means [rows.jsonl]."""
+    return (value,) if isinstance(value, str) else value
+
+
+def _language(value: Any) -> Any:
+    """One name for a language in whichever form. YAML takes `no`, Norwegian, for false."""
+    value = "no" if value is False else value
+    return canonical(value) if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_one_or_several)]
+Language = Annotated[str, BeforeValidator(_language)]
+Languages = Annotated[tuple[Language, ...], BeforeValidator(lambda value: _one_or_several("no" if value is False else value))]
 
 
 class Section(BaseModel):
@@ -114,18 +131,19 @@ class DataConfig(Section):
     or `hf:owner/name` or `hf:owner/name:split` for a dataset of the Hugging Face hub with native columns.
     """
 
-    train: tuple[str, ...] = Field(min_length=1)
+    train: Names = Field(min_length=1)
     """Sources of training rows."""
     weights: tuple[float, ...] = ()
     """One per source of `train`: 2 takes each of its rows twice an epoch, 0.5 every second one. Empty: all rows once."""
-    eval: tuple[str, ...] = ()
+    eval: Names = ()
     """Files of held-out rows for the before/after table. Empty: `eval_rows_per_language` training rows are measured instead."""
     eval_rows_per_language: int | None = Field(default=None, ge=1, le=LARGEST)
     """At most this many rows of each language are measured, evenly spaced over the file. None: all rows of `eval`."""
-    languages: tuple[str, ...] = ("zh", "ja", "ko", "ar", "bn", "sw")
-    """Target languages (ISO 639-1) that language detection chooses from, for files that do not state the language of a row."""
-    dominant_language: str = "en"
-    """Language of the dominant side (ISO 639-1)."""
+    languages: Languages = ("zh", "ja", "ko", "ar", "bn", "sw")
+    """Target languages that language detection chooses from, for files that do not state the language of a row. Any usual form of a name
+    is understood (zh, zh-CN, zho_Hans); shown is the ISO 639-1 code."""
+    dominant_language: Language = "en"
+    """Language of the dominant side. A source whose dominant side is clearly in another one is refused."""
     max_length: int = Field(default=1024, ge=2, le=LARGEST)
     """Tokens kept of one prompt + response; the response is cut at the end. At least one of its tokens must remain."""
     on_bad_row: Literal["error", "drop"] = "error"

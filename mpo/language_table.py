@@ -1,8 +1,14 @@
-"""Languages by ISO 639-1 code: their English names, their FLORES-200 codes (which NLLB uses), and the scripts they are written in."""
+"""Languages by ISO 639-1 code: their English names, their FLORES-200 codes (which NLLB uses), and the scripts they are written in.
+
+A language has one name here, whichever usual form it came in: `canonical`. A script that is not the language's own stays with it (zh-Hant).
+"""
 
 from __future__ import annotations
 
+import re
 import unicodedata
+from collections import Counter
+from functools import cache
 
 LANGUAGES: dict[str, tuple[str, str]] = {
     "af": ("Afrikaans", "afr_Latn"),
@@ -155,6 +161,7 @@ _LETTERS = {
     "Guru": ("GURMUKHI",),
     "Hang": ("HANGUL",),
     "Hans": ("CJK",),
+    "Hant": ("CJK",),
     "Hebr": ("HEBREW",),
     "Jpan": ("HIRAGANA", "KATAKANA", "CJK"),
     "Khmr": ("KHMER",),
@@ -175,9 +182,76 @@ _LETTERS = {
 SCRIPTS = {code: _LETTERS[flores[-4:]] for code, (_, flores) in LANGUAGES.items()}
 """Scripts of each language, as Unicode names its letters."""
 
+_OTHER_CODES = {  # ISO 639-2 and 639-3 where FLORES takes another one, and codes that were given up
+    **{"alb": "sq", "ara": "ar", "arm": "hy", "aym": "ay", "aze": "az", "baq": "eu", "bur": "my", "chi": "zh", "cmn": "zh", "cze": "cs"},
+    **{"dut": "nl", "ekk": "et", "fas": "fa", "fil": "tl", "fre": "fr", "ful": "ff", "geo": "ka", "ger": "de", "gre": "el", "gug": "gn"},
+    **{"ice": "is", "in": "id", "iw": "he", "ji": "yi", "jw": "jv", "kur": "ku", "lav": "lv", "mac": "mk", "mao": "mi", "may": "ms"},
+    **{"mlg": "mg", "mo": "ro", "mon": "mn", "msa": "ms", "nep": "ne", "nor": "no", "ori": "or", "orm": "om", "per": "fa", "pus": "ps"},
+    **{"que": "qu", "rum": "ro", "slo": "sk", "sqi": "sq", "swa": "sw", "tib": "bo", "uzb": "uz", "wel": "cy", "yid": "yi"},
+}
+_CODES: dict[str, str] = {**_OTHER_CODES, **{flores[:3]: code for code, (_, flores) in reversed(LANGUAGES.items())}}
+_CODES |= {code: code for code in LANGUAGES} | {name.casefold(): code for code, (name, _) in LANGUAGES.items()}
+"""The code of every form without script and region, in lower case."""
+
+_OWN_SCRIPT = {"Hani": "Hans", "Hrkt": "Jpan", "Kore": "Hang"}
+_WRITTEN_THERE = {("zh", "tw"): "Hant", ("zh", "hk"): "Hant", ("zh", "mo"): "Hant"}
+"""Scripts that a region says."""
+_SCRIPT_NAMES = {"Arab": "Arabic script", "Cyrl": "Cyrillic script", "Hans": "simplified", "Hant": "traditional", "Latn": "Latin script"}
+
+
+def canonical(language: str) -> str:
+    """One name for all usual forms of a language.
+
+    zh, ZH, zh-CN, zh_Hans_CN, zho, chi, cmn, zho_Hans and Chinese are `zh`; zh-TW and zho_Hant are `zh-Hant`, sr_Latn is `sr-Latn`. What
+    is not known stays as it is, in lower case and with hyphens.
+    """
+    text = language.strip().casefold()
+    if text in _CODES:
+        return _CODES[text]
+    first, *rest = re.split("[-_]", text.split(".")[0])
+    code = _CODES.get(first)
+    if code is None:
+        return text.replace("_", "-")
+    script = next((part.title() for part in rest if len(part) == 4 and part.isalpha()), None)
+    script = script or next((_WRITTEN_THERE[code, part] for part in rest if (code, part) in _WRITTEN_THERE), None)
+    script = _OWN_SCRIPT.get(script or "", script)
+    return code if script in (None, LANGUAGES[code][1][-4:]) else f"{code}-{script}"
+
+
+def code_of(language: str) -> str:
+    """A canonical name without its script."""
+    return language.split("-")[0]
+
+
+def is_known(language: str) -> bool:
+    """Whether the table has the language of a canonical name, and its script."""
+    return scripts_of(language) is not None
+
+
+def name_of(language: str) -> str:
+    """The English name of a canonical name; itself where it is not known."""
+    code, _, script = language.partition("-")
+    if not is_known(language):
+        return language
+    return f"{LANGUAGES[code][0]} ({_SCRIPT_NAMES.get(script, script)})" if script else LANGUAGES[code][0]
+
+
+def flores_of(language: str) -> str | None:
+    """The FLORES-200 code of a canonical name."""
+    code, _, script = language.partition("-")
+    return None if code not in LANGUAGES else f"{LANGUAGES[code][1][:-4]}{script or LANGUAGES[code][1][-4:]}"
+
+
+def scripts_of(language: str) -> tuple[str, ...] | None:
+    """Scripts of a canonical name, as Unicode names its letters; None where it is not known."""
+    code, _, script = language.partition("-")
+    return None if code not in LANGUAGES else _LETTERS.get(script) if script else SCRIPTS[code]
+
+
 _WEIGHTS = {"CJK": 3, "HIRAGANA": 2, "KATAKANA": 2, "HANGUL": 2}
 
 
+@cache
 def script_of(character: str) -> str:
     """First word of a letter's Unicode name, such as LATIN; empty for what is no letter."""
     return unicodedata.name(character, "").split(" ")[0] if character.isalpha() else ""
@@ -190,13 +264,21 @@ def weight_of(character: str) -> int:
     return _WEIGHTS.get(script_of(character), 1)
 
 
+def weighed_letters(text: str) -> Counter[str]:
+    """The weight of a text's letters in each script."""
+    weights: Counter[str] = Counter()
+    for character, count in Counter(text).items():
+        if character.isalpha():
+            weights[script_of(character)] += weight_of(character) * count
+    return weights
+
+
 def script_share(text: str, language: str) -> float:
     """Share of the text's letters, weighted, that belong to the language's script.
 
-    1 for a language that is not in SCRIPTS, or without letters. The weights let a Chinese sentence bear a Latin name.
+    1 for a language that is not known, or without letters. The weights let a Chinese sentence bear a Latin name.
     """
-    expected = SCRIPTS.get(language)
-    letters = [character for character in text if character.isalpha()]
-    if expected is None or not letters:
+    expected, weights = scripts_of(language), weighed_letters(text)
+    if expected is None or not weights:
         return 1.0
-    return sum(weight_of(letter) for letter in letters if script_of(letter) in expected) / sum(map(weight_of, letters))
+    return sum(weights[script] for script in expected) / weights.total()

@@ -78,8 +78,20 @@ def _tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 def vocabulary_of(config: ModelConfig) -> int:
     """How many tokens the model has embeddings for, from its config.json; of an adapter folder its base model's."""
+    return int(_whole_config_of(config).vocab_size)
+
+
+def positions_of(config: ModelConfig) -> int | None:
+    """How many tokens of a text the model was made for, stretched positions counted; None where its config.json does not say."""
+    hf_config = _whole_config_of(config)
+    own, rope = getattr(hf_config, "max_position_embeddings", None), getattr(hf_config, "rope_parameters", None) or {}
+    factor = rope.get("factor") or 1
+    return own and max(own, int(factor * rope.get("original_max_position_embeddings", own)))
+
+
+def _whole_config_of(config: ModelConfig) -> PretrainedConfig:
     path = lora.base_of(config.path) if lora.is_adapter(config.path) else config.path
-    return int(read_hf_config(config.model_copy(update={"path": path})).vocab_size)
+    return read_hf_config(config.model_copy(update={"path": path}))
 
 
 def check_model(config: ModelConfig) -> None:

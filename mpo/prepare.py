@@ -13,7 +13,7 @@ from mpo.config import Config, ModelConfig
 from mpo.data import BadRow, Row, load_rows
 from mpo.demo_model import resolve_model
 from mpo.errors import UserError
-from mpo.model import check_model, load_tokenizer, vocabulary_of
+from mpo.model import check_model, load_tokenizer, positions_of, vocabulary_of
 from mpo.tokenizing import Example, tokenize_rows
 
 
@@ -25,9 +25,12 @@ class Prepared:
     """With `path` a folder or a hub id."""
     tokenizer: PreTrainedTokenizerBase
     rows: list[Row]
-    """Training rows that could be read."""
+    """Training rows as text: rows[i] is examples[i]."""
     examples: list[Example]
     """Training rows, tokenised."""
+    held_out_rows: list[Row]
+    """All rows of data.eval, as text: held_out_rows[i] is held_out[i]."""
+    held_out: list[Example]
     measured: list[Example]
     """Rows whose gaps are reported: held-out ones where data.eval names files, else training rows."""
     measured_rows: list[Row]
@@ -50,11 +53,14 @@ def prepare(config: Config, log: Callable[[str], None]) -> Prepared:
     check_model(model)
     tokenizer = load_tokenizer(model)
     rows, examples, dropped = _read(config.data.train, tokenizer, config, config.data.weights)
-    held_out = _read(config.data.eval, tokenizer, config) if config.data.eval else (rows, examples, [])
-    measured = _evenly_spaced(held_out[1], config.data.eval_rows_per_language)
-    check_ids([*examples, *measured], model)
-    texts = {row.source: row for row in held_out[0]}
-    return Prepared(model, tokenizer, rows, examples, measured, [texts[e.source] for e in measured], dropped + held_out[2])
+    held_out_rows, held_out, dropped_too = _read(config.data.eval, tokenizer, config) if config.data.eval else ([], [], [])
+    texts = {row.source: row for row in [*rows, *held_out_rows]}
+    measured = _evenly_spaced(held_out or examples, config.data.eval_rows_per_language)
+    check_ids([*examples, *held_out], model)
+    check_positions([*examples, *held_out], model)
+    return Prepared(
+        model, tokenizer, rows, examples, held_out_rows, held_out, measured, [texts[e.source] for e in measured], dropped + dropped_too
+    )
 
 
 def check_ids(examples: Sequence[Example], model: ModelConfig) -> None:
@@ -69,12 +75,26 @@ def check_ids(examples: Sequence[Example], model: ModelConfig) -> None:
         )
 
 
+def check_positions(examples: Sequence[Example], model: ModelConfig) -> None:
+    """Refuses sequences that are longer than the model has positions: it was never trained there, and would not say so."""
+    limit = positions_of(model)
+    lengths = [(max(len(sequence.input_ids) for sequence in e.sequences()), e.source) for e in examples]
+    longest, source = max(lengths)
+    if limit is not None and longest > limit:
+        count = sum(length > limit for length, _ in lengths)
+        raise UserError(
+            f"{count} rows are longer than the {limit} positions of {model.path}; the longest, {source}, has {longest} tokens. "
+            f"Set data.max_length={limit}."
+        )
+
+
 def _read(
     files: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: Config, weights: Sequence[float] = ()
 ) -> tuple[list[Row], list[Example], list[BadRow]]:
     rows, unreadable = load_rows(files, config.data, weights)
     examples, untokenizable = tokenize_rows(rows, tokenizer, config.data)
-    return rows, examples, unreadable + untokenizable
+    unusable = {row.source for row in untokenizable}
+    return [row for row in rows if row.source not in unusable], examples, unreadable + untokenizable
 
 
 def _evenly_spaced(examples: Sequence[Example], per_language: int | None) -> list[Example]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,11 +14,11 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from mpo.config import Config
-from mpo.data import Pair, Row
-from mpo.language import LanguageDetector
-from mpo.language_table import SCRIPTS, script_share
+from mpo.data import Pair, Row, texts_of
+from mpo.language import LanguageDetector, clearly_in_another, told_apart
+from mpo.language_table import is_known, script_share, scripts_of
 from mpo.prepare import Prepared
-from mpo.tokenizing import Example, decode_view
+from mpo.tokenizing import Example, decode, decode_view, special_ids
 
 SHORTEST, LONGEST = 0.2, 6.0
 """Target tokens over dominant tokens outside of which a translation is probably cut or padded. Byte-level vocabularies inflate scripts."""
@@ -26,38 +27,41 @@ LISTED = 20
 
 
 def examine(config: Config, prepared: Prepared) -> dict[str, Any]:
-    """The report as JSON: `languages`, `dominant_pairs`, `dropped` (reason: rows), `suspicious` ([{source, reason, detail}]), `views`."""
+    """The report as JSON: `languages` and, of data.eval, `held_out` (counts and lengths per language), `dominant_pairs`, `dropped`
+    (reason: rows), `suspicious` ([{source, reason, detail}]), `views`.
+    """
     examples = prepared.examples
-    languages = {
-        language: _lengths([e for e in examples if e.language == language], config.data.max_length)
-        for language in sorted({e.language for e in examples})
-    }
-    sources = {e.source for e in examples}
-    rows = [row for row in prepared.rows if row.source in sources]
+    pairs = [*zip(prepared.rows, examples, strict=True), *zip(prepared.held_out_rows, prepared.held_out, strict=True)]
     return {
-        "languages": languages,
+        "languages": _of_each_language(examples, config.data.max_length),
+        "held_out": _of_each_language(prepared.held_out, config.data.max_length),
         "dominant_pairs": len({(e.dominant_chosen, e.dominant_rejected) for e in examples}),
         "dropped": dict(Counter(row.reason for row in prepared.dropped).most_common()),
         "suspicious": [
             {"source": row.source, "reason": reason, "detail": detail}
-            for row, example in zip(rows, examples, strict=True)
-            for reason, detail in _suspicions(row, example, config)
+            for row, example in pairs
+            for reason, detail in (*_suspicions(row, example, config), *_as_tokens(row, example, prepared.tokenizer))
         ]
-        + _repeated(rows),
+        + _repeated(prepared.rows, prepared.held_out_rows)
+        + _unknown_languages([row for row, _ in pairs]),
         "views": [_view(e, prepared.tokenizer) for e in _first_of_each_language(examples)],
     }
 
 
 def show(report: dict[str, Any], console: Console) -> None:
     """The report for people."""
-    table = Table(title=f"Training rows, sharing {report['dominant_pairs']} dominant pairs; lengths in tokens of prompt and answer")
-    table.add_column("language")
-    for name in ("rows", "target p50", "p95", "longest", "dominant p50", "p95", "scored p50", "cut"):
-        table.add_column(name, justify="right")
-    for language, row in report["languages"].items():
-        lengths = [row["target"]["p50"], row["target"]["p95"], row["target"]["max"], row["dominant"]["p50"], row["dominant"]["p95"]]
-        table.add_row(language, str(row["rows"]), *map(str, lengths), str(row["scored"]["p50"]), str(row["cut"]))
-    console.print(table)
+    shared = f"Training rows, sharing {report['dominant_pairs']} dominant pairs; lengths in tokens of prompt and answer"
+    for title, languages in ((shared, report["languages"]), ("Held-out rows", report["held_out"])):
+        if not languages:
+            continue
+        table = Table(title=title)
+        table.add_column("language")
+        for name in ("rows", "target p50", "p95", "longest", "dominant p50", "p95", "scored p50", "cut"):
+            table.add_column(name, justify="right")
+        for language, row in languages.items():
+            lengths = [row["target"]["p50"], row["target"]["p95"], row["target"]["max"], row["dominant"]["p50"], row["dominant"]["p95"]]
+            table.add_row(language, str(row["rows"]), *map(str, lengths), str(row["scored"]["p50"]), str(row["cut"]))
+        console.print(table)
     if report["dropped"]:
         console.print("Dropped: " + ", ".join(f"{count} {reason}" for reason, count in report["dropped"].items()), markup=False)
     reasons = Counter(item["reason"] for item in report["suspicious"])
@@ -88,12 +92,14 @@ def _suspicions(row: Row, example: Example, config: Config) -> Iterator[tuple[st
     for place, mine, theirs in zip(("prompt", "chosen", "rejected"), _all(row.target), _all(row.dominant), strict=True):
         if mine.strip() == theirs.strip():
             yield "untranslated", f"the target {place} is the dominant one, word for word"
-    detector = LanguageDetector(config.data.languages, config.data.dominant_language)
-    dominant_script = SCRIPTS.get(config.data.dominant_language)
-    if SCRIPTS.get(row.language, dominant_script) == dominant_script and row.language in config.data.languages:
+    dominant = config.data.dominant_language
+    for side, language, pair in (("dominant", dominant, row.dominant), ("target", row.language, row.target)):
+        if (found := clearly_in_another(language, *texts_of(pair))) is not None:
+            yield "wrong_language", f"the {side} texts read as {found}, not as {language}"
+    if scripts_of(row.language) == scripts_of(dominant) and told_apart(row.language, dominant):
         for place in ("chosen", "rejected"):
-            if detector.detect(getattr(row.target, place)) == config.data.dominant_language:
-                yield "untranslated", f"the target {place} reads as {config.data.dominant_language}"
+            if LanguageDetector((row.language,), dominant).detect(getattr(row.target, place)) == dominant:
+                yield "untranslated", f"the target {place} reads as {dominant}"
     for kind in ("chosen", "rejected"):
         mine, theirs = getattr(example, f"target_{kind}"), getattr(example, f"dominant_{kind}")
         ratio = (len(mine.input_ids) - mine.response_start) / (len(theirs.input_ids) - theirs.response_start)
@@ -101,14 +107,54 @@ def _suspicions(row: Row, example: Example, config: Config) -> Iterator[tuple[st
             yield "length_ratio", f"the target {kind} answer has {ratio:.2f} times the tokens of the dominant one"
 
 
-def _repeated(rows: Sequence[Row]) -> list[dict[str, str]]:
-    first: dict[tuple, str] = {}
-    found = []
+def _as_tokens(row: Row, example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, str]]:
+    """What the chat template and the tokenizer made of the texts: what is trained on, compared with what was written."""
+    special = special_ids(tokenizer)
+    sides = (("dominant", row.dominant, (example.dominant_chosen, example.dominant_rejected)),)
+    for side, pair, sequences in (*sides, ("target", row.target, (example.target_chosen, example.target_rejected))):
+        for text in texts_of(pair):
+            held = [token for token in tokenizer(text, add_special_tokens=False)["input_ids"] if token in special]
+            if held:
+                yield "special_token", f"a {side} text holds {decode(held[:1], tokenizer)!r}, which the model reads as a control token"
+        prompt = _bare(decode(sequences[0].input_ids[: sequences[0].response_start], tokenizer))
+        for message in pair.prompt:
+            if _bare(message.content) not in prompt:
+                yield "left_out_by_template", f"the {side} {message.role} message is not in what the model sees, or not as it was written"
+        for kind, sequence in zip(("chosen", "rejected"), sequences, strict=True):
+            answer, scored = _bare(getattr(pair, kind)), _bare(decode(sequence.input_ids[sequence.response_start :], tokenizer))
+            beginning = scored.split("\ufffd")[0][:-4]  # data.max_length may cut through a letter, or between a letter and its marks
+            if not scored.startswith(answer) and not answer.startswith(beginning):
+                yield "scored_differs", f"scored of the {side} {kind} answer is {scored[:60]!r}: the tokenizer cannot write it"
+
+
+def _bare(text: str) -> str:
+    """A text without what tokenizers may take away from it: white space, and other ways to write the same letter."""
+    return "".join(unicodedata.normalize("NFKC", text).split())
+
+
+def _unknown_languages(rows: Sequence[Row]) -> list[dict[str, str]]:
+    first: dict[str, str] = {}
     for row in rows:
+        first.setdefault(row.language, row.source)
+    detail = "is no language that is known here, so neither its script nor its texts are checked"
+    return [
+        {"source": source, "reason": "unknown_language", "detail": f"{language!r} {detail}"}
+        for language, source in first.items()
+        if not is_known(language)
+    ]
+
+
+def _repeated(rows: Sequence[Row], held_out: Sequence[Row]) -> list[dict[str, str]]:
+    found = []
+    first: dict[tuple, str] = {}
+    trained = {(row.language, row.target): row.source for row in reversed(rows)}
+    for row in (*rows, *held_out):
         key = (row.language, row.target)
-        if first.get(key, row.source) != row.source:  # a weighted source repeats its own rows on purpose
+        if first.setdefault(key, row.source) != row.source:  # a weighted source repeats its own rows on purpose
             found.append({"source": row.source, "reason": "repeated", "detail": f"the same target pair as {first[key]}"})
-        first.setdefault(key, row.source)
+    for row in held_out:
+        if (source := trained.get((row.language, row.target))) is not None:
+            found.append({"source": row.source, "reason": "held_out_row_is_trained_on", "detail": f"data.train has it too, as {source}"})
     return found
 
 
@@ -118,6 +164,10 @@ def _texts(pair: Pair) -> Iterator[tuple[str, str]]:
 
 def _all(pair: Pair) -> tuple[str, str, str]:
     return pair.prompt[-1].content, pair.chosen, pair.rejected
+
+
+def _of_each_language(examples: Sequence[Example], limit: int) -> dict[str, Any]:
+    return {name: _lengths([e for e in examples if e.language == name], limit) for name in sorted({e.language for e in examples})}
 
 
 def _lengths(examples: Sequence[Example], limit: int) -> dict[str, Any]:

@@ -8,13 +8,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from mpo.data import BadRow, Pair, problems_of_pair
+from mpo.data import BadRow, Pair, problems_of_pair, texts_of
 from mpo.data_build.config import BuildConfig
 from mpo.data_build.file_translator import FileTranslator
 from mpo.data_build.filters import Filters, Problem
 from mpo.data_build.journal import Journal, key_of
 from mpo.data_build.output import Output
-from mpo.data_build.preferences import Preference, map_texts, read_preferences, texts_of
+from mpo.data_build.preferences import Preference, map_texts, read_preferences
 from mpo.data_build.report import make_report
 from mpo.data_build.server_translator import ServerTranslator
 from mpo.data_build.translation import Failure, Translator
@@ -42,7 +42,8 @@ def build(config: BuildConfig, progress: Progress) -> dict[str, Any]:
         translations, made, kept = _translate(answered, translator, config, output, progress, stop)
         rows, untranslated = _assemble(answered, translations, filters, config)
         dropped = [asdict(row) for row in bad] + unanswered + untranslated
-        work = {"output": config.output, "translated": made, "translations_kept": kept, "build": _identity(config)}
+        trimmed = sum(preference.trimmed for preference in preferences)
+        work = {"output": config.output, "translated": made, "translations_kept": kept, "trimmed": trimmed, "build": _identity(config)}
         report = make_report(len(preferences) + len(bad), rows, dropped, config.languages, work)
         output.write(report, rows, dropped)
         if not rows:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from mpo.config import LARGEST, Section, beside, read_config
+from mpo.config import LARGEST, Language, Languages, Names, Section, beside, read_config
 from mpo.errors import UserError
 
 PROMPT = (
@@ -27,7 +27,7 @@ class Seq2SeqConfig(Section):
     """Branch, tag or commit of a hub id."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the weights; bfloat16 halves memory and time on a GPU."""
-    codes: dict[str, str] = Field(default_factory=dict)
+    codes: dict[Language, str] = Field(default_factory=dict)
     """The model's own code of a language where the built-in one does not fit, e.g. {zh: zho_Hant}."""
     batch_size: int = Field(default=16, ge=1, le=LARGEST)
     """Pieces of text in one call of the model."""
@@ -128,15 +128,16 @@ class FiltersConfig(Section):
 class BuildConfig(Section):
     """One build."""
 
-    input: tuple[str, ...] = Field(min_length=1)
+    input: Names = Field(min_length=1)
     """Preference rows in the dominant language: JSONL, a JSON list, Parquet, a `datasets` folder, or hf:owner/name:split. Columns
     `prompt` (text, or messages with role and content), `chosen`, `rejected`, and if there is one `id`."""
     output: str = Field(min_length=1)
     """JSONL to write. Beside it lie its report, the dropped rows and the journals of finished texts."""
-    dominant_language: str = "en"
-    """Language of the input (ISO 639-1)."""
-    languages: tuple[str, ...] = Field(min_length=1)
-    """Target languages (ISO 639-1). Each row of the input becomes one row for each of them."""
+    dominant_language: Language = "en"
+    """Language of the input. Input that is clearly in another one is refused."""
+    languages: Languages = Field(min_length=1)
+    """Target languages, in any usual form (zh, zh-CN and zho_Hans are one, zh-Hant is another). Each row of the input becomes one row for
+    each of them."""
     on_bad_row: Literal["error", "drop"] = "error"
     """`error` refuses input with unusable rows and lists them; `drop` leaves those out and counts them in the report."""
     translator: TranslatorConfig

@@ -9,6 +9,7 @@ from mpo.data_build.config import FileConfig
 from mpo.data_build.journal import read_records
 from mpo.data_build.translation import Failure, Finished
 from mpo.errors import UserError
+from mpo.language_table import canonical
 
 
 class FileTranslator:
@@ -33,7 +34,7 @@ class FileTranslator:
             if not all(isinstance(field, str) for field in fields):
                 raise UserError(f"{path}, row {number}: needs texts `source`, `language` and `translation`; it has {', '.join(record)}.")
             source, language, translation = map(str, fields)
-            self._finished[source.strip(), language] = translation
+            self._finished[source.strip(), canonical(language)] = translation
         there = {language for _, language in self._finished}
         missing = [language for language in languages if language not in there]
         if missing:

@@ -7,11 +7,11 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from mpo.data import Pair
+from mpo.data import Pair, texts_of
 from mpo.data_build.config import FiltersConfig
-from mpo.data_build.preferences import places_of, texts_of
-from mpo.language import LanguageDetector, known_languages
-from mpo.language_table import SCRIPTS, script_share, weight_of
+from mpo.data_build.preferences import places_of
+from mpo.language import LanguageDetector, told_apart
+from mpo.language_table import script_share, scripts_of, weight_of
 
 SLACK = 10
 """Added to both lengths of a ratio."""
@@ -36,8 +36,8 @@ class Filters:
         self._loop = re.compile(rf"(.{{1,60}}?)\1{{{config.max_repeats},}}", re.DOTALL) if config.max_repeats else None
         # Between languages of scripts of their own no statistics are needed, and they would misread a text that quotes another language.
         candidates = [*languages, dominant]
-        shared = [a for a in candidates if any(set(SCRIPTS.get(a, ())) & set(SCRIPTS.get(b, ())) for b in candidates if a != b)]
-        self._detected = [a for a in shared if a in known_languages()] if config.detect_from else []
+        shared = [a for a in candidates if any(set(scripts_of(a) or ()) & set(scripts_of(b) or ()) for b in candidates if a != b)]
+        self._detected = [a for a in shared if all(told_apart(a, b) for b in shared if a != b)] if config.detect_from else []
         self._detector = LanguageDetector(self._detected[1:], self._detected[0]) if len(self._detected) > 1 else None
 
     def clean(self, text: str) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from mpo.data import parsed
 from mpo.errors import UserError
 from mpo.files import to_json
 
@@ -79,11 +80,11 @@ def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except ValueError as error:
+            record = parsed(line, path, number)
+        except UserError:
             if number == len(lines):  # no line break behind it: a kill came in between
                 return records, len(whole) - len(line)
-            raise UserError(f"{path}, line {number}: no valid JSON ({error}). Mend or remove the line.") from error
+            raise
         if not isinstance(record, dict):
             raise UserError(f"{path}, line {number}: holds {type(record).__name__}; a line is a JSON object.")
         records.append(record)

@@ -10,7 +10,16 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from mpo.data import BadRow, Message, Pair, objects, problems_of_pair, settle_bad_rows
+from mpo.data import (
+    BadRow,
+    Message,
+    Pair,
+    check_dominant_language,
+    labels_of,
+    objects,
+    problems_of_pair,
+    settle_bad_rows,
+)
 from mpo.data_build.config import BuildConfig
 from mpo.errors import UserError
 
@@ -31,6 +40,9 @@ class Preference:
     id: str
     source: str
     pair: Pair
+    trimmed: bool = False
+    """Whether white space around an answer was taken off, as it is around a translation: a tokenizer may join it with what a chat template
+    writes before an answer, and then the answer cannot be scored."""
 
 
 def read_preferences(config: BuildConfig) -> tuple[list[Preference], list[BadRow]]:
@@ -44,17 +56,20 @@ def read_preferences(config: BuildConfig) -> tuple[list[Preference], list[BadRow
     rows: list[Preference] = []
     bad: list[BadRow] = []
     seen: dict[str, str] = {}
+    labels = labels_of(config.input)
     for name in config.input:
         if not name.startswith("hf:") and not Path(name).exists():
             raise UserError(f"No input at {name}. Check `input`; paths are relative to the configuration or to here.")
-        for source, value in objects(name):
-            row = _read(source, value, config)
+        read = [_read(source, value, config) for source, value in objects(name, labels[name], tuple(PreferenceRow.model_fields))]
+        pairs = [row.pair for row in read if isinstance(row, Preference)]
+        check_dominant_language(name, pairs, config.dominant_language, "dominant_language")
+        for row in read:
             if isinstance(row, Preference) and row.id in seen:
-                row = BadRow(source, "duplicate_id", f"id {row.id!r} is that of {seen[row.id]} too; give each row its own")
+                row = BadRow(row.source, "duplicate_id", f"id {row.id!r} is that of {seen[row.id]} too; give each row its own")
             if isinstance(row, BadRow):
                 bad.append(row)
             else:
-                seen[row.id] = source
+                seen[row.id] = row.source
                 rows.append(row)
     settle_bad_rows(bad, len(rows), config.input, config.on_bad_row, "on_bad_row")
     return rows, bad
@@ -81,16 +96,8 @@ def _read(source: str, value: Any, config: BuildConfig) -> Preference | BadRow:
     for problem in problems_of_pair(source, "dominant", pair):
         if not (answered_later and problem.reason == "empty_chosen"):
             return problem
-    try:
-        "".join(texts_of(pair)).encode()
-    except UnicodeEncodeError:
-        return BadRow(source, "not_unicode", "holds half of a surrogate pair, which no file can; remove it")
-    return Preference(source if row.id is None else str(row.id), source, pair)
-
-
-def texts_of(pair: Pair) -> list[str]:
-    """Every text of a pair: the messages of the prompt in their order, then the chosen and the rejected answer."""
-    return [*(message.content for message in pair.prompt), pair.chosen, pair.rejected]
+    trimmed = pair.model_copy(update={"chosen": pair.chosen.strip(), "rejected": pair.rejected.strip()})
+    return Preference(source if row.id is None else str(row.id), source, trimmed, trimmed != pair)
 
 
 def places_of(pair: Pair) -> list[str]:

@@ -62,5 +62,7 @@ def show(report: dict[str, Any], console: Console) -> None:
         for row in examples:
             where = " ".join(row[name] for name in ("id", "language") if name in row) or row["source"]
             console.print(f"  {reason}: {where}: {row['detail']}", markup=False, soft_wrap=True)
+    if report["trimmed"]:
+        console.print(f"White space around answers was taken off in {report['trimmed']} rows of the input.", markup=False)
     made, kept = report["translated"], report["translations_kept"]
     console.print(f"Texts translated: {made} now, {kept} before. Report and dropped rows lie beside the rows.", markup=False)

@@ -15,7 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 from mpo.data_build.config import Seq2SeqConfig
 from mpo.data_build.translation import Failure, Finished
 from mpo.errors import UserError
-from mpo.language_table import LANGUAGES
+from mpo.language_table import flores_of
 from mpo.weights import check_weights, damaged, first_line, refuse_partial
 
 _SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？।።။])\s*")
@@ -123,7 +123,7 @@ class Seq2SeqTranslator:
         own = self._config.codes.get(language)
         known = self._known_codes()
         # FLORES codes are NLLB's, plain ones M2M100's, and MBart-50 adds a country.
-        names = [own] if own else [*LANGUAGES.get(language, ("", ""))[1:], language, *(c for c in known if c.startswith(f"{language}_"))]
+        names = [own] if own else [str(flores_of(language)), language, *(c for c in known if c.startswith(f"{language}_"))]
         for name in names:
             if name in known:
                 return name, known[name]

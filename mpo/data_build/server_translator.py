@@ -19,7 +19,7 @@ from mpo.data_build.config import ServerConfig
 from mpo.data_build.translation import Failure, Finished
 from mpo.errors import UserError
 from mpo.files import to_json
-from mpo.language_table import LANGUAGES
+from mpo.language_table import name_of
 
 FIRST_DELAY, LONGEST_DELAY = 0.5, 60.0
 """Seconds before the first further attempt, doubled before each next one, and the longest wait, also if Retry-After asks for more."""
@@ -57,7 +57,7 @@ class ServerTranslator:
     """
 
     def __init__(self, config: ServerConfig, dominant: str) -> None:
-        self._config, self._source = config, _name_of(dominant)
+        self._config, self._source = config, name_of(dominant)
         address = urlsplit(config.base_url)
         if address.scheme not in ("http", "https") or not address.hostname:
             raise UserError("translator.server.base_url is no http or https address such as http://localhost:8000/v1.")
@@ -78,7 +78,7 @@ class ServerTranslator:
     def identity(self, language: str) -> list[str]:
         """Not the address: the same model may be served elsewhere the next time."""
         config = self._config
-        return ["server", config.model, config.prompt, self._source, _name_of(language), str(config.max_tokens)]
+        return ["server", config.model, config.prompt, self._source, name_of(language), str(config.max_tokens)]
 
     def translate(self, texts: Sequence[str], language: str) -> Iterator[Finished]:
         """Each text as soon as its answer is there, and those that came at the same time together."""
@@ -109,7 +109,7 @@ class ServerTranslator:
     def _translate(self, text: str, language: str, stop: threading.Event) -> str | Failure:
         config = self._config
         # The text last: it may hold the other names in braces itself.
-        request = config.prompt.replace("{source}", self._source).replace("{target}", _name_of(language)).replace("{text}", text)
+        request = config.prompt.replace("{source}", self._source).replace("{target}", name_of(language)).replace("{text}", text)
         body: dict[str, Any] = {"model": config.model, "temperature": 0, "messages": [{"role": "user", "content": request}]}
         if config.max_tokens is not None:
             body["max_tokens"] = config.max_tokens
@@ -225,7 +225,3 @@ def _retry_after(error: urllib.error.HTTPError) -> float:
         return max(0.0, float(error.headers.get("Retry-After", 0)))
     except ValueError:
         return 0.0
-
-
-def _name_of(language: str) -> str:
-    return LANGUAGES[language][0] if language in LANGUAGES else language

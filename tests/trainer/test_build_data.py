@@ -252,7 +252,7 @@ def test_a_journal_keeps_what_is_whole(tmp_path):
         assert [known["a"], known["b"]] == ["eins\u2028zwei" if lines > 0 else None, "drei" if lines > 1 else None], cut
         assert [line["key"] for line in read(path)] == [*["a", "b"][:lines], "c"]
     path.write_bytes(b'{"key": "a"\n' + whole)
-    with pytest.raises(UserError, match="line 1: no valid JSON"):
+    with pytest.raises(UserError, match="line 1, column 12: no valid JSON"):
         Journal(path, "translation")
     path.write_bytes(b'{"other": "file"}\n')
     with pytest.raises(UserError, match="no journal of this command"):
@@ -698,7 +698,7 @@ BAD_INPUT = [
     (with_row(prompt=[{"role": "assistant", "content": "x"}]), "prompt_not_ending_with_user"),
     (with_row(rejected=""), "empty_rejected"),
     (with_row(rejected=preferences(1)[0]["chosen"]), "chosen_equals_rejected"),
-    (with_row(rejected="\ud83d"), "not_unicode: holds half of a surrogate pair"),
+    (with_row(rejected="\ud83d"), "not_unicode: the dominant pair holds half of a surrogate pair"),
     (with_row(id=preferences(1)[0]["id"]), "duplicate_id: id 'shoplifting' is that of prefs.jsonl:1 too"),
 ]
 
@@ -722,8 +722,9 @@ def test_several_turns_other_files_and_texts_with_entities(folder):
     datasets.Dataset.from_list([row]).to_parquet(folder / "turns.parquet")
     lines = {"Hello & hi": "Habari &amp; salamu", "Yes?": "Ndiyo?", EN: SW, "No, never.": "Hapana kamwe.", "Just go in.": "Ingia tu."}
     write_rows(folder / "done.jsonl", [{"source": f" {a}\n", "language": "sw", "translation": b} for a, b in lines.items()])
-    run(folder, "languages=[sw]", "input=[turns.parquet]")
+    report = run(folder, "languages=[swh_Latn]", "input=turns.parquet")
     (made,) = rows_of(folder)
+    assert report["trimmed"] == 1 and made["dominant"]["rejected"] == "Just go in."
     assert made["id"] == "turns.parquet[0]-sw"
     assert [m["content"] for m in made["dominant"]["prompt"]] == ["Hello & hi", "Yes?", EN]
     assert [(m["role"], m["content"]) for m in made["target"]["prompt"]] == [
@@ -733,6 +734,22 @@ def test_several_turns_other_files_and_texts_with_entities(folder):
     ]
     rows, bad = load_rows([str(folder / "out/rows.jsonl")], load_config("demo").data)
     assert len(rows) == 1 and not bad
+
+
+def test_inputs_of_one_name_in_two_folders_are_two_files(folder):
+    rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in preferences(2)]
+    for name, row in zip("ab", rows, strict=True):
+        (folder / name).mkdir()
+        write_rows(folder / name / "prefs.jsonl", [row])
+    run(folder, "input=[a/prefs.jsonl,b/prefs.jsonl]", "languages=[sw]")
+    assert [row["id"] for row in rows_of(folder)] == ["a/prefs.jsonl:1-sw", "b/prefs.jsonl:1-sw"]
+
+
+def test_input_in_another_language_than_it_should_be_is_refused(folder):
+    with pytest.raises(
+        UserError, match=r"dominant side of .*prefs.jsonl is in en, not in zh .*Set dominant_language=en, and let no target"
+    ):
+        run(folder, "dominant_language=zh", "languages=[sw]")
 
 
 FAULTS = [

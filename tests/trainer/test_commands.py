@@ -40,7 +40,7 @@ def test_validate_finds_what_is_wrong(project):  # noqa: F811
     korean[4]["target"] = dict(korean[3]["target"])
     korean[0]["target"]["rejected"] = "아" * 60
     write_rows(project / "odd.jsonl", rows)
-    result = command("validate", project, "data.train=[odd.jsonl]", "--json")
+    result = command("validate", project, "data.train=odd.jsonl", "data.eval=[]", "--json")
     report = json.loads(result.stdout)
     found = {(item["source"].rsplit(":", 1)[1], item["reason"]) for item in report["suspicious"]}
     assert {("2", "wrong_script"), ("4", "html_entities"), ("6", "untranslated"), ("10", "repeated"), ("2", "length_ratio")} <= found
@@ -48,9 +48,8 @@ def test_validate_finds_what_is_wrong(project):  # noqa: F811
     assert report["languages"]["ko"]["rows"] == 6 and report["dominant_pairs"] == 6
     prompt, scored = report["views"][0]["chosen"]
     assert prompt.endswith("<|im_start|>assistant\n") and scored == "siwezi kukusaidia kwa hilo<|im_end|>"
-    command("validate", project, "data.train=[odd.jsonl]", "--strict", expect=1)
-    text = command("validate", project, "data.train=[odd.jsonl]").stdout
-    assert "1 html_entities" in text and "What the model sees" in text
+    text = command("validate", project, "data.train=[odd.jsonl]", "--strict", expect=1).stdout
+    assert "1 html_entities" in text and "What the model sees" in text and "Held-out rows" in text
 
 
 def test_dry_run_tells_and_writes_nothing(project):  # noqa: F811
