@@ -23,6 +23,10 @@ from mpo.errors import UserError
 
 def deepspeed_settings(config: Config) -> dict[str, Any]:
     """DeepSpeed's own configuration. The batch arithmetic is ours, so gradient accumulation is unmanaged: each step() is a boundary."""
+    if config.zero.stage == 0 and config.model.dtype == "bfloat16":
+        raise UserError(
+            "zero.stage=0 with model.dtype=bfloat16 has no fp32 copy of the weights to step. Set zero.stage=1, or model.dtype=float32."
+        )
     zero: dict[str, Any] = {"stage": config.zero.stage, "overlap_comm": config.zero.stage == 2 and torch.cuda.is_available()}
     in_host_memory = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if config.zero.offload_optimizer:

@@ -57,12 +57,6 @@ def _keep_frozen_out_of_state_dict(model: torch.nn.Module) -> None:
     model.register_state_dict_post_hook(leave_out)
 
 
-def trainable_parameters(empty: torch.nn.Module, config: LoraConfig) -> int:
-    """Parameters that the adapters of a model on the meta device have."""
-    attach(empty, config)
-    return sum(p.numel() for p in empty.parameters() if p.requires_grad)
-
-
 @contextmanager
 def adapters_off(model: torch.nn.Module) -> Iterator[None]:
     """Within the block the model is what it was before training. Which parameters train is as before afterwards."""

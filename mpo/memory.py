@@ -5,23 +5,26 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import init_empty_weights
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mpo import lora
 from mpo.config import Config, ModelConfig
 
 GIB = 2**30
 WORLDS = (1, 2, 4, 8, 16, 32, 64)
 DEFAULT_CHUNK = 512 << 20
 """Bytes of logits that the linear loss holds at a time unless loss.chunk_bytes says otherwise."""
+DEFAULT_BUCKET = 500_000_000
+"""Gradients that DeepSpeed reduces at a time unless zero.deepspeed sets zero_optimization.reduce_bucket_size."""
 
 
 class Size(NamedTuple):
     """What of the model decides about memory."""
 
     parameters: int
+    """All, those of adapters among them. A head that is tied to the embeddings counts once."""
     trained: int
     vocab: int
     hidden: int
@@ -29,54 +32,75 @@ class Size(NamedTuple):
     layers: int
     linear: int = 0
     """Parameters of linear layers other than the head: what model.quantize stores in few bits."""
+    linear_rows: int = 0
+    """Rows of their weights."""
 
 
 def size_of(model: ModelConfig) -> Size:
-    """Counts parameters on the meta device."""
-    hf = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    with init_empty_weights():
+    """Counts parameters on the meta device, as the model has them once it is loaded."""
+    path = lora.base_of(model.path) if lora.is_adapter(model.path) else model.path  # whose adapters become part of its weights
+    hf = AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(hf, trust_remote_code=model.trust_remote_code)
-    total = sum(p.numel() for p in empty.parameters())
-    linear = sum(m.weight.numel() for name, m in empty.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head")
-    trained = total
+    empty.tie_weights()
+    linear = [m.weight for name, m in empty.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"]
     if model.lora is not None:
-        from mpo.lora import trainable_parameters
-
-        trained = trainable_parameters(empty, model.lora)
-    return Size(total, trained, hf.vocab_size, hf.hidden_size, hf.intermediate_size, hf.num_hidden_layers, linear)
+        lora.attach(empty, model.lora)
+    total = sum(p.numel() for p in empty.parameters())
+    trained = sum(p.numel() for p in empty.parameters() if p.requires_grad)
+    rows = sum(weight.shape[0] for weight in linear)
+    return Size(
+        total, trained, hf.vocab_size, hf.hidden_size, hf.intermediate_size, hf.num_hidden_layers, sum(w.numel() for w in linear), rows
+    )
 
 
 def per_gpu(config: Config, size: Size, tokens: int, world: int) -> dict[str, float]:
     """Bytes per GPU by purpose, for `tokens` packed tokens in the longest micro-batch.
 
-    weights, gradients and optimizer are divided over `world` by the ZeRO stage; AdamW keeps two fp32 moments and under bfloat16 an fp32
-    master copy; what is offloaded is counted by `on_host`. Activations: about 11 D + 4 intermediate numbers per token and layer;
-    selective checkpointing keeps 5 D + 2 intermediate of them, full checkpointing one input per layer, and both recompute a layer at a
-    time. head: a chunk of logits, and the fp32 gradient of a head that is trained.
+    weights, gradients and optimizer are divided over `world` by the ZeRO stage. Gradients are summed in fp32; under stage 1 those of a
+    bfloat16 backward lie beside the sums. AdamW keeps two fp32 moments, and ZeRO an fp32 master copy, of fp32 weights too. What is
+    offloaded is counted by `on_host`. buckets: gradients on their way between GPUs. Activations: about 11 D + 4 intermediate numbers per
+    token and layer; selective checkpointing keeps 5 D + 2 intermediate of them, full checkpointing one input per layer, and both recompute
+    a layer at a time. head: a chunk of logits, and the fp32 gradient of a head that is trained.
     """
-    stage, bytes_each = config.zero.stage, 2 if config.model.dtype == "bfloat16" else 4
+    stage, bf16 = config.zero.stage, config.model.dtype == "bfloat16"
+    each, offloaded = 2 if bf16 else 4, config.zero.offload_optimizer
     divided = {purpose: world if stage >= needed else 1 for purpose, needed in (("optimizer", 1), ("gradients", 2), ("weights", 3))}
-    master = 4 if bytes_each == 2 else 0
-    offloaded = config.zero.offload_optimizer
-    optimizer = 0 if offloaded else size.trained * (8 + master) / divided["optimizer"]
-    gradients = 0 if offloaded and stage >= 2 else size.trained * 4 / divided["gradients"]  # accumulated in host memory bucket by bucket
-    in_few_bits = {None: bytes_each, "nf4": 0.5 + 4 / 64, "int8": 1}[config.model.quantize]  # nf4: an fp32 scale for each 64
-    stored = (size.parameters - size.linear) * bytes_each + size.linear * in_few_bits
-    weights = 0 if config.zero.offload_parameters else stored / divided["weights"]
-    if config.model.quantize:
-        weights += size.hidden * size.intermediate * bytes_each  # a layer's, as numbers
-    whole = 11 * size.hidden + 4 * size.intermediate  # numbers per token of one layer
-    kept = {False: whole, "selective": 5 * size.hidden + 2 * size.intermediate, True: size.hidden}[config.model.activation_checkpointing]
-    recomputed = whole - kept  # of one layer at a time
-    activations = tokens * bytes_each * (kept * size.layers + recomputed)
+    optimizer = 0 if offloaded else size.trained * (8 if stage == 0 else 12) / divided["optimizer"]
+    gradients = size.trained * (6 if stage == 1 and bf16 else 4) / divided["gradients"]
+    gathered = size.vocab * size.hidden * each if stage == 3 else 0  # the head
     head_gradient = size.vocab * size.hidden * 4 if config.model.lora is None else 0
     return {
-        "weights": weights + (size.vocab * size.hidden * bytes_each if stage == 3 else 0),  # stage 3 gathers the head
-        "gradients": gradients,
+        "weights": (0 if config.zero.offload_parameters else stored(config.model, size) / divided["weights"])
+        + (size.hidden * size.intermediate * each if config.model.quantize else 0)  # a layer's, as numbers
+        + gathered,
+        "gradients": 0 if offloaded and stage >= 2 else gradients,  # accumulated in host memory bucket by bucket
         "optimizer": optimizer,
-        "activations": activations,
+        "buckets": _buckets(config) * each,
+        "activations": tokens * each * _numbers_per_token(config.model, size),
         "head": (config.loss.chunk_bytes or DEFAULT_CHUNK) + head_gradient,
     }
+
+
+def stored(model: ModelConfig, size: Size) -> float:
+    """Bytes of all weights: nf4 has an fp32 scale for each 64 of them, int8 one for each row."""
+    each = 2 if model.dtype == "bfloat16" else 4
+    quantized = {None: size.linear * each, "nf4": size.linear * (0.5 + 4 / 64), "int8": size.linear + 4 * size.linear_rows}
+    return (size.parameters - size.linear) * each + quantized[model.quantize]
+
+
+def _buckets(config: Config) -> int:
+    """Numbers in DeepSpeed's buckets: of stage 2 there are two, one of which fills while the other travels."""
+    of_stage = {0: 0, 1: 0 if config.model.dtype == "bfloat16" else 1, 2: 2, 3: 1}
+    settings = config.zero.deepspeed.get("zero_optimization", {})
+    return int(settings.get("reduce_bucket_size", DEFAULT_BUCKET)) * of_stage[config.zero.stage]
+
+
+def _numbers_per_token(model: ModelConfig, size: Size) -> int:
+    """What the layers keep for the backward, and of one layer what is recomputed in it."""
+    whole = 11 * size.hidden + 4 * size.intermediate
+    kept = {False: whole, "selective": 5 * size.hidden + 2 * size.intermediate, True: size.hidden}[model.activation_checkpointing]
+    return kept * size.layers + whole - kept
 
 
 def on_host(config: Config, size: Size, world: int) -> float:

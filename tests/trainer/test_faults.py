@@ -62,6 +62,7 @@ CONFIGURATION = [
     (["loss.pool=last"], "loss.pool: .*'response' or 'all'"),
     (["loss.chunk_bytes=0"], "loss.chunk_bytes: .*greater than or equal to 1"),
     (["zero.stage=4"], "zero.stage: .*0, 1, 2 or 3"),
+    (["zero.stage=0", "model.dtype=bfloat16"], "zero.stage=0 with model.dtype=bfloat16 has no fp32 copy.*Set zero.stage=1"),
     (["zero.deepspeed={gradient_clipping: 5}"], "gradient_clipping=5 contradicts 1.0.*set the field it belongs to"),
     (["zero.deepspeed={bf16: {enabled: false}}"], "bf16.enabled=False contradicts True"),
     (["train.pairs_per_step=2", "train.pairs_per_micro_batch=3"], r"pairs_per_micro_batch \(3\) is larger than .*lower it or raise"),
