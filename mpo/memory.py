@@ -37,12 +37,11 @@ class Size(NamedTuple):
 
 
 def size_of(model: ModelConfig) -> Size:
-    """Counts parameters on the meta device, as the model has them once it is loaded."""
+    """Counts parameters on the meta device, where a tied head is made as it is when weights are loaded."""
     path = lora.base_of(model.path) if lora.is_adapter(model.path) else model.path  # whose adapters become part of its weights
     hf = AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(hf, trust_remote_code=model.trust_remote_code)
-    empty.tie_weights()
     linear = [m.weight for name, m in empty.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"]
     if model.lora is not None:
         lora.attach(empty, model.lora)
