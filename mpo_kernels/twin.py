@@ -81,10 +81,11 @@ def combine(
     peak, z_label = part_peak.amax(0), part_label.amax(0)  # amax hands NaN on
     apart = (part_peak - peak).masked_fill(part_total == 0, 0)  # 0 also where -inf - -inf would be
     total = (part_total * apart.exp()).sum(0)
-    d = (peak - z_label + total.log()).where(total != 0, torch.where(z_label.isnan(), z_label, float("-inf")))
-    logp = -torch.logaddexp(d, torch.zeros_like(d)).where(scored, 0)
+    d = torch.where(total == 0, float("-inf"), peak - z_label + total.log())  # -inf where no other column counts
     new_peak = torch.maximum(peak, z_label)
     new_total = torch.where(total == 0, 0, total * (peak - new_peak).exp()) + (z_label - new_peak).exp()
+    # Where all columns are -inf, one is +inf or one is NaN, the whole row's softmax is NaN, and so is its total by itself: inf - inf.
+    logp = torch.where(new_total.isnan(), new_total, -torch.logaddexp(d, torch.zeros_like(d))).where(scored, 0)
     normalizer = torch.stack([new_peak, new_total], -1)
     if not token_outputs:
         return logp, normalizer, None, None

@@ -135,14 +135,15 @@ def _finish(
 ):
     """Stores a row's results from its other columns and its label: equations (4) and (7)."""
     # logp = -log(1 + exp(d)), d = log of the other columns' sum relative to the label. Both branches of |d| stay finite.
-    d = (peak - z_label) + tl.log(total)
-    d = tl.where(total == 0.0, tl.where(z_label == z_label, -float("inf"), z_label), d)  # no other column counts; NaN stays NaN
+    d = tl.where(total == 0.0, -float("inf"), (peak - z_label) + tl.log(total))  # -inf where no other column counts
     logp = -(tl.where(d > 0.0, d, 0.0) + _log1p(tl.exp(-tl.abs(d))))
-    logp = tl.where(d == d, logp, d)
-    new_peak = tl.maximum(peak, z_label)
+    # Where all columns are -inf, one is +inf or one is NaN, the whole row's softmax is NaN, and so is its total by itself: inf - inf.
+    row_peak = tl.maximum(peak, z_label)
+    row_total = total * _decay(peak, row_peak) + tl.exp(z_label - row_peak)
+    logp = tl.where(row_total == row_total, logp, row_total)
     tl.store(logp_ptr + row, logp, mask=mask)
-    tl.store(normalizer_ptr + 2 * row, new_peak, mask=mask)
-    tl.store(normalizer_ptr + 2 * row + 1, total * _decay(peak, new_peak) + tl.exp(z_label - new_peak), mask=mask)
+    tl.store(normalizer_ptr + 2 * row, row_peak, mask=mask)
+    tl.store(normalizer_ptr + 2 * row + 1, row_total, mask=mask)
     if HAS_TOKEN_OUTPUTS:
         # Every term is positive, so a confident row keeps the digits of its small entropy.
         at_label = tl.where(logp == -float("inf"), 0.0, -tl.exp(logp) * logp)
@@ -151,7 +152,8 @@ def _finish(
         )  # log Z - m'
         elsewhere = tl.where(total > 0.0, _one_minus_exp(logp) * (log_others - weighted / total), 0.0)
         tl.store(entropy_ptr + row, at_label + elsewhere, mask=mask)
-        tl.store(is_argmax_ptr + row, (z_label >= peak).to(tl.int8), mask=mask)
+        is_number = (row_total == row_total) | (tl.abs(row_peak) == float("inf"))  # the maximum passes over NaN
+        tl.store(is_argmax_ptr + row, ((z_label >= peak) & is_number).to(tl.int8), mask=mask)
 
 
 @kernel

@@ -13,12 +13,13 @@ from mpo_kernels.ops.once import is_plain
 from mpo_kernels.ops.operator import operator
 
 FP16_PEAK = 256.0
-"""Largest entry that a chunk's float16 logit gradients are scaled to. Unscaled they are of the size of a probability divided by pairs and
-tokens, which float16 rounds to 0; a GradScaler's factor comes too late, in backward. 256 leaves 2^-32 above 0 and dH below
-512 * max |W|."""
+"""What bounds a chunk's float16 logit gradients, after a power of two, within a factor of two. Unscaled they are of the size of a
+probability divided by pairs and tokens, which float16 rounds to 0; a GradScaler's factor comes too late, in backward. 256 leaves 2^-32 above
+0. Every factor that is applied before the rounding must be in the power: a row's gradient, and the logit scale. (The softcap's slope is at
+most 1.) Sums over them, dH and dW, are of any size: they stay in float32 until the power is divided out."""
 
 _PRODUCT_COLUMNS = 8192
-"""Vocabulary columns that the CPU, whose half-precision GEMMs round their results, widens to float32 at a time."""
+"""Vocabulary columns that are widened to float32 at a time where half-precision GEMMs round their results."""
 
 
 class HeadGradients:
@@ -85,13 +86,18 @@ def _gemms_return_float32(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cuda" and torch.version.hip is None
 
 
+def _is_widened(tensor: torch.Tensor) -> bool:
+    """Other GEMMs round their results to half precision: on a GPU bfloat16 bears it, float16 would overflow."""
+    return tensor.device.type == "cpu" or tensor.dtype == torch.float16
+
+
 def _hidden_product(grad_logits: torch.Tensor, head: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """grad_logits (n, V) W (V, D) in `dtype`, rounded once."""
     if grad_logits.dtype == dtype or grad_logits.dtype.itemsize > dtype.itemsize:
         return torch.mm(grad_logits, head).to(dtype)
     if _gemms_return_float32(grad_logits):
         return torch.mm(grad_logits, head, out_dtype=dtype)
-    if grad_logits.device.type == "cpu":
+    if _is_widened(grad_logits):
         total = grad_logits.new_zeros(grad_logits.shape[0], head.shape[1], dtype=dtype)
         for first in range(0, head.shape[0], _PRODUCT_COLUMNS):
             columns = slice(first, first + _PRODUCT_COLUMNS)
@@ -107,7 +113,7 @@ def _add_product(total: torch.Tensor, grad_logits: torch.Tensor, hidden: torch.T
         torch.addmm(total, grad_logits.T, hidden, beta=beta, out=total)
     elif _gemms_return_float32(grad_logits):
         torch.addmm(total, grad_logits.T, hidden, out_dtype=total.dtype, beta=beta, out=total)
-    elif grad_logits.device.type == "cpu":
+    elif _is_widened(grad_logits):
         wide = hidden.to(total.dtype)
         for first in range(0, total.shape[0], _PRODUCT_COLUMNS):
             columns = slice(first, first + _PRODUCT_COLUMNS)

@@ -32,6 +32,38 @@ def regime(name: str, shape: tuple[int, ...], labels: torch.Tensor, seed: int = 
     return z * 3
 
 
+def infinities(vocab: int) -> dict[str, tuple[torch.Tensor, int]]:
+    """By name: logits (V,) with infinities or NaN somewhere, and a label. Names tell what stands where; `others` are all but the label."""
+    plain = torch.linspace(-2, 3, vocab).roll(vocab // 3)
+    columns, label = torch.arange(vocab), vocab // 2
+    places = {
+        "at the label": columns == label,
+        "at the first": columns == 0,
+        "at the last": columns == vocab - 1,
+        "in the first third": columns < vocab // 3,
+        "in the last third": columns >= vocab - vocab // 3,
+        "in every third": columns % 3 == (label + 1) % 3,
+        "in every third, the label's too": columns % 3 == label % 3,
+        "in all others": columns != label,
+        "in all but one other": (columns != label) & (columns != 1),
+        "in all but one, the label too": columns != 1,
+        "everywhere": columns >= 0,
+    }
+    found = {
+        f"{value} {place}": (plain.masked_fill(where, value), label)
+        for place, where in places.items()
+        for value in (float("inf"), float("-inf"), float("nan"))
+    }
+    both = plain.masked_fill(columns % 3 == 0, float("-inf"))
+    found["inf at the label, -inf elsewhere"] = both.masked_fill(columns == label, float("inf")), label
+    found["inf at the first, -inf elsewhere"] = both.masked_fill(columns == 0, float("inf")), label
+    found["inf at the first, -inf at the label"] = (
+        plain.masked_fill(columns == 0, float("inf")).masked_fill(columns == label, -float("inf")),
+        label,
+    )
+    return found
+
+
 def labels_of(shape: tuple[int, ...], vocab: int, seed: int = 0, mask: str = "some") -> torch.Tensor:
     """int64 labels; mask: none, some positions ignored, or all but one of each sequence."""
     generator = torch.Generator().manual_seed(seed + 1)

@@ -6,7 +6,7 @@ on any.
 
 import pytest
 import torch
-from cases import INTERPRETED, REGIMES, labels_of, regime, relative_error
+from cases import INTERPRETED, REGIMES, infinities, labels_of, regime, relative_error
 
 if INTERPRETED:
     pytest.skip("compiles kernels, which the interpreter does not", allow_module_level=True)
@@ -90,6 +90,22 @@ def test_regimes(name):
     expected.backward(upstream.double())
     torch.testing.assert_close(logp.detach().double(), expected.detach(), rtol=1e-5, atol=1e-5)
     assert relative_error(ours.grad, theirs.grad) < ERROR[torch.float32]
+
+
+@pytest.mark.parametrize(("target", "softcap"), [("sm_80", None), ("sm_90", 5.0), ("sm_100", None)])
+def test_infinities_at_every_place(target, softcap):
+    cases = infinities(100)
+    logits, labels = torch.stack([z for z, _ in cases.values()]), torch.tensor([y for _, y in cases.values()])
+    ours, theirs = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    with gpu_on_cpu(target), use_tiles(stats=Tile(32, 1), grad=Tile(64, 1)):
+        got = mpo_kernels.token_statistics(ours, labels, softcap=softcap)
+        got.logprobs.sum().backward()
+    logp = reference.token_logprobs(theirs, labels, softcap=softcap)
+    logp.sum().backward()
+    entropy = reference.token_entropy(theirs, labels, softcap=softcap)
+    for found, want in ((got.logprobs, logp), (got.entropy, entropy), (ours.grad, theirs.grad)):
+        torch.testing.assert_close(found.detach().double(), want.detach(), rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert torch.equal(got.is_argmax, reference.token_is_argmax(logits.double(), labels, softcap=softcap))
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -4,12 +4,13 @@ import contextlib
 
 import pytest
 import torch
-from cases import INTERPRETED, REGIMES, labels_of, regime, relative_error
+from cases import INTERPRETED, REGIMES, infinities, labels_of, regime, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mpo_kernels
 from mpo_kernels import reference
+from mpo_kernels.backend import backend_for
 
 GAP = torch.tensor([0.3, -0.2])
 
@@ -62,6 +63,60 @@ def test_a_confident_token_keeps_the_digits_of_its_entropy():
     entropy = mpo_kernels.token_statistics(logits, labels).entropy
     expected = reference.token_entropy(logits.double(), labels)
     assert float(((entropy.double() - expected) / expected).abs().max()) < 1e-4
+
+
+def slices_of(logits, labels, sizes, **options):
+    """The statistics of a vocabulary in slices: what their ranks exchange, combined."""
+    backend, parts, start = backend_for(logits), [], 0
+    for part in logits[None].split(sizes, -1):
+        local = labels - start
+        local = local.where((local >= 0) & (local < part.shape[-1]), -1)
+        parts.append(backend.logprob_partials(part, local, **options, token_outputs=True))
+        start += part.shape[-1]
+    return backend.combine(torch.stack(parts), labels, ignore_index=options["ignore_index"], token_outputs=True)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("divided", ["whole", "split", "slices"])
+def test_infinities_at_every_place(divided, softcap):
+    """Log-probabilities, entropy, arg-max and gradients are the oracle's, NaN where it has NaN."""
+    cases = infinities(100)
+    logits, labels = torch.stack([z for z, _ in cases.values()]), torch.tensor([y for _, y in cases.values()])
+    ours, theirs = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    expected = reference.token_logprobs(theirs, labels, softcap=softcap)
+    expected.sum().backward()
+    with shared_by_several_programs() if divided == "split" else contextlib.nullcontext():
+        got = mpo_kernels.token_statistics(ours, labels, softcap=softcap)
+        got.logprobs.sum().backward()
+    logp, entropy, is_argmax, grad = *(t.detach() for t in got), ours.grad
+    if divided == "slices":
+        options = {"ignore_index": -100, "logit_scale": 1.0, "softcap": softcap}
+        logp, normalizer, entropy, is_argmax = slices_of(logits, labels, [33, 1, 60, 6], **options)
+        grad = torch.empty_like(logits)
+        backend_for(logits).logprob_grad(logits[None], labels, logp, normalizer, torch.ones(len(labels)), grad[None], **options)
+    wanted = reference.token_entropy(theirs, labels, softcap=softcap).detach(), reference.token_is_argmax(theirs, labels, softcap=softcap)
+    for i, name in enumerate(cases):
+        for what, found, want in (("logp", logp, expected.detach()), ("entropy", entropy, wanted[0]), ("gradient", grad, theirs.grad)):
+            torch.testing.assert_close(
+                found[i].double(), want[i], rtol=1e-5, atol=1e-6, equal_nan=True, msg=lambda text, at=f"{what}, {name}": f"{at}: {text}"
+            )
+        assert is_argmax[i] == wanted[1][i], name
+
+
+def test_infinities_reach_the_losses():
+    """A row of -inf, as by a mask that leaves nothing, makes the loss NaN; an impossible label makes it infinite."""
+    logits, labels = torch.zeros(2, 2, 9), torch.tensor([[1, 2], [3, 4]])
+    for where, value in (((0, 1), float("-inf")), ((1, 0, 5), float("inf")), ((0, 1, 2), float("-inf"))):
+        broken = logits.clone()
+        broken[where] = value
+        want, *means = reference.mpo_loss(broken.double(), labels, GAP[:1].double())
+        out = mpo_kernels.mpo_loss(broken, labels, GAP[:1])
+        torch.testing.assert_close(out.loss.double(), want, equal_nan=True)
+        for got, mean in zip(out[1:4], means, strict=True):
+            torch.testing.assert_close(got.double(), mean, equal_nan=True)
+    for bias in (torch.full((9,), float("-inf")), torch.zeros(9).index_fill(0, torch.tensor([7]), float("inf"))):
+        logp = mpo_kernels.linear_token_logprobs(torch.ones(2, 3), torch.ones(9, 3), labels[0], bias=bias)
+        assert logp.isnan().all()
 
 
 @settings(max_examples=20, deadline=None)
