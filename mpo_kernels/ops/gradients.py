@@ -14,9 +14,9 @@ from mpo_kernels.ops.operator import operator
 
 FP16_PEAK = 256.0
 """What bounds a chunk's float16 logit gradients, after a power of two, within a factor of two. Unscaled they are of the size of a
-probability divided by pairs and tokens, which float16 rounds to 0; a GradScaler's factor comes too late, in backward. 256 leaves 2^-32 above
-0. Every factor that is applied before the rounding must be in the power: a row's gradient, and the logit scale. (The softcap's slope is at
-most 1.) Sums over them, dH and dW, are of any size: they stay in float32 until the power is divided out."""
+probability divided by pairs and tokens, which float16 rounds to 0; a GradScaler's factor comes too late, in backward. 256 leaves 2^-32
+above 0. Every factor that comes before the rounding is in the power: a row's gradient, and the logit scale (the softcap's slope is at most
+1). Sums over them, dH and dW, are of any size: they stay in float32 until the power is divided out."""
 
 _PRODUCT_COLUMNS = 8192
 """Vocabulary columns that are widened to float32 at a time where half-precision GEMMs round their results."""
@@ -99,9 +99,8 @@ def _hidden_product(grad_logits: torch.Tensor, head: torch.Tensor, dtype: torch.
         return torch.mm(grad_logits, head, out_dtype=dtype)
     if _is_widened(grad_logits):
         total = grad_logits.new_zeros(grad_logits.shape[0], head.shape[1], dtype=dtype)
-        for first in range(0, head.shape[0], _PRODUCT_COLUMNS):
-            columns = slice(first, first + _PRODUCT_COLUMNS)
-            total.addmm_(grad_logits[:, columns].to(dtype), head[columns].to(dtype))
+        for columns, rows in zip(grad_logits.split(_PRODUCT_COLUMNS, 1), head.split(_PRODUCT_COLUMNS), strict=True):
+            total.addmm_(columns.to(dtype), rows.to(dtype))
         return total
     return torch.mm(grad_logits, head).to(dtype)
 
@@ -115,15 +114,14 @@ def _add_product(total: torch.Tensor, grad_logits: torch.Tensor, hidden: torch.T
         torch.addmm(total, grad_logits.T, hidden, out_dtype=total.dtype, beta=beta, out=total)
     elif _is_widened(grad_logits):
         wide = hidden.to(total.dtype)
-        for first in range(0, total.shape[0], _PRODUCT_COLUMNS):
-            columns = slice(first, first + _PRODUCT_COLUMNS)
-            torch.addmm(total[columns], grad_logits[:, columns].to(total.dtype).T, wide, beta=beta, out=total[columns])
+        for rows, columns in zip(total.split(_PRODUCT_COLUMNS), grad_logits.split(_PRODUCT_COLUMNS, 1), strict=True):
+            rows.addmm_(columns.to(total.dtype).T, wide, beta=beta)
     else:  # each chunk's product is rounded once; their sum is not
         product = grad_logits.T @ hidden
         total.copy_(product) if overwrite else total.add_(product)
 
 
-def power_of_two_for(row_grad: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+def power_of_two_for(row_grad: torch.Tensor, dtype: torch.dtype, logit_scale: float) -> torch.Tensor | None:
     """() power of two by which row gradients are multiplied before their logits' gradients are rounded to float16; None for other dtypes.
 
     Found on the device, without a sync. Rows whose gradients are all 0 keep them; a gradient that is not finite gives NaN, as it should.
@@ -132,7 +130,7 @@ def power_of_two_for(row_grad: torch.Tensor, dtype: torch.dtype) -> torch.Tensor
         return None
     if row_grad.numel() == 0:  # a rank of a context that has none of these rows
         return row_grad.new_ones(())
-    ratio = FP16_PEAK / row_grad.abs().amax().clamp_min(1e-30)
+    ratio = FP16_PEAK / (row_grad.abs().amax() * abs(logit_scale)).clamp_min(1e-30)
     mantissa, _ = torch.frexp(ratio)
     return ratio / mantissa
 

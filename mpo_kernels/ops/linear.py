@@ -20,7 +20,7 @@ import torch
 
 from mpo_kernels.backend import backend_for
 from mpo_kernels.distributed import Parallel, from_handle
-from mpo_kernels.ops.gradients import FP16_PEAK, HeadGradients, hidden_grad_dtype, power_of_two_for, scaled, scaled_in_backward
+from mpo_kernels.ops.gradients import HeadGradients, hidden_grad_dtype, power_of_two_for, scaled, scaled_in_backward
 from mpo_kernels.ops.head import HeadOptions, RowStats, row_stats, statistics_dtype, write_logit_grads
 from mpo_kernels.ops.once import differentiable_once
 from mpo_kernels.ops.operator import operator
@@ -116,7 +116,7 @@ def linear_pair_loss_op(
                 # Gradients as if dL/dgap were 1, which needs only the sequences' lengths.
                 chunk_counts = counts[[chunk.first, pairs + chunk.first]].to(losses.dtype).to(device, non_blocking=True)
                 row_grad = backend.row_grads(losses.new_ones(1), chunk_counts, chunk.labels, chunk.cu_seqlens, ignore_index=ignore_index)
-                divisor = power_of_two_for(row_grad, head.dtype)
+                divisor = power_of_two_for(row_grad, head.dtype, logit_scale)
                 bias_before = gradients.bias
                 gradients.bias = torch.zeros_like(bias_before)
 
@@ -142,7 +142,7 @@ def linear_pair_loss_op(
                 factor: torch.Tensor | None = gap_grad if divisor is None else gap_grad / divisor
             else:
                 row_grad = backend.row_grads(gap_grad, scored, chunk.labels, chunk.cu_seqlens, ignore_index=ignore_index)
-                divisor = power_of_two_for(row_grad, head.dtype)
+                divisor = power_of_two_for(row_grad, head.dtype, logit_scale)
                 for (a, b), piece in zip(pieces, stats, strict=True):
                     if len(pieces) > 1:
                         logits = head.logits(chunk_hidden[a:b])
@@ -236,7 +236,7 @@ def linear_token_logprobs_op(
     ignore_index, logit_scale, softcap, chunk_bytes, gemm_dtype, token_outputs, parallel,
 ):  # fmt: skip
     """hidden (N, D), labels (N,) on any device -> logp (N,), entropy and is_argmax (N,) or (0,); for backward, the normalizers (N, 2) with
-    `keep_stats`, or dlogp/dH (N, D), in float16 times FP16_PEAK, with `keep_hidden_grad`: a frozen head then needs two GEMMs in all."""
+    `keep_stats`, or dlogp/dH (N, D) with `keep_hidden_grad`: a frozen head then needs two GEMMs in all."""
     options, ranks = HeadOptions(ignore_index, logit_scale, softcap), from_handle(parallel)
     rows = scored_rows(labels, None, ignore_index, weight.shape[0], ranks)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
@@ -245,6 +245,8 @@ def linear_token_logprobs_op(
         tokens = _TokenOutputs(hidden.shape[0], hidden, extra=token_outputs)
         normalizer = hidden.new_zeros(hidden.shape[0] if keep_stats else 0, 2, dtype=statistics_dtype(hidden))
         places, scored_labels = (t.to(hidden.device, non_blocking=True) for t in (rows.places, rows.labels))
+        one = hidden.new_ones(1, dtype=statistics_dtype(hidden))
+        unit = power_of_two_for(one, head.dtype, logit_scale)  # the rows' own factors are left to backward
         for a, b in split_rows(0, places.numel(), head.rows_per_chunk(chunk_bytes, ranks)):
             chunk_hidden = hidden.index_select(0, places[a:b]).to(head.dtype)
             logits = head.logits(chunk_hidden)
@@ -253,17 +255,14 @@ def linear_token_logprobs_op(
             if keep_stats:
                 normalizer.index_copy_(0, places[a:b], stats.normalizer)
             if keep_hidden_grad:
-                row_grad = torch.full_like(stats.logp, _unit(head.dtype))
+                row_grad = (one if unit is None else one * unit).repeat(b - a)
                 write_logit_grads(logits, scored_labels[a:b], stats.logp, stats.normalizer, row_grad, logits, options, ranks)
                 gradients.add(places[a:b], logits[0], chunk_hidden, None)
+        if unit is not None:
+            gradients.hidden.div_(unit)
         if keep_hidden_grad and ranks is not None:
             ranks.add_hidden_grads(gradients.hidden)
     return tokens.logp, tokens.entropy, tokens.is_argmax, normalizer, gradients.hidden
-
-
-def _unit(dtype: torch.dtype) -> float:
-    """What float16 logit gradients are multiplied by, where the row's own factor is left to backward."""
-    return FP16_PEAK if dtype == torch.float16 else 1.0
 
 
 @linear_token_logprobs_op.register_fake
@@ -305,7 +304,7 @@ def linear_token_logprobs_grad_op(
             here = places[a:b]
             chunk_hidden = hidden.index_select(0, here).to(head.dtype)
             logits, slope = head.logits(chunk_hidden), grad_logp.index_select(0, here)
-            divisor = power_of_two_for(slope, head.dtype)
+            divisor = power_of_two_for(slope, head.dtype, logit_scale)
             if divisor is not None:
                 slope = slope * divisor
                 if hidden_grad:
@@ -352,7 +351,7 @@ def _token_logprobs_backward(ctx: Any, grad_logp: torch.Tensor | None, *_: Any) 
     one = grad_logp.new_ones(())
     if ctx.keep_hidden_grad:
         (grad,) = ctx.saved_tensors
-        return scaled(grad, grad_logp / _unit(ctx.gemm_dtype), one, ctx.dtypes[0]), *none[1:]
+        return scaled(grad, grad_logp, one, ctx.dtypes[0]), *none[1:]
     needs = ctx.needs_input_grad[:3]
     hidden, row_scale, weight, bias = linear_token_logprobs_grad_op(grad_logp, *ctx.saved_tensors, *needs, *ctx.head)
     if needs[0] and ctx.gemm_dtype == torch.float16:

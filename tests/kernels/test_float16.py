@@ -1,0 +1,92 @@
+"""Float16's narrow range: no factor of a gradient, from the least to the largest that a model meets, may overflow or vanish on the way."""
+
+import pytest
+import torch
+from cases import labels_of, relative_error
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mpo_kernels
+from mpo_kernels import planning, reference
+from mpo_kernels.ops import gradients
+
+P, T, D, V = 2, 6, 8, 211
+GAP = torch.tensor([0.3, -0.2])
+FACTORS = {
+    "logit_scale": (1e-4, 0.0625, 260.0, 1e4),
+    "softcap": (0.5, 30.0, 1e4),
+    "beta": (1e-6, 1e6),
+    "pair_weights": (1e-8, 1e8),
+    "weight": (2.0**-12, 2.0**12),
+}
+
+
+def inputs(size):
+    """hidden and weight whose products float16 holds exactly, so that rounded logits cannot differ; weight of about `size`."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randint(-2, 3, (2 * P, T, D), generator=generator) / 2 / size
+    weight = torch.randint(-4, 5, (V, D), generator=generator) / 8 * size
+    return hidden.half(), weight.half(), labels_of((2 * P, T), V)
+
+
+def check(ours, loss, exact, wanted, bar):
+    """The gradients of a loss whose upstream gradient, as a GradScaler's, brings the exact ones to about 100."""
+    exact_grads = torch.autograd.grad(wanted, exact)
+    for leaf, want in zip(ours, exact_grads, strict=True):
+        scale = 100 / want.abs().max()
+        (grad,) = torch.autograd.grad(loss, leaf, scale.to(loss.dtype), retain_graph=True)
+        assert grad.dtype == torch.float16 and torch.isfinite(grad).all()
+        assert relative_error(grad, want * scale) < bar
+
+
+@pytest.mark.parametrize(("factor", "value"), [(name, value) for name, values in FACTORS.items() for value in values])
+@pytest.mark.parametrize(("rows", "frozen"), [(16, False), (5, False), (5, True)], ids=["a chunk a pair", "in pieces", "in pieces, frozen"])
+def test_pairs(factor, value, rows, frozen, monkeypatch):
+    monkeypatch.setattr(planning, "ROW_MULTIPLE", rows)
+    hidden, weight, labels = inputs(value if factor == "weight" else 1.0)
+    options = {} if factor == "weight" else {factor: torch.full((P,), value) if factor == "pair_weights" else value}
+    ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)]
+    exact = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
+    loss = mpo_kernels.linear_mpo_loss(*ours, labels, GAP, chunk_bytes=1, **options).loss
+    wanted = reference.linear_mpo_loss(*exact, labels, GAP.double(), **options)[0]
+    count = 1 if frozen else 2
+    check(ours[:count], loss, exact[:count], wanted, 1e-3)
+
+
+@pytest.mark.parametrize(("factor", "value"), [(name, value) for name in ("logit_scale", "softcap", "weight") for value in FACTORS[name]])
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable head", "frozen head"])
+def test_tokens(factor, value, frozen):
+    hidden, weight, labels = inputs(value if factor == "weight" else 1.0)
+    options = {} if factor == "weight" else {factor: value}
+    ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)]
+    exact = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
+    upstream = torch.linspace(-1, 2, labels.numel()).view(labels.shape)
+    loss = (mpo_kernels.linear_token_logprobs(*ours, labels, **options) * upstream).sum()
+    wanted = (reference.linear_token_logprobs(*exact, labels, **options) * upstream.double()).sum()
+    count = 1 if frozen else 2
+    check(ours[:count], loss, exact[:count], wanted, 1e-3)
+
+
+class Products(TorchDispatchMode):
+    """The dtypes of the results of matrix products inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if "mm" in func.__name__:
+            self.dtypes.append(out.dtype)
+        return out
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_no_product_of_gradients_is_rounded_to_float16(device, monkeypatch):
+    """Sums over the vocabulary or over rows are of any size. Only cuBLAS hands out its float32 sums; ROCm has none of that."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    with FakeTensorMode(), Products() as products:
+        grad, hidden, head = (torch.empty(shape, dtype=torch.float16, device=device) for shape in ((5, V), (5, D), (V, D)))
+        gradients._hidden_product(grad, head, torch.float32)
+        gradients._add_product(torch.empty(V, D, device=device), grad, hidden, overwrite=True)
+    assert products.dtypes and set(products.dtypes) == {torch.float32}
