@@ -2,18 +2,19 @@
 
 Of a model with adapters a checkpoint holds what trains; the frozen weights are read from the base model again.
 
-A checkpoint is written under a name ending in `.incomplete` and renamed when every rank has finished, so that a folder `step-00000040` is
-always whole. DeepSpeed writes and reads its own (pickled) files in there: go on only from checkpoints that you trust.
+A checkpoint is written under a name ending in `.incomplete` and renamed when every rank has finished and all of it is on the disk, so that
+a folder `step-00000040` is always whole. Its `state.json` tells how large each file is, so that one that was damaged later is passed over.
+DeepSpeed writes and reads its own (pickled) files in there: go on only from checkpoints that you trust.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import deepspeed.comm as dist
@@ -24,8 +25,11 @@ from mpo import lora
 from mpo.config import ModelConfig
 from mpo.distributed import is_main, on_main
 from mpo.errors import UserError
-from mpo.files import new_folder, read_json, write_json
+from mpo.files import new_folder, publish, read_object, remove, sync_file, write_json
 from mpo.model import load_model
+
+STATE = "state.json"
+PORTABLE = ".portable"
 
 
 @dataclass(frozen=True)
@@ -38,22 +42,62 @@ class Checkpoint:
     zero_stage: int
 
 
-def newest(checkpoints: Path) -> Checkpoint | None:
-    """The newest whole checkpoint in the folder, or None."""
-    return next((found for name in reversed(_names(checkpoints)) if (found := named(checkpoints, name)) is not None), None)
+def newest(checkpoints: Path, log: Callable[[str], None] = lambda line: None) -> Checkpoint | None:
+    """The newest whole checkpoint in the folder, or None where there is none at all. Says which damaged ones it passes over.
+
+    Raises:
+        UserError: there are checkpoints, and all of them are damaged.
+    """
+    damaged = []
+    for name in reversed(_names(checkpoints)):
+        try:
+            return _read(checkpoints / name)
+        except _Damaged as problem:
+            damaged.append(f"{name} ({problem})")
+            log(f"WARNING: The checkpoint {checkpoints / name} is damaged: {problem}. The one before it is taken.")
+    if damaged:
+        raise UserError(
+            f"Every checkpoint in {checkpoints} is damaged: {', '.join(damaged)}. Restore the files, or delete the folder {checkpoints} to "
+            "begin again with the first step."
+        )
+    return None
+
+
+def named(checkpoints: Path, name: str) -> Checkpoint | None:
+    """The checkpoint of that name, or None where there is none. Raises UserError where it is damaged."""
+    if name not in _names(checkpoints):
+        return None
+    try:
+        return _read(checkpoints / name)
+    except _Damaged as problem:
+        raise UserError(f"The checkpoint {checkpoints / name} is damaged: {problem}. Name another one, or restore the file.") from problem
 
 
 def _names(checkpoints: Path) -> list[str]:
     return sorted(p.name for p in checkpoints.glob("step-*") if re.fullmatch(r"step-\d{8}", p.name))
 
 
-def named(checkpoints: Path, name: str) -> Checkpoint | None:
-    """The checkpoint of that name, or None where there is none."""
-    folder = checkpoints / name
-    if not (folder / "state.json").is_file():
-        return None
-    state = read_json(folder / "state.json")
-    return Checkpoint(folder, state["step"], state["world_size"], state["zero_stage"])
+class _Damaged(Exception):
+    """A checkpoint that is not what was written."""
+
+
+def _read(folder: Path) -> Checkpoint:
+    """The checkpoint in a folder, whose files have the sizes that they were written with."""
+    try:
+        state = read_object(folder / STATE)
+    except UserError as error:
+        raise _Damaged(f"{STATE} is missing" if not (folder / STATE).exists() else str(error)) from error
+    numbers: list[Any] = [state.get(key) for key in ("step", "world_size", "zero_stage")]
+    files = state.get("files")
+    if not all(isinstance(number, int) for number in numbers) or not isinstance(files, dict) or f"step-{numbers[0]:08d}" != folder.name:
+        raise _Damaged(f"{STATE} is no description of {folder.name}")
+    for name, size in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise _Damaged(f"{name} is missing" if not path.exists() else f"{name} is no file")
+        if path.stat().st_size != size:
+            raise _Damaged(f"{name} has {path.stat().st_size} bytes and was written with {size}")
+    return Checkpoint(folder, *numbers)
 
 
 def save(engine: deepspeed.DeepSpeedEngine, checkpoints: Path, step: int, zero_stage: int, keep: int) -> str | None:
@@ -63,50 +107,92 @@ def save(engine: deepspeed.DeepSpeedEngine, checkpoints: Path, step: int, zero_s
     """
     name = f"step-{step:08d}"
     incomplete = checkpoints / f"{name}.incomplete"
-    on_main(lambda: _remove(checkpoints.glob("*.incomplete")))
-    failure = None
-    try:
-        engine.save_checkpoint(
-            str(checkpoints),
-            tag=incomplete.name,
-            client_state={"mpo": {"step": step}},
-            save_latest=False,
-            exclude_frozen_parameters=_is_partly_frozen(engine),
-        )
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        failure = str(error).splitlines()[0]
-    failures: list[str | None] = [failure]
-    if dist.get_world_size() > 1:
-        failures = [None] * dist.get_world_size()
-        torch.distributed.all_gather_object(failures, failure)
+
+    def prepare() -> str | None:
+        _remove(checkpoints.glob("*.incomplete"))
+        try:
+            incomplete.mkdir(parents=True)
+        except OSError as error:
+            return str(error)
+        return None
+
+    problem = on_main(prepare)
+    written: dict[str, int] = {}
+    if problem is None:
+        with _writes_of(engine, written) as failures:
+            engine.save_checkpoint(
+                str(checkpoints),
+                tag=incomplete.name,
+                client_state={"mpo": {"step": step}},
+                save_latest=False,
+                exclude_frozen_parameters=_is_partly_frozen(engine),
+            )
+        of_ranks: list[tuple[list[str], dict[str, int]]] = [(failures, written)]
+        if dist.get_world_size() > 1:
+            of_ranks = [([], {})] * dist.get_world_size()
+            torch.distributed.all_gather_object(of_ranks, (failures, written))
+        problem = next((failure for theirs, _ in of_ranks for failure in theirs), None)
+        written = {path: size for _, theirs in of_ranks for path, size in theirs.items()}
 
     def finish() -> str | None:
-        problem = next((f for f in failures if f), None)
-        if problem is None:
+        failure = problem
+        if failure is None:
             try:
-                state = {"step": step, "world_size": dist.get_world_size(), "zero_stage": zero_stage}
-                write_json(incomplete / "state.json", state)
-                shutil.rmtree(checkpoints / name, ignore_errors=True)
-                os.replace(incomplete, checkpoints / name)
-                _remove(checkpoints / old for old in _names(checkpoints)[:-keep])
+                state = {"step": step, "world_size": dist.get_world_size(), "zero_stage": zero_stage, "files": written}
+                write_json(incomplete / STATE, state)
+                publish(incomplete, checkpoints / name)
+                _remove_old(checkpoints, step, keep)
                 return None
-            except OSError as error:
-                problem = str(error)
+            except (OSError, UserError) as error:
+                failure = str(error)
         _remove([incomplete])
-        kept = newest(checkpoints)
-        older = f"The newest whole one is {kept.folder.name}." if kept else "There is no older one."
-        return f"The checkpoint after step {step} could not be written to {checkpoints}: {problem}. {older}"
+        names = _names(checkpoints)
+        older = f"The newest one is {names[-1]}." if names else "There is no older one."
+        return f"The checkpoint after step {step} could not be written to {checkpoints}: {failure}. {older}"
 
     return on_main(finish)
+
+
+@contextmanager
+def _writes_of(engine: deepspeed.DeepSpeedEngine, written: dict[str, int]) -> Iterator[list[str]]:
+    """Within the block what this rank cannot write is noted instead of raised: the ranks must go through DeepSpeed's collectives together.
+
+    Yields the list of failures. `written` gets name and size of each file, when it is on the disk.
+    """
+    failures: list[str] = []
+    writer = engine.checkpoint_engine
+    original = writer.save
+
+    def save_noting(state_dict: Any, path: str) -> None:
+        try:
+            original(state_dict, path)
+            sync_file(Path(path))
+            written[Path(path).name] = Path(path).stat().st_size
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            failures.append(str(error).splitlines()[0])
+
+    writer.save, engine._copy_recovery_script = save_noting, lambda folder: None  # the script does what `mpo export` does
+    try:
+        yield failures
+    finally:
+        del writer.save, engine._copy_recovery_script
 
 
 def _is_partly_frozen(engine: deepspeed.DeepSpeedEngine) -> bool:
     return not all(parameter.requires_grad for parameter in engine.module.parameters())
 
 
-def _remove(folders: Iterable[Path]) -> None:
-    for folder in list(folders):
-        shutil.rmtree(folder, ignore_errors=True)
+def _remove_old(checkpoints: Path, step: int, keep: int) -> None:
+    """Leaves the newest `keep` checkpoints up to `step`. Later ones are damaged: the run went on from before them."""
+    names = _names(checkpoints)
+    done = [name for name in names if name <= f"step-{step:08d}"]
+    gone = [name for name in names if name not in done[-keep:]]
+    _remove(checkpoints / f"{name}{form}" for name in gone for form in ("", PORTABLE))
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in list(paths):
+        remove(path)
 
 
 def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, zero_stage: int) -> int:
@@ -119,7 +205,7 @@ def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, zero_stage: 
     if (checkpoint.world_size, checkpoint.zero_stage) != (world, zero_stage):
         from mpo import convert  # it reads checkpoints itself
 
-        if (convert.portable(checkpoint) / convert.VALUES).is_file():
+        if convert.portable(checkpoint).exists():
             return convert.load(engine, convert.portable(checkpoint), zero_stage)
         run = checkpoint.folder.parent.parent
         raise UserError(
@@ -128,10 +214,26 @@ def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, zero_stage: 
             f"  mpo convert {run}"
         )
     strict = not _is_partly_frozen(engine)
-    path, state = engine.load_checkpoint(str(checkpoint.folder.parent), tag=checkpoint.folder.name, load_module_strict=strict)
-    if path is None or state is None:
-        raise UserError(f"DeepSpeed could not load {checkpoint.folder}. Delete that folder to go on from the one before it.")
-    return state["mpo"]["step"]
+    with reading(checkpoint):
+        path, state = engine.load_checkpoint(str(checkpoint.folder.parent), tag=checkpoint.folder.name, load_module_strict=strict)
+        if path is None or state is None:
+            raise ValueError("DeepSpeed finds nothing in it")
+        return int(state["mpo"]["step"])
+
+
+@contextmanager
+def reading(checkpoint: Checkpoint) -> Iterator[None]:
+    """Turns whatever unpickling raises within the block, for files whose sizes are right, into a UserError that names the checkpoint."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        lines = str(error).splitlines() or [""]
+        raise UserError(
+            f"The checkpoint {checkpoint.folder} cannot be read ({type(error).__name__}: {lines[0]}). If its files are damaged, delete "
+            "that folder: the same command takes the one before it."
+        ) from error
 
 
 def export(

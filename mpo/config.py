@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -146,6 +147,9 @@ class DataConfig(Section):
     """Language of the dominant side. A source whose dominant side is clearly in another one is refused."""
     max_length: int = Field(default=1024, ge=2, le=LARGEST)
     """Tokens kept of one prompt + response; the response is cut at the end. At least one of its tokens must remain."""
+    date: datetime | None = None
+    """Date that a chat template prints which prints today's. None: that of the run's first start, which its folder keeps, or that of the
+    `reference.store` that it shares."""
     on_bad_row: Literal["error", "drop"] = "error"
     """`error` refuses the run and lists bad rows with place and reason; `drop` leaves bad rows out and reports counts by reason."""
 

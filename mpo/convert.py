@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,12 +22,12 @@ import torch
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 from deepspeed.utils.mixed_precision_linkage import lazy_init_hp_params_optimizer_state
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from mpo import checkpoint as checkpoints
 from mpo.errors import UserError
-from mpo.files import new_folder, read_json, write_json
+from mpo.files import new_folder, read_object, write_json
 
 KINDS = ("fp32", "exp_avg", "exp_avg_sq")
 VALUES = "values.safetensors"
@@ -34,22 +35,23 @@ VALUES = "values.safetensors"
 
 def portable(found: checkpoints.Checkpoint) -> Path:
     """Where the portable form of a checkpoint is, or would be."""
-    return found.folder.with_name(f"{found.folder.name}.portable")
+    return found.folder.with_name(found.folder.name + checkpoints.PORTABLE)
 
 
 def convert(run: Path, log: Callable[[str], None]) -> Path:
     """Writes the portable form of the newest checkpoint of a run, in one process.
 
     Raises:
-        UserError: there is no checkpoint.
+        UserError: there is no checkpoint, or no whole one; or the portable form cannot be written.
     """
-    found = checkpoints.newest(run / "checkpoints")
+    found = checkpoints.newest(run / "checkpoints", log)
     if found is None:
         raise UserError(f"{run / 'checkpoints'} holds no whole checkpoint. Give the output folder of a run that was interrupted.")
-    values = _of_stage_0(found) if found.zero_stage == 0 else _of_partitions(found)
+    with checkpoints.reading(found):
+        values = _of_stage_0(found) if found.zero_stage == 0 else _of_partitions(found)
     with new_folder(portable(found)) as temporary:
         save_file({name: value.float().contiguous() for name, value in values.items()}, temporary / VALUES)
-        write_json(temporary / "state.json", {"step": found.step})
+        write_json(temporary / checkpoints.STATE, {"step": found.step})
     log(f"{len(values) // len(KINDS)} parameters after step {found.step}")
     return portable(found)
 
@@ -60,13 +62,10 @@ def load(engine: deepspeed.DeepSpeedEngine, folder: Path, zero_stage: int) -> in
     Raises:
         UserError: the checkpoint is of another model, or the engine's optimizer is none that can take it.
     """
-    step = read_json(folder / "state.json")["step"]
     parameters = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
+    step = _check_portable(folder, {name: getattr(p, "ds_shape", p.shape) for name, p in parameters.items()})
     _make_states(engine.optimizer, zero_stage, step, list(parameters.values()))
     with safe_open(folder / VALUES, "pt") as file:
-        missing = [name for name in parameters if f"{name}:{KINDS[0]}" not in set(file.keys())]
-        if missing:
-            raise UserError(f"{folder} holds no {missing[0]}: it is of another model. Delete it.")
         for name, parameter in parameters.items():
             shape = getattr(parameter, "ds_shape", parameter.shape)
             weight, *moments = (file.get_tensor(f"{name}:{kind}").view(shape) for kind in KINDS)
@@ -79,6 +78,29 @@ def load(engine: deepspeed.DeepSpeedEngine, folder: Path, zero_stage: int) -> in
                 _set(engine.optimizer, parameter, None, weight, zero_stage)
             for kind, moment in zip(KINDS[1:], moments, strict=True):
                 _set(engine.optimizer, parameter, kind, moment, zero_stage)
+    return step
+
+
+def _check_portable(folder: Path, shapes: dict[str, torch.Size]) -> int:
+    """The step of a portable checkpoint that has a value of each kind for every parameter, whole.
+
+    Raises:
+        UserError: it is damaged or of another model.
+    """
+    name = folder.name.removesuffix(checkpoints.PORTABLE)
+    again = f"Delete {folder} and run `mpo convert {folder.parent.parent}` again."
+    try:
+        step = read_object(folder / checkpoints.STATE).get("step")
+        if not isinstance(step, int) or f"step-{step:08d}" != name:
+            raise ValueError(f"{checkpoints.STATE} is not of {name}")
+        with safe_open(folder / VALUES, "pt") as file:
+            sizes = {key: math.prod(file.get_slice(key).get_shape()) for key in file.keys()}
+    except (UserError, OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"The converted checkpoint {folder} is damaged ({error}). {again}") from error
+    for parameter, shape in shapes.items():
+        for kind in KINDS:
+            if sizes.get(f"{parameter}:{kind}") != shape.numel():
+                raise UserError(f"{folder} holds no whole {parameter}:{kind}: it is damaged or of another model. {again}")
     return step
 
 

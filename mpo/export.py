@@ -5,16 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from mpo import checkpoint as checkpoints
-from mpo import lora
+from mpo import lora, reference
 from mpo.config import Config
 from mpo.demo_model import resolve_model
 from mpo.errors import UserError
-from mpo.files import new_folder, read_json
+from mpo.files import new_folder
 from mpo.model import load_model, load_tokenizer
 from mpo.output_folder import OutputFolder
 
@@ -26,33 +27,45 @@ def export_checkpoint(run: Path, name: str | None, to: Path, merge: bool, log: C
         UserError: no run, no such checkpoint, `to` is not empty, or --merge without adapters.
     """
     folder = OutputFolder(run)
-    if not folder.config.is_file():
-        raise UserError(f"{run} holds no MPO run (no config.json). Give a run's output folder.")
-    config = Config.model_validate(read_json(folder.config)["config"])
-    if to.exists() and any(to.iterdir()):
-        raise UserError(f"{to} is not empty. Name another folder with --to.")
+    kept = folder.read()
+    config = Config.model_validate(kept["config"])
+    adapter = to.with_name(f"{to.name}-adapter") if merge else to
+    for place in (to, adapter):
+        if place.exists() and not (place.is_dir() and not any(place.iterdir())):
+            raise UserError(f"{place} is {'not empty' if place.is_dir() else 'a file'}. Name another folder with --to.")
     if merge and config.model.lora is None:
         raise UserError(f"{run} trained all weights; there are no adapters to merge. Leave out --merge.")
-    found = checkpoints.newest(folder.checkpoints) if name is None else checkpoints.named(folder.checkpoints, name)
+    found = checkpoints.newest(folder.checkpoints, log) if name is None else checkpoints.named(folder.checkpoints, name)
     if found is None:
         raise UserError(f"{folder.checkpoints} holds no whole checkpoint{f' {name}' if name else ''}. Set checkpoint.every when training.")
     model_config = config.model.model_copy(update={"path": resolve_model(config.model.path, log), "activation_checkpointing": False})
     model, tokenizer = load_model(model_config), load_tokenizer(model_config)
-    state = _weights(found)
+    changed = _changes(kept.get("model"), reference.model_identity(model_config, tokenizer)) if config.model.lora is not None else []
+    if changed:
+        raise UserError(
+            f"{model_config.path} is not the model that {run} began with: its {' and '.join(changed)} changed, and the adapters are of "
+            "what it was. Restore it."
+        )
+    with checkpoints.reading(found):
+        state = _weights(found)
     missing, unknown = model.load_state_dict({key: value.to(model.dtype) for key, value in state.items()}, strict=False)
     trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
     if unknown or trained & set(missing):
         raise UserError(f"{found.folder} does not fit the model {model_config.path}: {(unknown or sorted(trained & set(missing)))[:3]}.")
-    with new_folder(to) as temporary:
+    with new_folder(adapter) as temporary:
         if model_config.lora is None:
             model.save_pretrained(temporary)
         else:
             lora.save(model, temporary, None)
         tokenizer.save_pretrained(temporary)
     if merge:
-        adapter = to.with_name(f"{to.name}-adapter")
-        to.rename(adapter)
         lora.export_merged(load_model(model_config.model_copy(update={"lora": None})), adapter, tokenizer, to)
+
+
+def _changes(theirs: Any, mine: dict[str, Any]) -> list[str]:
+    """Which files of a model are not those that a run noted."""
+    noted = theirs if isinstance(theirs, dict) else {}
+    return [name for name in ("weights", "config") if name in noted and noted[name] != mine.get(name)]
 
 
 def _weights(found: checkpoints.Checkpoint) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mpo import lora
-from mpo.config import Config, ModelConfig
+from mpo.config import Config, DataConfig, ModelConfig
 from mpo.data import Row
 from mpo.distributed import start
 from mpo.errors import UserError
@@ -35,7 +35,7 @@ def compare_models(config: Config, prepared: Prepared, models: Sequence[str], pr
     """
     device = start()
     settings = {path: _settings_of(path, prepared.model) for path in models}
-    examples = read_by_each(config, prepared.measured_rows, settings.values(), progress.log)
+    examples = read_by_each(prepared.data, prepared.measured_rows, settings.values(), progress.log)
     measured: dict[str, Gaps] = {}
     for path, model_config in settings.items():
         model = cast(torch.nn.Module, bind_mpo_forward(load_model(model_config), config.loss)).to(device)
@@ -53,7 +53,7 @@ def _settings_of(path: str, own: ModelConfig) -> ModelConfig:
 
 
 def read_by_each(
-    config: Config, rows: Sequence[Row], models: Iterable[ModelConfig], log: Callable[[str], None]
+    data: DataConfig, rows: Sequence[Row], models: Iterable[ModelConfig], log: Callable[[str], None]
 ) -> dict[str, list[Example]]:
     """The rows as tokens of each model, by its path: the same rows for all, those that every model can read.
 
@@ -64,7 +64,7 @@ def read_by_each(
     for model in models:
         check_model(model)
         try:
-            read[model.path], _ = tokenize_rows(rows, load_tokenizer(model), config.data)
+            read[model.path], _ = tokenize_rows(rows, load_tokenizer(model), data)
         except UserError as error:
             raise UserError(f"{model.path} cannot read the measured rows. {error}") from error
         check_ids(read[model.path], model)

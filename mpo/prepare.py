@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from mpo import lora
-from mpo.config import Config, ModelConfig
+from mpo.config import Config, DataConfig, ModelConfig
 from mpo.data import BadRow, Row, load_rows
 from mpo.demo_model import resolve_model
 from mpo.errors import UserError
 from mpo.model import check_model, load_tokenizer, positions_of, vocabulary_of
+from mpo.run_date import with_date
 from mpo.tokenizing import Example, tokenize_rows
 
 
@@ -23,6 +24,8 @@ class Prepared:
 
     model: ModelConfig
     """With `path` a folder or a hub id."""
+    data: DataConfig
+    """With the date that a chat template may print."""
     tokenizer: PreTrainedTokenizerBase
     rows: list[Row]
     """Training rows as text: rows[i] is examples[i]."""
@@ -44,6 +47,7 @@ def prepare(config: Config, log: Callable[[str], None]) -> Prepared:
     Raises:
         UserError: the model is no model or of an unknown kind, the tokenizer has no template, files or rows are bad.
     """
+    config = with_date(config)
     model = config.model.model_copy(update={"path": resolve_model(config.model.path, log)})  # on every rank: nodes have caches of their own
     if lora.is_adapter(model.path):
         raise UserError(
@@ -59,7 +63,16 @@ def prepare(config: Config, log: Callable[[str], None]) -> Prepared:
     check_ids([*examples, *held_out], model)
     check_positions([*examples, *held_out], model)
     return Prepared(
-        model, tokenizer, rows, examples, held_out_rows, held_out, measured, [texts[e.source] for e in measured], dropped + dropped_too
+        model,
+        config.data,
+        tokenizer,
+        rows,
+        examples,
+        held_out_rows,
+        held_out,
+        measured,
+        [texts[e.source] for e in measured],
+        dropped + dropped_too,
     )
 
 

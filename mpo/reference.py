@@ -11,31 +11,35 @@ import functools
 import hashlib
 import json
 import os
-import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
 import deepspeed
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from mpo import quantized
-from mpo.attention import shares_prompts_of
+from mpo import attention, lora
 from mpo.batching import FILLER, Pool, pack_for_scoring
+from mpo.config import ModelConfig
 from mpo.distributed import on_main
 from mpo.errors import UserError
-from mpo.files import new_folder, read_json, sha256_of_files, write_json
-from mpo.lora import adapters_off
+from mpo.files import Claim, new_folder, read_json, read_object, remove, remove_incomplete, sha256_of_files, write_json, writing
 from mpo.model import Scores
+from mpo.run_date import parts_folder
 from mpo.scoring import score_sequences
 from mpo.tokenizing import Example, TokenizedResponse
 
-FORMAT = 1
+FORMAT = 2
 PART = 256
 """Sequences of one piece of a store that is being built; what an interruption loses at most."""
+PATIENCE = 1.0
+"""Seconds between two looks at a store that another process is building."""
 
 
 @dataclass(frozen=True)
@@ -64,24 +68,58 @@ def dominant_sequences(examples: Sequence[Example]) -> list[TokenizedResponse]:
     return list(dict.fromkeys(s for e in examples for s in (e.dominant_chosen, e.dominant_rejected)))
 
 
-def identity(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, model_path: str, examples: Sequence[Example], pool: Pool
-) -> dict[str, Any]:
-    """What the stored values depend on. A store is used only where all of it agrees."""
-    folder = Path(model_path)
-    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+def identity(model: dict[str, Any], examples: Sequence[Example], pool: Pool) -> dict[str, Any]:
+    """What the stored values depend on: `model_identity`, the sequences and the pooling. A store is used only where all of it agrees."""
+    return {"format": FORMAT, **model, "pool": pool, "sequences": digest(dominant_sequences(examples))}
+
+
+def model_identity(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What makes it this model, wherever it lies: the contents of its files, and how they are read.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
     return {
-        "format": FORMAT,
-        # A hub model is identified by its commit, a local one by the contents of its files.
-        "weights": sha256_of_files(weights) if weights else str(getattr(model.config, "_commit_hash", None)),
+        **_files_of(model),
         "chat_template": _sha256(str(tokenizer.chat_template)),
         "vocabulary": _sha256(json.dumps(sorted(tokenizer.get_vocab().items()), allow_nan=False)),
-        "attention": model.config._attn_implementation,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "quantized": quantized.kind_of(model),
-        "pool": pool,
-        "sequences": digest(dominant_sequences(examples)),
+        "attention": attention.resolve(model.attention),
+        "dtype": model.dtype,
+        "quantized": model.quantize,
     }
+
+
+def _files_of(model: ModelConfig) -> dict[str, Any]:
+    """Digests of a local model's weights and settings; a hub model is identified by its commit."""
+    folder = Path(model.path)
+    if folder.is_dir():
+        weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+        return {"weights": _sha256_of(weights), "config": _sha256_of([folder / "config.json"])}
+    config = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    return {"weights": str(getattr(config, "_commit_hash", None))}
+
+
+def _sha256_of(files: list[Path]) -> str:
+    try:
+        return sha256_of_files(files)
+    except OSError as error:
+        raise UserError(f"The model's files cannot be read: {error}. Restore the file, or its permissions.") from error
+
+
+def rows_digest(*groups: Sequence[Example]) -> str:
+    """SHA-256 of what is trained on and what is measured: every example's language and token ids, in order, group by group."""
+    places: dict[TokenizedResponse, int] = {}
+    listed = [
+        [
+            [
+                e.language,
+                *(places.setdefault(s, len(places)) for s in (e.target_chosen, e.target_rejected, e.dominant_chosen, e.dominant_rejected)),
+            ]
+            for e in group
+        ]
+        for group in groups
+    ]
+    return _sha256(json.dumps([listed, digest(list(places))], allow_nan=False))
 
 
 def digest(sequences: Sequence[TokenizedResponse]) -> str:
@@ -89,26 +127,81 @@ def digest(sequences: Sequence[TokenizedResponse]) -> str:
     return _sha256(json.dumps([[s.response_start, *s.input_ids] for s in sequences], allow_nan=False))
 
 
+def open_store(
+    folder: Path,
+    manifest: dict[str, Any],
+    examples: Sequence[Example],
+    date: datetime | None,
+    build_values: Callable[[Parts], Scores],
+    log: Callable[[str], None],
+) -> ReferenceStore:
+    """The store at `folder`, built where there is none. Of several processes that want it at once one builds and the others wait for it.
+
+    Called by all ranks. `build_values` gets the finished parts, which are kept beside the store until it is whole, so that an interrupted
+    build goes on where it was.
+
+    Args:
+        manifest: what the values depend on, `identity`.
+        date: the date that the chat template may have printed, which the store keeps for whoever uses it later.
+    Raises:
+        UserError: the store is of something else or damaged, or cannot be written; or what `build_values` raises.
+    """
+    folder = folder.resolve()
+
+    def find() -> ReferenceStore | None:
+        return load(folder, manifest, examples)
+
+    store = on_main(find)
+    claim = Claim(folder.with_name(f".{folder.name}.lock"))
+    said = False
+    while store is None:
+        holder = on_main(claim.take)
+        if holder is None:
+            break
+        if not said:
+            log(f"Another process ({holder}) builds the reference store {folder}. Waiting for it.")
+            said = True
+        time.sleep(PATIENCE)
+    try:
+        store = store or on_main(find)  # another process may have built it until now
+        if store is not None:
+            log(f"Reference {folder} ({len(store.rows)} sequences)")
+            return store
+        kept = {**manifest, "date": None if date is None else date.isoformat()}
+        parts = Parts(parts_folder(folder), kept)
+        scores = build_values(parts)
+        store = ReferenceStore({sequence: i for i, sequence in enumerate(dominant_sequences(examples))}, scores)
+
+        def finish() -> None:
+            if find() is None:  # one that does not see the lock may have been faster
+                save(store, folder, kept)
+            parts.remove()
+
+        on_main(finish)
+        return store
+    finally:
+        claim.release()
+
+
 def build(
     engine: torch.nn.Module,
     examples: Sequence[Example],
+    parts: Parts,
     *,
     pool: Pool,
     device: torch.device,
     advance: Callable[[int], None],
-    folder: Path,
-    manifest: dict[str, Any],
-) -> ReferenceStore:
-    """Scores every distinct dominant sequence with the model as it is now, the ranks sharing the work, and writes the store to `folder`.
+) -> Scores:
+    """Scores every distinct dominant sequence with the model as it is now, the ranks sharing the work; finished parts are not done again.
 
-    Finished parts are kept beside it until then, so that an interrupted build goes on where it was.
+    Raises:
+        UserError: the model gives numbers that are not finite, or a part cannot be written.
     """
     sequences = dominant_sequences(examples)
-    parts = _Parts(folder.with_name(f".{folder.name}.parts"), manifest)
-    done = on_main(parts.finished)
+    pieces = [sequences[first : first + PART] for first in range(0, len(sequences), PART)]
+    done = on_main(lambda: parts.finished([len(piece) for piece in pieces]))
     scores = []
-    for number, first in enumerate(range(0, len(sequences), PART)):
-        mine = sequences[first : first + PART]
+    for number, mine in enumerate(pieces):
         if number in done:
             part = done[number]
             advance(len(mine))
@@ -125,41 +218,51 @@ def build(
             f"The model gives non-finite log-probabilities or hidden states for {len(bad)} dominant sequence(s), e.g. in {names[0]}. "
             "Check the model's weights, or train with model.dtype=float32."
         )
-    store = ReferenceStore({sequence: i for i, sequence in enumerate(sequences)}, whole)
-
-    def finish() -> None:
-        save(store, folder, manifest)
-        parts.remove()
-
-    on_main(finish)
-    return store
+    return whole
 
 
-class _Parts:
+class Parts:
     """Finished pieces of a store that is being built: `<folder>/{manifest.json, 00000.safetensors, ...}`. Used by rank 0 alone."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self._folder, self._manifest = folder, manifest
 
-    def finished(self) -> dict[int, Scores]:
-        """Pieces of an interrupted build of the same store; those of another are removed."""
-        path = self._folder / "manifest.json"
-        if not path.is_file() or read_json(path) != self._manifest:
+    def finished(self, lengths: Sequence[int]) -> dict[int, Scores]:
+        """Pieces of an interrupted build of the same store, of so many sequences each; those of another and damaged ones are removed."""
+        if not self._are_of_this_store():
             self.remove()
-            write_json(path, self._manifest)
-            return {}
-        files = {int(file.stem): load_file(file) for file in self._folder.glob("*.safetensors") if file.stem.isdecimal()}
-        return {number: Scores(values["mean_logp"], values["pooled"]) for number, values in files.items()}
+            write_json(self._folder / "manifest.json", self._manifest)
+        remove_incomplete(self._folder)
+        done = {}
+        for number, length in enumerate(lengths):
+            try:
+                done[number] = _read_scores(self._place_of(number), length)
+            except _Damaged:
+                continue  # computed again
+        return done
+
+    def _are_of_this_store(self) -> bool:
+        try:
+            kept = read_json(self._folder / "manifest.json")
+        except UserError:
+            return False
+        return isinstance(kept, dict) and not _differing(kept, self._manifest)
 
     def keep(self, number: int, scores: Scores) -> None:
         """Writes one piece, whole or not at all."""
-        temporary = self._folder / f".{number:05d}"
-        save_file({"mean_logp": scores.mean_logp.contiguous(), "pooled": scores.pooled.contiguous()}, temporary)
-        os.replace(temporary, self._folder / f"{number:05d}.safetensors")
+        place = self._place_of(number)
+        temporary = place.with_name(f".{place.name}.{os.getpid()}.incomplete")
+        with writing(place):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            _write_scores(temporary, scores)
+            os.replace(temporary, place)
 
     def remove(self) -> None:
         """Removes everything."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        remove(self._folder)
+
+    def _place_of(self, number: int) -> Path:
+        return self._folder / f"{number:05d}.safetensors"
 
 
 class Reference(Protocol):
@@ -180,19 +283,18 @@ class LiveReference:
         distinct = list(dict.fromkeys(sequences)) or [FILLER]
         was_training = self._engine.training
         self._engine.eval()
-        with torch.no_grad(), adapters_off(self._engine.module):
-            scores = self._engine(batch=pack_for_scoring(distinct, self._pool, shares_prompts_of(self._engine.module)).to(self._device))
+        with torch.no_grad(), lora.adapters_off(self._engine.module):
+            scores = self._engine(
+                batch=pack_for_scoring(distinct, self._pool, attention.shares_prompts_of(self._engine.module)).to(self._device)
+            )
         self._engine.train(was_training)
         return ReferenceStore({s: i for i, s in enumerate(distinct)}, Scores(scores.mean_logp.float().cpu(), scores.pooled.float().cpu()))
 
 
 def save(store: ReferenceStore, folder: Path, manifest: dict[str, Any]) -> None:
-    """Writes the store; an interruption leaves no store or a whole one."""
+    """Writes the store; an interruption leaves no store or a whole one. Raises UserError where it cannot be written."""
     with new_folder(folder) as temporary:
-        save_file(
-            {"mean_logp": store.scores.mean_logp.contiguous(), "pooled": store.scores.pooled.contiguous()},
-            temporary / "values.safetensors",
-        )
+        _write_scores(temporary / "values.safetensors", store.scores)
         write_json(temporary / "manifest.json", manifest)
 
 
@@ -200,21 +302,56 @@ def load(folder: Path, manifest: dict[str, Any], examples: Sequence[Example]) ->
     """The store at `folder`, or None where there is none.
 
     Raises:
-        UserError: the store belongs to other weights, another template, tokenizer, attention, dtype, pooling or data.
+        UserError: the store belongs to another model, attention, dtype, pooling or data; or it is damaged, or something else lies there.
     """
-    if not (folder / "manifest.json").is_file():
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
-    stored = read_json(folder / "manifest.json")
-    differing = [key for key in manifest if stored.get(key) != manifest[key]]
-    if differing:
-        changes = "; ".join(f"{key}: {stored.get(key)} stored, {manifest[key]} now" for key in differing)
+    again = f"Name another reference.store, or delete {folder}: the same command then builds it again."
+    if not (folder / "manifest.json").is_file():
+        raise UserError(f"{folder} holds no whole reference store: there is no file manifest.json in it. {again}")
+    try:
+        stored = read_object(folder / "manifest.json")
+    except UserError as error:
+        raise UserError(f"The reference store {folder} is damaged: {error}") from error
+    if changes := _differing(stored, manifest):
         raise UserError(
-            f"The reference store {folder} was built for something else ({changes}). Train into another output_dir, name another "
-            f"reference.store, or delete {folder} and run `mpo precompute` with this configuration to build it again."
+            f"The reference store {folder} was built for something else ({'; '.join(changes)}). Train into another output_dir, name "
+            f"another reference.store, or delete {folder} and run `mpo precompute` with this configuration to build it again."
         )
-    values = load_file(folder / "values.safetensors")
     sequences = dominant_sequences(examples)
-    return ReferenceStore({sequence: i for i, sequence in enumerate(sequences)}, Scores(values["mean_logp"], values["pooled"]))
+    try:
+        scores = _read_scores(folder / "values.safetensors", len(sequences))
+    except _Damaged as problem:
+        raise UserError(f"The reference store {folder} is damaged: {problem}. {again}") from problem
+    return ReferenceStore({sequence: i for i, sequence in enumerate(sequences)}, scores)
+
+
+def _differing(stored: dict[str, Any], manifest: dict[str, Any]) -> list[str]:
+    """What of a manifest is not as it is stored. The date is none of it: where a template prints it, the sequences tell."""
+    keys = [key for key in manifest if key != "date" and stored.get(key) != manifest[key]]
+    return [f"{key}: {stored.get(key)} stored, {manifest[key]} now" for key in keys]
+
+
+class _Damaged(Exception):
+    """A file of values that is not what was written."""
+
+
+def _write_scores(path: Path, scores: Scores) -> None:
+    save_file({"mean_logp": scores.mean_logp.contiguous(), "pooled": scores.pooled.contiguous()}, path)
+
+
+def _read_scores(path: Path, length: int) -> Scores:
+    """The scores of so many sequences. Raises _Damaged where the file does not hold them."""
+    try:
+        values = load_file(path)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise _Damaged(f"{path.name} cannot be read ({error})") from error
+    shapes = {name: tuple(value.shape) for name, value in values.items()}
+    if set(shapes) != {"mean_logp", "pooled"} or shapes["mean_logp"] != (length,) or shapes["pooled"][:-1] != (length,):
+        raise _Damaged(f"{path.name} does not hold the values of {length} sequences (it has {shapes})")
+    if not all(bool(value.isfinite().all()) for value in values.values()):
+        raise _Damaged(f"{path.name} holds numbers that are not finite")
+    return Scores(values["mean_logp"], values["pooled"])
 
 
 def _sha256(text: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from jinja2.exceptions import TemplateError
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from mpo.config import DataConfig
 from mpo.data import BadRow, Pair, Row, settle_bad_rows
 from mpo.errors import UserError
+from mpo.run_date import dated
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def tokenize_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, confi
             "or save a template "
             "into the model folder as chat_template.jinja."
         )
-    encoder = _Encoder(tokenizer, config.max_length)
+    encoder = _Encoder(tokenizer, config)
     examples: list[Example] = []
     bad: list[BadRow] = []
     for row in rows:
@@ -128,8 +130,9 @@ class _Frame:
 class _Encoder:
     """Encodes pairs, each distinct one once: the published data repeat every dominant pair six times."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-        self._tokenizer, self._max_length = tokenizer, max_length
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> None:
+        self._tokenizer, self._max_length = tokenizer, config.max_length
+        self._template = dated(tokenizer.get_chat_template(), config.date or datetime.now())
         self._special = special_ids(tokenizer)
         self._done: dict[Pair, tuple[TokenizedResponse, TokenizedResponse]] = {}
 
@@ -213,7 +216,10 @@ class _Encoder:
 
     def _rendered(self, conversation: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
         try:
-            return str(self._tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt))
+            text = self._tokenizer.apply_chat_template(
+                conversation, chat_template=self._template, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+            return str(text)
         except (TemplateError, TypeError, ValueError, LookupError) as error:
             raise _Unusable("refused_by_template", f"the chat template refuses it: {error}") from error
 

@@ -8,6 +8,7 @@ from (sum over its pairs) * world / (pairs of the step), and DeepSpeed averages 
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,11 +30,12 @@ from mpo.engine import build_engine, deepspeed_settings, learning_rate, peak_mem
 from mpo.errors import UserError
 from mpo.files import write_json
 from mpo.interruption import Interrupted, interruptions
-from mpo.model import MPOForward, bind_mpo_forward, load_model
+from mpo.model import MPOForward, Scores, bind_mpo_forward, load_model
 from mpo.output_folder import OutputFolder
 from mpo.prepare import Prepared, prepare
 from mpo.progress import Progress
 from mpo.reference import LiveReference, Reference
+from mpo.run_date import with_date
 from mpo.scoring import distinct_sequences, measure_gaps
 from mpo.step_metrics import StepSums
 from mpo.tokenizing import Example
@@ -54,17 +56,21 @@ def train(config: Config) -> dict[str, Any]:
     if config.model.attention == "flex_attention" and device.type == "cpu":
         raise UserError("model.attention=flex_attention has no backward pass on a CPU. Set model.attention=packed, which runs anywhere.")
     settings = deepspeed_settings(config)
+    config = on_main(lambda: with_date(config))
     prepared = prepare(config, progress.log)
     tokenizer, examples, measured, dropped = prepared.tokenizer, prepared.examples, prepared.measured, prepared.dropped
     folder = OutputFolder(Path(config.output_dir))
-    on_main(lambda: folder.open(config, reference.digest(distinct_sequences([*examples, *measured]))))
-    if is_main() and dropped:
-        folder.write_dropped(dropped)
+    identity = on_main(lambda: reference.model_identity(prepared.model, tokenizer))
+    on_main(lambda: folder.open(config, reference.rows_digest(examples, measured), identity))
+    if dropped:
+        on_main(lambda: folder.write_dropped(dropped))
     if (threads := on_main(folder.other_threads)) is not None:
         progress.log(
             f"WARNING: This run began with {threads} CPU thread(s) a rank and goes on with {torch.get_num_threads()}, which changes the "
             f"last bits of a CPU's sums. Set OMP_NUM_THREADS={threads} to go on bit for bit."
         )
+    if versions := on_main(folder.other_versions):
+        progress.log(f"WARNING: This run began with {', '.join(versions)}. What it computes from here on may differ in its last bits.")
 
     schedule = schedule_of(config, len(examples))
     progress.header(config, examples, measured, dropped, schedule, dist.get_world_size())
@@ -75,8 +81,8 @@ def train(config: Config) -> dict[str, Any]:
     engine, guard = build_engine(model, config, settings)
     del keep_alive
 
-    values = _open_reference(engine, prepared, config, folder, device, progress)
-    before = on_main(folder.load_gaps_before)
+    values = _open_reference(engine, prepared, identity, config, folder, device, progress)
+    before = on_main(lambda: folder.load_gaps_before(len(measured)))
     if before is None:
         with progress.task("Gaps before training", len(distinct_sequences(measured))) as advance:
             before = measure_gaps(engine, measured, pool=config.loss.pool, device=device, advance=advance)
@@ -84,13 +90,14 @@ def train(config: Config) -> dict[str, Any]:
         on_main(lambda: folder.save_gaps_before(measured_before))
 
     first_step = 0
-    latest = on_main(lambda: checkpoint.newest(folder.checkpoints))
+    latest = on_main(lambda: checkpoint.newest(folder.checkpoints, progress.log))
     if latest is not None:
         first_step = checkpoint.load(engine, latest, config.zero.stage)
         progress.log(f"Going on from {latest.folder} ({first_step} of {schedule.steps} steps done)")
     else:
         _self_check(engine, examples, values, config, device)
-    on_main(lambda: folder.truncate_metrics(first_step))
+    if lost := on_main(lambda: folder.truncate_metrics(first_step)):
+        progress.log(f"WARNING: {lost}")
 
     batches = Batches(examples, schedule, config)
     languages = sorted({e.language for e in examples})
@@ -98,6 +105,7 @@ def train(config: Config) -> dict[str, Any]:
     with interruptions() as interruption, progress.steps(schedule.steps, first_step, config.log_every) as show:
         for step in range(first_step, schedule.steps):
             began = time.perf_counter()
+            seed_step(config.train.seed, step)
             last = step + 1 == schedule.steps
             rate = learning_rate(config.train, step, schedule.steps)
             for group in engine.optimizer.param_groups:
@@ -129,8 +137,8 @@ def train(config: Config) -> dict[str, Any]:
                 "peak_memory_gib": peak_memory_gib(device),
             }
             track(engine, row)
-            if is_main() and ((step + 1) % config.log_every == 0 or skipped or last):
-                folder.append_metrics(row)
+            if is_main() and ((step + 1) % config.log_every == 0 or skipped or last) and (failure := folder.append_metrics(row)):
+                progress.log(f"WARNING: {failure} Training goes on.")
             show(row)
             if skipped_in_a_row >= config.train.max_skipped_steps:
                 raise UserError(
@@ -162,6 +170,11 @@ def train(config: Config) -> dict[str, Any]:
     return result
 
 
+def seed_step(seed: int, step: int) -> None:
+    """Makes what a step draws (dropout) a function of seed, step and rank, so that a run that goes on draws what it would have drawn."""
+    torch.manual_seed(random.Random(f"{seed} {step} {dist.get_rank()}").getrandbits(63))
+
+
 def schedule_of(config: Config, rows: int) -> Schedule:
     """The steps of a run over so many rows."""
     train = config.train
@@ -177,14 +190,19 @@ def precompute(config: Config) -> Path:
     device = start()
     progress = Progress(enabled=is_main())
     settings = deepspeed_settings(config)
+    config = on_main(lambda: with_date(config))
     prepared = prepare(config, progress.log)
+    folder = OutputFolder(Path(config.output_dir))
+    identity = on_main(lambda: reference.model_identity(prepared.model, prepared.tokenizer))
+    if config.reference.store is None:  # else nothing is written there
+        rows = reference.rows_digest(prepared.examples, prepared.measured)
+        on_main(lambda: folder.open(config, rows, identity, may_be_finished=True))
     keep_alive = HfDeepSpeedConfig(settings) if config.zero.stage == 3 else None
     model = bind_mpo_forward(load_model(prepared.model.model_copy(update={"lora": None})), config.loss)
     # Scoring needs no optimizer; only ZeRO-3 needs an engine, which gathers the weights.
     engine: Any = deepspeed.initialize(model=model, config=settings)[0] if keep_alive else cast(torch.nn.Module, model).to(device)
-    folder = OutputFolder(Path(config.output_dir))
     stored = config.model_copy(update={"reference": ReferenceConfig(store=config.reference.store)})
-    _open_reference(engine, prepared, stored, folder, device, progress)
+    _open_reference(engine, prepared, identity, stored, folder, device, progress)
     dist.barrier()
     return store_folder(config, folder)
 
@@ -197,6 +215,7 @@ def store_folder(config: Config, folder: OutputFolder) -> Path:
 def _open_reference(
     engine: deepspeed.DeepSpeedEngine,
     prepared: Prepared,
+    identity: dict[str, Any],
     config: Config,
     folder: OutputFolder,
     device: torch.device,
@@ -205,16 +224,14 @@ def _open_reference(
     """The run's reference: the store, built on first use, or the model itself with its adapters off."""
     if config.reference.mode == "live":
         return LiveReference(engine, config.loss.pool, device)
-    model, examples, path = getattr(engine, "module", engine), prepared.examples, store_folder(config, folder)
-    manifest = on_main(lambda: reference.identity(model, prepared.tokenizer, prepared.model.path, examples, config.loss.pool))
-    store = on_main(lambda: reference.load(path, manifest, examples))
-    if store is not None:
-        progress.log(f"Reference {path} ({len(store.rows)} sequences)")
-        return store
-    with progress.task("Reference store", len(reference.dominant_sequences(examples))) as advance:
-        return reference.build(
-            engine, examples, pool=config.loss.pool, device=device, advance=advance, folder=path, manifest=manifest
-        )  # fmt: skip
+    examples, path, pool = prepared.examples, store_folder(config, folder), config.loss.pool
+    manifest = reference.identity(identity, examples, pool)
+
+    def build(parts: reference.Parts) -> Scores:
+        with progress.task("Reference store", len(reference.dominant_sequences(examples))) as advance:
+            return reference.build(engine, examples, parts, pool=pool, device=device, advance=advance)
+
+    return reference.open_store(path, manifest, examples, prepared.data.date, build, progress.log)
 
 
 def _self_check(

@@ -219,38 +219,6 @@ def test_a_token_budget_changes_nothing_but_the_micro_batches(project, trained, 
     assert second == pytest.approx(first, rel=2e-3, abs=2e-5)
 
 
-def test_an_interrupted_store_goes_on(project, tmp_path, tokenizer, monkeypatch):  # noqa: F811
-    """The second of four pieces fails; the next build computes the other three only."""
-    from mpo import reference
-    from mpo.model import Scores
-    from mpo.tokenizing import Example, TokenizedResponse
-
-    monkeypatch.setattr(reference, "on_main", lambda work: work())
-    monkeypatch.setattr(reference, "PART", 2)
-    examples = [
-        Example(f"rows:{i}", "sw", *(TokenizedResponse((1, 2, 10 * i + k), 2) for k in range(4))) for i in range(4)
-    ]  # fmt: skip
-    calls = []
-
-    def score(engine, sequences, **_):
-        calls.append(len(sequences))
-        if engine == "fails" and len(calls) == 2:
-            raise KeyboardInterrupt
-        ids = torch.tensor([float(s.input_ids[-1]) for s in sequences])
-        return Scores(ids, ids[:, None].clone())
-
-    monkeypatch.setattr(reference, "score_sequences", score)
-    options = {"pool": "response", "device": torch.device("cpu"), "advance": lambda count: None}
-    place = {"folder": tmp_path / "store", "manifest": {"weights": "abc"}}
-    with pytest.raises(KeyboardInterrupt):
-        reference.build("fails", examples, **options, **place)
-    assert not (tmp_path / "store").exists()
-    store = reference.build("works", examples, **options, **place)
-    assert calls == [2, 2, 2, 2, 2]
-    assert [store.gap(e) for e in examples] == [-1.0] * 4
-    assert [p.name for p in tmp_path.iterdir()] == ["store"]
-
-
 def test_yaml_of_the_recipes_is_understood():
     from mpo.config import load_config
 

@@ -36,7 +36,7 @@ def begin(folder, *overrides):
     config = load_config(folder / "run.yaml", list(overrides))
     deepspeed_settings(config)
     prepared = prepare(config, lambda line: None)
-    return OutputFolder(folder / "run").open(config, reference.digest(reference.dominant_sequences(prepared.examples)))
+    return OutputFolder(folder / "run").open(config, reference.rows_digest(prepared.examples), {})
 
 
 def rows_file(folder, change, **options):
@@ -186,18 +186,18 @@ def test_output_folders(folder, tmp_path):
     config = load_config(folder / "run.yaml")
     (tmp_path / "photo.jpg").touch()
     with pytest.raises(UserError, match=r"is not empty and holds no MPO run. Choose another output_dir"):
-        OutputFolder(tmp_path).open(config, "rows")
+        OutputFolder(tmp_path).open(config, "rows", {})
     out = OutputFolder(tmp_path / "run")
-    assert not out.open(config, "rows") and out.open(config, "rows")
-    with pytest.raises(UserError, match="holds another run: the training rows differ"):
-        out.open(config, "other rows")
+    assert not out.open(config, "rows", {}) and out.open(config, "rows", {})
+    with pytest.raises(UserError, match="holds another run: the training or the measured rows differ"):
+        out.open(config, "other rows", {})
     with pytest.raises(UserError, match=r"holds another run: loss.beta is 1.0 there and 2.0 here"):
-        out.open(load_config(folder / "run.yaml", ["loss.beta=2"]), "rows")
+        out.open(load_config(folder / "run.yaml", ["loss.beta=2"]), "rows", {})
     with pytest.raises(UserError, match=r"Another process \(pid \d+ on .*\) is at work in output_dir"):
-        OutputFolder(tmp_path / "run").open(config, "rows")
+        OutputFolder(tmp_path / "run").open(config, "rows", {})
     out.config.write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
-        out.open(config, "rows")
+        out.open(config, "rows", {})
 
 
 def test_ranks_that_cannot_meet():
@@ -228,4 +228,5 @@ def test_checkpoints_and_exports(folder, tmp_path):
     with pytest.raises(UserError, match=r"holds no whole checkpoint. Set checkpoint.every"):
         export.export_checkpoint(tmp_path, None, tmp_path / "x", False, print)
     (tmp_path / "checkpoints" / "step-00000004").mkdir(parents=True)
-    assert checkpoint.newest(tmp_path / "checkpoints") is None  # it lost its state file
+    with pytest.raises(UserError, match=r"Every checkpoint in .* is damaged: step-00000004 \(state.json is missing\)"):
+        checkpoint.newest(tmp_path / "checkpoints")
