@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from mpo.config import LARGEST, Language, Languages, Names, Section, beside, read_config
+from mpo.config import LARGEST, Language, Languages, Names, Section, beside, home, read_config
 from mpo.errors import UserError
 
 PROMPT = (
@@ -50,7 +52,7 @@ class ServerConfig(Section):
     """Environment variable that holds the key, which is sent as a bearer token and written nowhere."""
     concurrency: int = Field(default=8, ge=1, le=LARGEST)
     """Requests under way at the same time."""
-    timeout: float = Field(default=120, gt=0)
+    timeout: float = Field(default=120, gt=0, le=1e6)
     """Seconds that one request may take."""
     retries: int = Field(default=6, ge=0, le=LARGEST)
     """Further attempts after a 429, a 5xx, a timeout or a broken answer, 0.5, 1, 2, 4 ... seconds apart, or what Retry-After says."""
@@ -58,6 +60,18 @@ class ServerConfig(Section):
     """Tokens of one reply. None: the server's own limit. A reply that meets either drops its rows as `truncated`."""
     prompt: str = PROMPT
     """The request, with {source} and {target} for the languages and {text} for the text."""
+
+    @field_validator("base_url", mode="after")
+    @classmethod
+    def _is_an_address(cls, value: str) -> str:
+        try:
+            address = urlsplit(value)
+            good = address.scheme in ("http", "https") and bool(address.hostname) and (address.port is None or address.port > 0)
+        except ValueError:
+            good = False
+        if not good or any(c.isspace() or not c.isascii() for c in value):
+            raise ValueError("is no http or https address such as http://localhost:8000/v1")
+        return value
 
     @model_validator(mode="after")
     def _prompt_holds_the_text(self) -> ServerConfig:
@@ -102,7 +116,7 @@ class AnswersConfig(Section):
     """An answer that is not finished after so many tokens drops its row as `answer_truncated`."""
     batch_size: int = Field(default=8, ge=1, le=LARGEST)
     """Prompts in one call of the model."""
-    temperature: float = Field(default=0, ge=0)
+    temperature: float = Field(default=0, ge=0, le=100)
     """0 is greedy; above, answers are sampled with seeds taken from the prompts."""
 
 
@@ -166,11 +180,25 @@ def load_build_config(path: Path, overrides: list[str] | None = None) -> BuildCo
     def found(section: Section | None) -> Section | None:
         return None if section is None else section.model_copy(update={"path": beside(path.parent, getattr(section, "path"))})  # noqa: B009
 
+    def file(name: str) -> str:
+        """By its whole path even where it is not there: it is part of what makes this build."""
+        return name if name.startswith("hf:") else os.path.abspath(beside(path.parent, name))
+
     translator = config.translator.model_copy(update={n: found(getattr(config.translator, n)) for n in ("seq2seq", "file")})
+    if translator.file is not None:
+        given = file(translator.file.path)
+        translator = translator.model_copy(update={"file": translator.file.model_copy(update={"path": given})})
     return config.model_copy(
         update={
-            "input": tuple(beside(path.parent, name) for name in config.input),
+            "input": tuple(file(name) for name in config.input),
+            "output": _file_name(home(config.output)),
             "translator": translator,
             "chosen_from_model": found(config.chosen_from_model),
         }
     )
+
+
+def _file_name(output: str) -> str:
+    if not Path(output).name:
+        raise UserError(f"output {output} is a folder. Give the name of a file, such as {Path(output) / 'rows.jsonl'}.")
+    return output

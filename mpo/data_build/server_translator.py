@@ -59,8 +59,6 @@ class ServerTranslator:
     def __init__(self, config: ServerConfig, dominant: str) -> None:
         self._config, self._source = config, name_of(dominant)
         address = urlsplit(config.base_url)
-        if address.scheme not in ("http", "https") or not address.hostname:
-            raise UserError("translator.server.base_url is no http or https address such as http://localhost:8000/v1.")
         if address.username or address.password or address.query:
             raise UserError(
                 "translator.server.base_url holds a user, a password or a query, which may be secret. Put the key into an environment "
@@ -169,7 +167,7 @@ class ServerTranslator:
             raise _Again(f"no connection: {error.reason}") from error
         except (http.client.HTTPException, OSError) as error:
             raise _Again(f"the connection broke: {type(error).__name__}: {error}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _Again("the reply is no JSON") from error
 
     def _refuse(self, error: urllib.error.HTTPError) -> NoReturn:

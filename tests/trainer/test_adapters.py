@@ -18,6 +18,7 @@ from mpo.model import check_model, load_model
 from mpo.reference import identity
 
 KINDS = ["nf4", "int8"]
+LAYER = "model.layers.0.self_attn.v_proj"
 
 
 def needs_bitsandbytes():
@@ -57,6 +58,36 @@ def test_adapters_off_is_the_model_before(folder):
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert trained and all("lora_" in name for name in trained) and not any("lm_head" in name or "embed" in name for name in trained)
     assert sorted(model.state_dict()) == sorted(trained)  # what a checkpoint holds, a tied head not among it
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [(4, 8), (2, 1), (1, 3)])
+def test_an_update_is_scaled_by_alpha_over_rank(folder, tmp_path, rank, alpha):
+    """x A^T B^T alpha / rank is added to what the layer gives, in the model and in the folder that is opened again."""
+    config = ModelConfig(path=str(folder), dtype="float32", attention="eager")
+    model = load_model(config.model_copy(update={"lora": LoraConfig(rank=rank, alpha=alpha, target_modules=("v_proj",))}))
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    lora.save(model, tmp_path, None)
+    plain = load_model(config).get_submodule(LAYER)
+    layer = model.get_submodule(LAYER).eval()
+    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    assert down.shape == (rank, 32) and up.shape == (16, rank)
+    x = torch.randn(5, 32)
+    expected = plain(x) + x @ down.T @ up.T * (alpha / rank)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-4)
+    whole = load_model(config.model_copy(update={"path": str(tmp_path)}))
+    torch.testing.assert_close(whole.get_submodule(LAYER)(x), expected, rtol=1e-5, atol=1e-4)
+    adapted = {name.split(".lora_")[0] for name, _ in model.named_parameters() if "lora_" in name}
+    assert adapted == {"model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.v_proj"}
+
+
+def test_dropout_of_adapters_is_the_configured_one(folder):
+    model = load_model(ModelConfig(path=str(folder), dtype="float32", lora=LoraConfig(rank=4, dropout=0.25)))
+    rates = {module.p for name, module in model.named_modules() if "lora_dropout" in name and isinstance(module, torch.nn.Dropout)}
+    assert rates == {0.25}
 
 
 @pytest.mark.parametrize("modules", ["all-linear", ("q_proj", "down_proj")])

@@ -1,10 +1,12 @@
 """The bound forward against the Hugging Face forward of one sequence at a time, in float64."""
 
 import collections
+import gc
 
 import pytest
 import torch
 from tiny import ARCHITECTURES, build_model, save_model
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpo import attention
@@ -192,3 +194,42 @@ def test_refused_models(tmp_path, tokenizer):
     (tmp_path / "broken" / "config.json").write_text("{")
     with pytest.raises(UserError, match="neither a model folder nor a hub id"):
         check_model(ModelConfig(path=str(tmp_path / "broken")))
+
+
+class Living(TorchDispatchMode):
+    """The linear layers' products, and whether the memory of each is still held."""
+
+    def __init__(self):
+        super().__init__()
+        self._products = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        out = operator(*args, **(kwargs or {}))
+        if operator in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) and out.shape[-1] != VOCAB:
+            self._products.append((args[-2].shape[-1], out.shape[-1], StorageWeakRef(out.untyped_storage())))
+        return out
+
+    def widths(self):
+        """(in, out) of the products that are held, counted."""
+        gc.collect()
+        return collections.Counter((width, made) for width, made, memory in self._products if not memory.expired())
+
+
+def test_selective_checkpointing_holds_each_product_that_a_gradient_needs_and_no_other(tmp_path, tokenizer):
+    """Between forward and backward. The way down from the wide layer is added to the residual and then needed by nothing, unless a norm
+    stands behind it."""
+    narrow = {(32, 32): 2 * 2, (32, 16): 2 * 2, (32, 64): 2 * 2}  # q and o, k and v, gate and up of two blocks
+    for architecture, how, expected in (
+        ("llama", "selective", narrow),
+        ("gemma2", "selective", {**narrow, (64, 32): 2}),
+        ("llama", True, {}),
+    ):
+        folder = save_model(tmp_path / f"{architecture}-{how}", tokenizer, architecture)
+        loaded = load_model(ModelConfig(path=str(folder), dtype="float32", activation_checkpointing=how))
+        model = bind_mpo_forward(loaded, LossConfig()).train()
+        with Living() as living:
+            loss = model(batch=mpo_batch(some_sequences())).loss
+        assert living.widths() == expected, (architecture, how)
+        loss.backward()
+        del loss
+        assert not living.widths()
