@@ -17,11 +17,16 @@ import torch
 
 from mpo_kernels import validation as check
 from mpo_kernels.distributed import Parallel, handle_of
+from mpo_kernels.ops.head import as_arguments
 from mpo_kernels.ops.linear import linear_pair_loss_op, linear_token_logprobs_op
 from mpo_kernels.ops.once import check_mode, is_wrapped
 from mpo_kernels.ops.pair import pair_loss_op
 from mpo_kernels.ops.pool import mean_pool_op
 from mpo_kernels.ops.token import InplaceTokenLogprobs, token_logprobs_op
+
+Number = float | torch.Tensor
+"""A Python number, or a tensor of shape () without gradient on the CPU or the device of the others, where it is not read back. Under
+torch.compile it may change from call to call without a new graph."""
 
 
 class TokenStatistics(NamedTuple):
@@ -56,8 +61,8 @@ def token_logprobs(
     labels: torch.Tensor,
     *,
     ignore_index: int = -100,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
+    logit_scale: Number = 1.0,
+    softcap: Number | None = None,
     inplace_backward: bool = False,
     parallel: Parallel | None = None,
     validate: bool | None = None,
@@ -88,8 +93,8 @@ def token_statistics(
     labels: torch.Tensor,
     *,
     ignore_index: int = -100,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
+    logit_scale: Number = 1.0,
+    softcap: Number | None = None,
     inplace_backward: bool = False,
     parallel: Parallel | None = None,
     validate: bool | None = None,
@@ -107,12 +112,12 @@ def mpo_loss(
     labels: torch.Tensor,
     reference_gap: torch.Tensor,
     *,
-    beta: float = 1.0,
+    beta: Number = 1.0,
     pair_weights: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
     ignore_index: int = -100,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
+    logit_scale: Number = 1.0,
+    softcap: Number | None = None,
     reduction: str = "mean",
     inplace_backward: bool = False,
     token_outputs: bool = False,
@@ -139,7 +144,7 @@ def mpo_loss(
     Raises:
         ValueError: shapes, dtypes, devices or values do not fit.
     """
-    check.check_options(logit_scale, softcap, beta, reduction)
+    check.check_options(logit_scale, softcap, beta, reduction, like=logits)
     check.check_integers(ignore_index)
     check.check_rows("logits", logits, labels)
     sequences = check.check_layout(logits, cu_seqlens, "logits", pairs=True)
@@ -163,8 +168,8 @@ def linear_token_logprobs(
     *,
     bias: torch.Tensor | None = None,
     ignore_index: int = -100,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
+    logit_scale: Number = 1.0,
+    softcap: Number | None = None,
     chunk_bytes: int | None = None,
     parallel: Parallel | None = None,
 ) -> torch.Tensor:
@@ -194,8 +199,8 @@ def linear_token_statistics(
     *,
     bias: torch.Tensor | None = None,
     ignore_index: int = -100,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
+    logit_scale: Number = 1.0,
+    softcap: Number | None = None,
     chunk_bytes: int | None = None,
     parallel: Parallel | None = None,
 ) -> TokenStatistics:
@@ -214,12 +219,12 @@ def linear_mpo_loss(
     reference_gap: torch.Tensor,
     *,
     bias: torch.Tensor | None = None,
-    beta: float = 1.0,
+    beta: Number = 1.0,
     pair_weights: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
     ignore_index: int = -100,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
+    logit_scale: Number = 1.0,
+    softcap: Number | None = None,
     reduction: str = "mean",
     chunk_bytes: int | None = None,
     token_outputs: bool = False,
@@ -244,7 +249,7 @@ def linear_mpo_loss(
     Raises:
         ValueError: shapes, dtypes, devices or values do not fit; a sequence has no scored token.
     """
-    check.check_options(logit_scale, softcap, beta, reduction)
+    check.check_options(logit_scale, softcap, beta, reduction, like=hidden)
     check.check_integers(ignore_index, chunk_bytes)
     gemm_dtype = _check_head(hidden, weight, bias, labels, parallel)
     sequences = check.check_layout(hidden, cu_seqlens, "hidden", pairs=True)
@@ -274,9 +279,9 @@ def linear_mpo_loss(
         )
     rows, gaps, weights = hidden.reshape(-1, hidden.shape[-1]), _vector(reference_gap, hidden), _vector(pair_weights, hidden)
     loss, means, gap, *token_results = linear_pair_loss_op(
-        rows, weight, bias, flat_labels, offsets, gaps, weights, float(beta), *_needs(hidden, weight, bias),
+        rows, weight, bias, flat_labels, offsets, gaps, weights, *_beta(hidden, beta), *_needs(hidden, weight, bias),
         not torch.compiler.is_compiling(),
-        ignore_index, float(logit_scale), softcap, chunk_bytes, gemm_dtype, token_outputs, handle_of(parallel),
+        ignore_index, *as_arguments(hidden, logit_scale, softcap), chunk_bytes, gemm_dtype, token_outputs, handle_of(parallel),
     )[:6]  # fmt: skip
     chosen, rejected = means.chunk(2)
     tokens = _shaped(labels.shape, *token_results) if token_outputs else None
@@ -366,8 +371,8 @@ def _from_logits(
     labels: torch.Tensor,
     token_outputs: bool,
     ignore_index: int,
-    logit_scale: float,
-    softcap: float | None,
+    logit_scale: Number,
+    softcap: Number | None,
     inplace_backward: bool,
     parallel: Parallel | None,
     validate: bool | None,
@@ -375,12 +380,13 @@ def _from_logits(
     """Checks, and logp (N,), normalizer, entropy and is_argmax (N,) or (0,)."""
     check.check_rows("logits", logits, labels)
     check_mode(logits)
-    check.check_options(logit_scale, softcap)
+    check.check_options(logit_scale, softcap, like=logits)
     check.check_integers(ignore_index)
     check.check_slice("logits", logits.shape[-1], parallel)
     if _reads_data(logits, validate):
         check.check_label_values(labels, _vocab(logits.shape[-1], parallel), ignore_index)
-    arguments = labels.reshape(-1).long(), token_outputs, ignore_index, float(logit_scale), softcap, handle_of(parallel)
+    head = as_arguments(logits, logit_scale, softcap)
+    arguments = labels.reshape(-1).long(), token_outputs, ignore_index, *head, handle_of(parallel)
     if inplace_backward and not torch.compiler.is_compiling():
         if is_wrapped(logits):
             raise ValueError("inplace_backward=True overwrites one tensor, and under vmap there are several. Pass inplace_backward=False.")
@@ -395,19 +401,19 @@ def _from_hidden(
     labels: torch.Tensor,
     token_outputs: bool,
     ignore_index: int,
-    logit_scale: float,
-    softcap: float | None,
+    logit_scale: Number,
+    softcap: Number | None,
     chunk_bytes: int | None,
     parallel: Parallel | None,
 ) -> tuple[torch.Tensor, ...]:
     """Checks, and logp (N,), entropy and is_argmax (N,) or (0,), and what backward keeps."""
-    check.check_options(logit_scale, softcap)
+    check.check_options(logit_scale, softcap, like=hidden)
     check.check_integers(ignore_index, chunk_bytes)
     gemm_dtype = _check_head(hidden, weight, bias, labels, parallel)
     hidden_grad, *head_grads = _needs(hidden, weight, bias)
     return linear_token_logprobs_op(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.reshape(-1), any(head_grads), hidden_grad and not any(head_grads),
-        ignore_index, float(logit_scale), softcap, chunk_bytes, gemm_dtype, token_outputs, handle_of(parallel),
+        ignore_index, *as_arguments(hidden, logit_scale, softcap), chunk_bytes, gemm_dtype, token_outputs, handle_of(parallel),
     )  # fmt: skip
 
 
@@ -482,6 +488,12 @@ def _counts(counted: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     return running[offsets.long()].diff()
 
 
+def _beta(like: torch.Tensor, beta: Number) -> tuple[float, torch.Tensor | None]:
+    """As operators take it: a number, or () on the device in its place."""
+    number, stored = as_arguments(like, beta)
+    return number, None if stored is None else stored[0]
+
+
 def _vector(values: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
     """Per-pair values in the dtype of the statistics."""
     return None if values is None else values.detach().to(torch.promote_types(like.dtype, torch.float32)).contiguous()
@@ -526,14 +538,13 @@ def _pair_output(
     offsets: torch.Tensor,
     reference_gap: torch.Tensor,
     pair_weights: torch.Tensor | None,
-    beta: float,
+    beta: Number,
     ignore_index: int,
     reduction: str,
     parallel: Parallel | None,
     tokens: TokenStatistics | None,
 ) -> MPOLossOutput:
-    loss, means, gap, *_ = pair_loss_op(
-        logp, labels, offsets, _vector(reference_gap, logp), _vector(pair_weights, logp), float(beta), ignore_index, handle_of(parallel)
-    )
+    gaps, weights = _vector(reference_gap, logp), _vector(pair_weights, logp)
+    loss, means, gap, *_ = pair_loss_op(logp, labels, offsets, gaps, weights, *_beta(logp, beta), ignore_index, handle_of(parallel))
     chosen, rejected = means.chunk(2)
     return MPOLossOutput(_reduced(loss, reduction), chosen, rejected, gap, tokens)

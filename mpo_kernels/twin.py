@@ -20,8 +20,8 @@ def logprob_stats(
     labels: torch.Tensor,
     *,
     ignore_index: int,
-    logit_scale: float,
-    softcap: float | None,
+    logit_scale: float | torch.Tensor,
+    softcap: float | torch.Tensor | None,
     token_outputs: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """logits (B, T, V), labels (N,) int64 -> logp (N,), normalizer (N, 2) (peak, total), and with `token_outputs` entropy (N,) and
@@ -39,8 +39,8 @@ def logprob_partials(
     labels: torch.Tensor,
     *,
     ignore_index: int,
-    logit_scale: float,
-    softcap: float | None,
+    logit_scale: float | torch.Tensor,
+    softcap: float | torch.Tensor | None,
     token_outputs: bool = False,
 ) -> torch.Tensor:
     """A slice of the vocabulary, logits (B, T, V), labels (N,) counted from its start -> partials (N, 4) for `combine`:
@@ -107,8 +107,8 @@ def logprob_grad(
     out: torch.Tensor,
     *,
     ignore_index: int,
-    logit_scale: float,
-    softcap: float | None,
+    logit_scale: float | torch.Tensor,
+    softcap: float | torch.Tensor | None,
 ) -> None:
     """Writes dL/dlogits into `out` (B, T, V), which may be `logits` itself; row_grad (B * T,) is dL/dlogp."""
     dtype, T = _computing_dtype(logits), logits.shape[1]
@@ -127,7 +127,7 @@ def logprob_grad(
         # Where the result has the computing dtype it is computed where it goes.
         buffer = target if target.dtype == dtype and target.shape == block.shape else None
         if softcap is None:
-            z = block if logit_scale == 1.0 else torch.mul(block.to(dtype), logit_scale, out=buffer)
+            z = block if _is_one(logit_scale) else torch.mul(block.to(dtype), logit_scale, out=buffer)
             grad = torch.sub(z, peak, out=buffer).exp_().mul_(-slope / total)
         else:
             t = torch.mul(block.to(dtype), logit_scale / softcap).tanh_()
@@ -156,7 +156,7 @@ def pair_loss(
     reference_gap: torch.Tensor,
     pair_weights: torch.Tensor | None,
     *,
-    beta: float,
+    beta: float | torch.Tensor,
     ignore_index: int,
     sums: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -200,11 +200,18 @@ def unpool(grad_pooled: torch.Tensor, mask: torch.Tensor | None, cu_seqlens: tor
         out.masked_fill_(~mask.bool()[:, None], 0)
 
 
-def _final_logits(block: torch.Tensor, dtype: torch.dtype, logit_scale: float, softcap: float | None) -> torch.Tensor:
+def _final_logits(
+    block: torch.Tensor, dtype: torch.dtype, logit_scale: float | torch.Tensor, softcap: float | torch.Tensor | None
+) -> torch.Tensor:
     z = block.to(dtype)
     if softcap is not None:
         return torch.mul(z, logit_scale / softcap).tanh_().mul_(softcap)
-    return z if logit_scale == 1.0 else z * logit_scale
+    return z if _is_one(logit_scale) else z * logit_scale
+
+
+def _is_one(number: float | torch.Tensor) -> bool:
+    """Without reading a tensor."""
+    return not isinstance(number, torch.Tensor) and number == 1.0
 
 
 def _scored_blocks(

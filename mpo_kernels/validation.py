@@ -25,18 +25,40 @@ def check_float(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{name} has dtype {tensor.dtype}; needed is one of float32, bfloat16, float16 (float64 on the torch backend).")
 
 
-def check_options(logit_scale: float, softcap: float | None, beta: float = 1.0, reduction: str = "mean") -> None:
-    """Refuses scalars that are tensors (a hidden sync), not finite, or out of range."""
+def check_options(
+    logit_scale: float | torch.Tensor,
+    softcap: float | torch.Tensor | None,
+    beta: float | torch.Tensor = 1.0,
+    reduction: str = "mean",
+    like: torch.Tensor | None = None,
+) -> None:
+    """Refuses numbers that are not finite or out of range, and tensors for them that are no number, elsewhere than on the CPU or with
+    `like`, or trained. The value of a tensor is only read on the CPU, outside of torch.compile."""
     for name, value in (("logit_scale", logit_scale), ("softcap", softcap), ("beta", beta)):
         if value is None and name == "softcap":
             continue
         # Not math.isfinite, which torch.compile cannot trace for a dynamic float; nor `int | float`, which that of torch 2.8 cannot.
-        if isinstance(value, torch.Tensor) or not isinstance(value, (int, float)) or not abs(value) < float("inf"):
+        if isinstance(value, torch.Tensor):
+            _check_stored_number(name, value, like)
+        elif not isinstance(value, (int, float)) or not abs(value) < float("inf"):
             raise ValueError(f"{name} must be a finite Python number, not {value!r}.")
-    if softcap is not None and softcap <= 0:
+    if softcap is not None and not isinstance(softcap, torch.Tensor) and softcap <= 0:
         raise ValueError(f"softcap is {softcap}; it must be positive, or None for no cap.")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is {reduction!r}; it can be 'mean', 'sum' or 'none'.")
+
+
+def _check_stored_number(name: str, value: torch.Tensor, like: torch.Tensor | None) -> None:
+    if value.ndim or value.dtype == torch.bool or value.is_complex():
+        raise ValueError(f"{name} is {value.dtype} {tuple(value.shape)}; needed is a number, or a real tensor of shape ().")
+    if value.requires_grad:
+        raise ValueError(f"{name} requires a gradient, which is not computed: give {name}.detach(), or scale what comes in or out by it.")
+    if value.device.type != "cpu" and (like is None or value.device != like.device):
+        raise ValueError(f"{name} is on {value.device}; needed is a number, or a tensor on the CPU or on the device of the other tensors.")
+    if value.device.type == "cpu" and not torch.compiler.is_compiling() and type(value) is torch.Tensor:
+        number = value.item()
+        if not abs(number) < float("inf") or (name == "softcap" and number <= 0):
+            raise ValueError(f"{name} is {number}; it must be {'positive' if name == 'softcap' else 'finite'}.")
 
 
 def check_integers(ignore_index: int, chunk_bytes: int | None = None) -> None:

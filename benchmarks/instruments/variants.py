@@ -78,7 +78,7 @@ def variants() -> Iterator[Variant]:
     for aligned in (True, False):
         place = "aligned" if aligned else "odd"
         for cap in (False, True):
-            head = {"HAS_SCALE": False, "HAS_SOFTCAP": cap}
+            head = {"ARE_STORED": False, "HAS_SCALE": False, "HAS_SOFTCAP": cap}
             kind = "softcap" if cap else "plain"
             for form, flags in (("", {}), (" split", {"IS_PARTIAL": True}), (" token outputs", {"HAS_TOKEN_OUTPUTS": True})):
                 constants = {**head, "HAS_TOKEN_OUTPUTS": False, "IS_PARTIAL": False, "IS_SLICE": False, **flags}
@@ -88,7 +88,7 @@ def variants() -> Iterator[Variant]:
         yield Variant(f"unpool {place}", _unpool_kernel, {"HAS_MASK": True, "BLOCK": UNPOOL_BLOCK}, aligned)
     yield Variant("combine", _combine_kernel, {"HAS_TOKEN_OUTPUTS": True, "BLOCK": 128}, True)
     yield Variant("sequence sums", _sequence_sums_kernel, {"BLOCK": 1024}, True)
-    yield Variant("pair", _pair_kernel, {"HAS_SUMS": False, "HAS_WEIGHTS": True, "BLOCK": 1024}, True)
+    yield Variant("pair", _pair_kernel, {"BETA_IS_STORED": False, "HAS_SUMS": False, "HAS_WEIGHTS": True, "BLOCK": 1024}, True)
     yield Variant("row grad", _row_grad_kernel, {"BLOCK": 1024}, True)
 
 

@@ -96,6 +96,12 @@ def _final_logit(u, logit_scale, softcap, inverse_softcap, HAS_SCALE: tl.constex
 
 
 @triton.jit
+def _loaded(logit_scale_ptr, softcap_ptr):
+    cap = tl.load(softcap_ptr)
+    return tl.load(logit_scale_ptr), cap, 1.0 / cap
+
+
+@triton.jit
 def _decay(peak, new_peak):
     """exp(peak - new_peak), 0 for a sum that is still empty (peak -inf), also when both are."""
     return tl.where(peak == -float("inf"), 0.0, tl.exp(peak - new_peak))
@@ -173,9 +179,10 @@ def _logprob_stats_kernel(
     splits,  # programs per row
     split_columns,  # columns of each, a multiple of BLOCK
     ignore_index,
-    logit_scale,
+    logit_scale,  # a number, or with ARE_STORED a pointer to one, like softcap
     softcap,
     inverse_softcap,
+    ARE_STORED: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_TOKEN_OUTPUTS: tl.constexpr,
@@ -183,6 +190,8 @@ def _logprob_stats_kernel(
     IS_SLICE: tl.constexpr,  # of a vocabulary-parallel head: a label outside of [0, V) is another rank's
     BLOCK: tl.constexpr,
 ):
+    if ARE_STORED:
+        logit_scale, softcap, inverse_softcap = _loaded(logit_scale, softcap)
     program = tl.program_id(0)  # int32 divisions; a 64-bit one costs as much as the rest of a program
     split = program % splits
     row_in_grid = program // splits
@@ -296,14 +305,17 @@ def _logprob_grad_kernel(
     grad_stride_b,
     grad_stride_t,
     ignore_index,
-    logit_scale,
+    logit_scale,  # a number, or with ARE_STORED a pointer to one, like softcap
     softcap,
     inverse_softcap,
+    ARE_STORED: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Equation (5). One program per block of one row: every block is independent, so few rows still fill the GPU."""
+    if ARE_STORED:
+        logit_scale, softcap, inverse_softcap = _loaded(logit_scale, softcap)
     program = tl.program_id(0)  # grid on axis 0, which has no limit of 65,535
     row_in_grid = program // blocks
     columns = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -342,8 +354,8 @@ def logprob_stats(
     labels: torch.Tensor,
     *,
     ignore_index: int,
-    logit_scale: float,
-    softcap: float | None,
+    logit_scale: float | torch.Tensor,
+    softcap: float | torch.Tensor | None,
     token_outputs: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """logits (B, T, V), labels (N,) int64 -> logp (N,), normalizer (N, 2) (peak, total), and with `token_outputs` entropy (N,) float32
@@ -365,8 +377,8 @@ def logprob_partials(
     labels: torch.Tensor,
     *,
     ignore_index: int,
-    logit_scale: float,
-    softcap: float | None,
+    logit_scale: float | torch.Tensor,
+    softcap: float | torch.Tensor | None,
     token_outputs: bool = False,
 ) -> torch.Tensor:
     """A slice of the vocabulary, logits (B, T, V), labels (N,) counted from its start -> partials (N, 4) for `combine`.
@@ -402,8 +414,8 @@ def logprob_grad(
     out: torch.Tensor,
     *,
     ignore_index: int,
-    logit_scale: float,
-    softcap: float | None,
+    logit_scale: float | torch.Tensor,
+    softcap: float | torch.Tensor | None,
 ) -> None:
     """Writes dL/dlogits into `out` (B, T, V), which may be `logits` itself; row_grad (N,) float32 is dL/dlogp."""
     B, T, V = logits.shape
@@ -425,8 +437,8 @@ def _launch_stats(
     partials: torch.Tensor | None,
     splits: int,
     ignore_index: int,
-    logit_scale: float,
-    softcap: float | None,
+    logit_scale: float | torch.Tensor,
+    softcap: float | torch.Tensor | None,
     token_outputs: bool,
     is_slice: bool,
 ) -> None:
@@ -458,7 +470,12 @@ def _as_bool(outputs: tuple[torch.Tensor | None, ...]) -> tuple:
     return *numbers, None if is_argmax is None else is_argmax.view(torch.bool)
 
 
-def _softcap_arguments(logit_scale: float, softcap: float | None) -> tuple:
-    """(logit_scale, softcap, 1 / softcap, HAS_SCALE, HAS_SOFTCAP): reciprocals instead of a division per element."""
+def _softcap_arguments(logit_scale: float | torch.Tensor, softcap: float | torch.Tensor | None) -> tuple:
+    """(logit_scale, softcap, 1 / softcap, ARE_STORED, HAS_SCALE, HAS_SOFTCAP): reciprocals instead of a division per element.
+
+    Both are numbers, or () float32 on the device."""
+    if isinstance(logit_scale, torch.Tensor):
+        cap_ptr = logit_scale if softcap is None else softcap
+        return logit_scale, cap_ptr, cap_ptr, True, True, softcap is not None
     cap = 1.0 if softcap is None else float(softcap)
-    return float(logit_scale), cap, 1.0 / cap, logit_scale != 1.0, softcap is not None
+    return float(logit_scale), cap, 1.0 / cap, False, logit_scale != 1.0, softcap is not None

@@ -72,14 +72,17 @@ def _pair_kernel(
     gap_grad_ptr,  # (P,) float32 out: dloss/dRG
     N,
     P,
-    beta,
+    beta,  # a number, or with BETA_IS_STORED a pointer to one
     ignore_index,
+    BETA_IS_STORED: tl.constexpr,
     HAS_SUMS: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Equations (1) and (2), and dloss/dRG."""
     pair = tl.program_id(0)
+    if BETA_IS_STORED:
+        beta = tl.load(beta)
     if HAS_SUMS:
         chosen_sum = tl.load(sums_ptr + 2 * pair)
         chosen_count = tl.load(sums_ptr + 2 * pair + 1)
@@ -145,12 +148,13 @@ def pair_loss(
     reference_gap: torch.Tensor,
     pair_weights: torch.Tensor | None,
     *,
-    beta: float,
+    beta: float | torch.Tensor,
     ignore_index: int,
     sums: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(N,) log-probs -> sequence means (2P,), scored counts (2P,), gaps (P,), weighted losses (P,), dloss/dgap (P,), all float32.
 
+    beta: a number, or () float32 on the device.
     `sums` (2P, 2): the sequences' sums where the rows here are only a part of them (context-parallel).
     """
     P = reference_gap.numel()
@@ -159,8 +163,9 @@ def pair_loss(
     launch(
         _pair_kernel, P,
         sums, logp, labels, cu_seqlens, reference_gap, pair_weights, means, counts, gap, loss, gap_grad,
-        logp.numel(), P, float(beta), ignore_index,
-        HAS_SUMS=sums is not None, HAS_WEIGHTS=pair_weights is not None, BLOCK=BLOCK, num_warps=4,
+        logp.numel(), P, beta if isinstance(beta, torch.Tensor) else float(beta), ignore_index,
+        BETA_IS_STORED=isinstance(beta, torch.Tensor), HAS_SUMS=sums is not None, HAS_WEIGHTS=pair_weights is not None,
+        BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     return means, counts, gap, loss, gap_grad
 

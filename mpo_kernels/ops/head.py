@@ -9,6 +9,7 @@ import torch
 
 from mpo_kernels.backend import backend_for
 from mpo_kernels.distributed import Parallel
+from mpo_kernels.ops.once import is_plain
 
 
 @dataclass(frozen=True)
@@ -18,11 +19,38 @@ class HeadOptions:
     ignore_index: int
     logit_scale: float
     softcap: float | None
+    numbers: torch.Tensor | None = None
+    """(2,) logit_scale and softcap on the device, in the place of those two; whether there is a softcap says `softcap`."""
 
     @property
     def kwargs(self) -> dict:
         """As keywords of the backends' functions."""
-        return {"ignore_index": self.ignore_index, "logit_scale": self.logit_scale, "softcap": self.softcap}
+        scale, cap = (self.logit_scale, self.softcap) if self.numbers is None else self.numbers.unbind()
+        return {"ignore_index": self.ignore_index, "logit_scale": scale, "softcap": None if self.softcap is None else cap}
+
+
+def as_arguments(like: torch.Tensor, *numbers: float | torch.Tensor | None) -> tuple:
+    """`numbers` as operators take them: each a float or None, and then None, or all of them (n,) on the device of `like` instead.
+
+    The latter where one is a tensor there or a variable of torch.compile, which makes a graph for each value of an operator's float, or
+    keeps the first. Neither reads the device. Tensors on the CPU are floats, but to a compiler.
+    """
+    if not torch.compiler.is_compiling():
+        numbers = tuple(n.item() if isinstance(n, torch.Tensor) and n.device.type == "cpu" and is_plain(n) else n for n in numbers)
+    if not any(map(_is_stored, numbers)):
+        return *(None if n is None else float(n) for n in numbers), None
+    one = torch.ones((), dtype=statistics_dtype(like), device=like.device)
+    stored = torch.stack([one if n is None else (one * n).to(one.dtype) for n in numbers])
+    return *(None if n is None else 1.0 for n in numbers), stored
+
+
+def _is_stored(number: float | torch.Tensor | None) -> bool:
+    """Whether it is a tensor, or a float of which a compiler does not know the value."""
+    if number is None or isinstance(number, torch.Tensor) or not torch.compiler.is_compiling():
+        return isinstance(number, torch.Tensor)
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # where compilers are, with sympy: not for everyone who imports this
+
+    return not has_static_value(number)
 
 
 class RowStats(NamedTuple):

@@ -28,7 +28,10 @@ from mpo_kernels.ops.pair import pair_losses
 from mpo_kernels.ops.rows import rows_of_chunks, scored_rows
 from mpo_kernels.planning import Chunk, plan_pairs, rows_per_chunk, split_rows
 
-_HEAD = "int ignore_index, float logit_scale, float? softcap, int? chunk_bytes, ScalarType? gemm_dtype, bool token_outputs, int parallel"
+_HEAD = (
+    "int ignore_index, float logit_scale, float? softcap, Tensor? numbers, int? chunk_bytes, ScalarType? gemm_dtype, bool token_outputs, "
+    "int parallel"
+)
 
 
 class _Head:
@@ -76,13 +79,13 @@ class _TokenOutputs:
 @operator(
     "mpo_kernels::linear_pair_loss",
     schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor cu_seqlens, Tensor reference_gap, Tensor? pair_weights, "
-    f"float beta, bool hidden_grad, bool weight_grad, bool bias_grad, bool may_keep_chunk, {_HEAD}) "
+    f"float beta, Tensor? beta_number, bool hidden_grad, bool weight_grad, bool bias_grad, bool may_keep_chunk, {_HEAD}) "
     f"-> ({', '.join(['Tensor'] * 12)})",
     strided=("hidden", "weight"),
 )
 def linear_pair_loss_op(
-    hidden, weight, bias, labels, cu_seqlens, reference_gap, pair_weights, beta, hidden_grad, weight_grad, bias_grad, may_keep_chunk,
-    ignore_index, logit_scale, softcap, chunk_bytes, gemm_dtype, token_outputs, parallel,
+    hidden, weight, bias, labels, cu_seqlens, reference_gap, pair_weights, beta, beta_number, hidden_grad, weight_grad, bias_grad,
+    may_keep_chunk, ignore_index, logit_scale, softcap, numbers, chunk_bytes, gemm_dtype, token_outputs, parallel,
 ):  # fmt: skip
     """hidden (N, D), labels (N,) and cu_seqlens (2P + 1,) on any device -> sum of the pairs' losses (), means (2P,), gaps (P,);
     logp, entropy, is_argmax (N,) or (0,); dH (N, D) and the factors (N,) still to be applied to its rows, or (0,); dW (V, D) or
@@ -91,7 +94,8 @@ def linear_pair_loss_op(
 
     `may_keep_chunk` makes shapes depend on the labels, which no compiler likes. Backward may scale the gradients in place: nobody but it
     may use them."""
-    options, ranks = HeadOptions(ignore_index, logit_scale, softcap), from_handle(parallel)
+    options, ranks = HeadOptions(ignore_index, logit_scale, softcap, numbers), from_handle(parallel)
+    beta = beta if beta_number is None else beta_number
     needs = (hidden_grad, weight_grad, bias_grad)
     rows = scored_rows(labels, cu_seqlens, ignore_index, weight.shape[0], ranks)
     longest, counts = (rows.lengths, rows.lengths) if ranks is None else (ranks.longest(rows.lengths), ranks.total(rows.lengths))
@@ -175,8 +179,8 @@ def _add_gradients(gradients, chunk, a, b, logits, stats, row_grad, divisor, chu
 
 @linear_pair_loss_op.register_fake
 def _(
-    hidden, weight, bias, labels, cu_seqlens, reference_gap, pair_weights, beta, hidden_grad, weight_grad, bias_grad, may_keep_chunk,
-    ignore_index, logit_scale, softcap, chunk_bytes, gemm_dtype, token_outputs, parallel,
+    hidden, weight, bias, labels, cu_seqlens, reference_gap, pair_weights, beta, beta_number, hidden_grad, weight_grad, bias_grad,
+    may_keep_chunk, ignore_index, logit_scale, softcap, numbers, chunk_bytes, gemm_dtype, token_outputs, parallel,
 ):  # fmt: skip
     rows, pairs, floats = hidden.shape[0], reference_gap.shape[0], {"dtype": statistics_dtype(hidden)}
     precise = {"dtype": torch.promote_types(weight.dtype, torch.float32)}
@@ -204,7 +208,7 @@ def _save_pair_loss(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.mark_non_differentiable(*others)
     ctx.save_for_backward(*others[5:])
     ctx.dtypes = tuple(None if t is None else t.dtype for t in inputs[:3])
-    ctx.needs, ctx.inputs = inputs[8:11], len(inputs)
+    ctx.needs, ctx.inputs = inputs[9:12], len(inputs)
 
 
 def _pair_loss_backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tuple:
@@ -233,11 +237,11 @@ differentiable_once(linear_pair_loss_op, _pair_loss_backward, setup_context=_sav
 )
 def linear_token_logprobs_op(
     hidden, weight, bias, labels, keep_stats, keep_hidden_grad,
-    ignore_index, logit_scale, softcap, chunk_bytes, gemm_dtype, token_outputs, parallel,
+    ignore_index, logit_scale, softcap, numbers, chunk_bytes, gemm_dtype, token_outputs, parallel,
 ):  # fmt: skip
     """hidden (N, D), labels (N,) on any device -> logp (N,), entropy and is_argmax (N,) or (0,); for backward, the normalizers (N, 2) with
     `keep_stats`, or dlogp/dH (N, D) with `keep_hidden_grad`: a frozen head then needs two GEMMs in all."""
-    options, ranks = HeadOptions(ignore_index, logit_scale, softcap), from_handle(parallel)
+    options, ranks = HeadOptions(ignore_index, logit_scale, softcap, numbers), from_handle(parallel)
     rows = scored_rows(labels, None, ignore_index, weight.shape[0], ranks)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         head = _Head(hidden, weight, bias, gemm_dtype)
@@ -268,7 +272,7 @@ def linear_token_logprobs_op(
 @linear_token_logprobs_op.register_fake
 def _(
     hidden, weight, bias, labels, keep_stats, keep_hidden_grad,
-    ignore_index, logit_scale, softcap, chunk_bytes, gemm_dtype, token_outputs, parallel,
+    ignore_index, logit_scale, softcap, numbers, chunk_bytes, gemm_dtype, token_outputs, parallel,
 ):  # fmt: skip
     rows, floats = hidden.shape[0], {"dtype": statistics_dtype(hidden)}
     return (
@@ -288,11 +292,11 @@ def _(
 )
 def linear_token_logprobs_grad_op(
     grad_logp, logp, normalizer, hidden, weight, bias, labels, hidden_grad, weight_grad, bias_grad,
-    ignore_index, logit_scale, softcap, chunk_bytes, gemm_dtype, token_outputs, parallel,
+    ignore_index, logit_scale, softcap, numbers, chunk_bytes, gemm_dtype, token_outputs, parallel,
 ):  # fmt: skip
     """dL/dlogp (N,) -> dH (N, D), the factors (N,) still to be applied to its rows, dW (V, D), db (V,); (0,) where not needed.
     The logits are computed again: three GEMMs."""
-    options, ranks = HeadOptions(ignore_index, logit_scale, softcap), from_handle(parallel)
+    options, ranks = HeadOptions(ignore_index, logit_scale, softcap, numbers), from_handle(parallel)
     rows = scored_rows(labels, None, ignore_index, weight.shape[0], ranks)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         head = _Head(hidden, weight, bias, gemm_dtype)
@@ -320,7 +324,7 @@ def linear_token_logprobs_grad_op(
 @linear_token_logprobs_grad_op.register_fake
 def _(
     grad_logp, logp, normalizer, hidden, weight, bias, labels, hidden_grad, weight_grad, bias_grad,
-    ignore_index, logit_scale, softcap, chunk_bytes, gemm_dtype, token_outputs, parallel,
+    ignore_index, logit_scale, softcap, numbers, chunk_bytes, gemm_dtype, token_outputs, parallel,
 ):  # fmt: skip
     precise = {"dtype": torch.promote_types(weight.dtype, torch.float32)}
     is_half = (gemm_dtype or hidden.dtype) == torch.float16
@@ -341,11 +345,11 @@ def _save_token_logprobs(ctx: Any, inputs: tuple, output: tuple) -> None:
     # A frozen head needs neither hidden states nor weight again.
     ctx.save_for_backward(*((logp, normalizer, hidden, weight, bias, labels) if ctx.keep_stats else (hidden_grad,)))
     ctx.dtypes = tuple(None if t is None else t.dtype for t in (hidden, weight, bias))
-    ctx.gemm_dtype = ctx.head[4] or hidden.dtype
+    ctx.gemm_dtype = ctx.head[5] or hidden.dtype
 
 
 def _token_logprobs_backward(ctx: Any, grad_logp: torch.Tensor | None, *_: Any) -> tuple:
-    none = (None,) * 13
+    none = (None,) * 14
     if grad_logp is None:
         return none
     one = grad_logp.new_ones(())

@@ -24,7 +24,7 @@ def pair_losses(
     cu_seqlens: torch.Tensor,
     reference_gap: torch.Tensor,
     pair_weights: torch.Tensor | None,
-    beta: float,
+    beta: float | torch.Tensor,
     ignore_index: int,
     parallel: Parallel | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -39,11 +39,13 @@ def pair_losses(
 
 @operator(
     "mpo_kernels::pair_loss",
-    schema="(Tensor logp, Tensor labels, Tensor cu_seqlens, Tensor reference_gap, Tensor? pair_weights, float beta, int ignore_index, "
-    "int parallel) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor logp, Tensor labels, Tensor cu_seqlens, Tensor reference_gap, Tensor? pair_weights, float beta, Tensor? beta_number, "
+    "int ignore_index, int parallel) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def pair_loss_op(logp, labels, cu_seqlens, reference_gap, pair_weights, beta, ignore_index, parallel):
-    """logp (N,), labels (N,), cu_seqlens (2P + 1,), reference_gap (P,) -> losses (P,), means (2P,), gaps (P,), counts (2P,), dloss/dgap."""
+def pair_loss_op(logp, labels, cu_seqlens, reference_gap, pair_weights, beta, beta_number, ignore_index, parallel):
+    """logp (N,), labels (N,), cu_seqlens (2P + 1,), reference_gap (P,) -> losses (P,), means (2P,), gaps (P,), counts (2P,), dloss/dgap.
+    `beta_number` () on the device takes the place of beta."""
+    beta = beta if beta_number is None else beta_number
     means, counts, gap, loss, gap_grad = pair_losses(
         logp, labels, cu_seqlens, reference_gap, pair_weights, beta, ignore_index, from_handle(parallel)
     )
@@ -51,7 +53,7 @@ def pair_loss_op(logp, labels, cu_seqlens, reference_gap, pair_weights, beta, ig
 
 
 @pair_loss_op.register_fake
-def _(logp, labels, cu_seqlens, reference_gap, pair_weights, beta, ignore_index, parallel):
+def _(logp, labels, cu_seqlens, reference_gap, pair_weights, beta, beta_number, ignore_index, parallel):
     pairs = reference_gap.numel()
     return tuple(logp.new_empty(n) for n in (pairs, 2 * pairs, pairs, 2 * pairs, pairs))
 
@@ -81,9 +83,9 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tuple:
     if grad_loss is None:
-        return (None,) * 8
+        return (None,) * 9
     labels, cu_seqlens, counts, gap_grad = ctx.saved_tensors
-    return pair_loss_grad_op(gap_grad * grad_loss, counts, labels, cu_seqlens, ctx.ignore_index), *(None,) * 7
+    return pair_loss_grad_op(gap_grad * grad_loss, counts, labels, cu_seqlens, ctx.ignore_index), *(None,) * 8
 
 
 differentiable_once(pair_loss_op, _backward, setup_context=_save)

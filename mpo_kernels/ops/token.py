@@ -15,7 +15,7 @@ from mpo_kernels.ops.head import HeadOptions, row_stats, statistics_dtype, write
 from mpo_kernels.ops.once import differentiable_once, is_plain, refusing_second_derivatives, remember_inputs
 from mpo_kernels.ops.operator import operator
 
-_HEAD = "int ignore_index, float logit_scale, float? softcap, int parallel"
+_HEAD = "int ignore_index, float logit_scale, float? softcap, Tensor? numbers, int parallel"
 
 
 @operator(
@@ -23,9 +23,9 @@ _HEAD = "int ignore_index, float logit_scale, float? softcap, int parallel"
     schema=f"(Tensor logits, Tensor labels, bool token_outputs, {_HEAD}) -> (Tensor, Tensor, Tensor, Tensor)",
     strided=("logits",),
 )
-def token_logprobs_op(logits, labels, token_outputs, ignore_index, logit_scale, softcap, parallel):
+def token_logprobs_op(logits, labels, token_outputs, ignore_index, logit_scale, softcap, numbers, parallel):
     """logits (B, T, V), labels (N,) int64 -> logp (N,), normalizer (N, 2), entropy (N,), is_argmax (N,); the last two (0,) unless asked."""
-    options = HeadOptions(ignore_index, logit_scale, softcap)
+    options = HeadOptions(ignore_index, logit_scale, softcap, numbers)
     stats = row_stats(_rows(logits), labels, options, from_handle(parallel), token_outputs=token_outputs)
     if not token_outputs:
         return stats.logp, stats.normalizer, stats.logp.new_empty(0), stats.logp.new_empty(0, dtype=torch.bool)
@@ -33,7 +33,7 @@ def token_logprobs_op(logits, labels, token_outputs, ignore_index, logit_scale, 
 
 
 @token_logprobs_op.register_fake
-def _(logits, labels, token_outputs, ignore_index, logit_scale, softcap, parallel):
+def _(logits, labels, token_outputs, ignore_index, logit_scale, softcap, numbers, parallel):
     rows, extra = labels.numel(), labels.numel() if token_outputs else 0
     floats = {"dtype": statistics_dtype(logits)}
     return (
@@ -49,16 +49,16 @@ def _(logits, labels, token_outputs, ignore_index, logit_scale, softcap, paralle
     schema=f"(Tensor grad_logp, Tensor logits, Tensor labels, Tensor logp, Tensor normalizer, {_HEAD}) -> Tensor",
     strided=("logits",),
 )
-def token_logprobs_grad_op(grad_logp, logits, labels, logp, normalizer, ignore_index, logit_scale, softcap, parallel):
+def token_logprobs_grad_op(grad_logp, logits, labels, logp, normalizer, ignore_index, logit_scale, softcap, numbers, parallel):
     """dL/dlogp (N,) -> dL/dlogits (B, T, V), contiguous."""
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    options = HeadOptions(ignore_index, logit_scale, softcap)
+    options = HeadOptions(ignore_index, logit_scale, softcap, numbers)
     write_logit_grads(_rows(logits), labels, logp, normalizer, grad_logp.contiguous(), grad, options, from_handle(parallel))
     return grad
 
 
 @token_logprobs_grad_op.register_fake
-def _(grad_logp, logits, labels, logp, normalizer, ignore_index, logit_scale, softcap, parallel):
+def _(grad_logp, logits, labels, logp, normalizer, ignore_index, logit_scale, softcap, numbers, parallel):
     return logits.new_empty(logits.shape)
 
 
@@ -72,7 +72,7 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _backward(ctx: Any, grad_logp: torch.Tensor | None, *_: Any) -> tuple:
     grad = None if grad_logp is None else token_logprobs_grad_op(grad_logp, *ctx.saved_tensors, *ctx.head)
-    return grad, *(None,) * 6
+    return grad, *(None,) * 7
 
 
 differentiable_once(token_logprobs_op, _backward, setup_context=_save)
@@ -99,7 +99,7 @@ class InplaceTokenLogprobs(torch.autograd.Function):
                 "cannot be computed. Call with inplace_backward=False to use retain_graph=True."
             )
         if grad_logp is None:
-            return (None,) * 7
+            return (None,) * 8
         if not is_plain(grad_logp):
             raise NotImplementedError(
                 "inplace_backward=True has one place for one gradient, and several are asked for (vectorize=True, is_grads_batched=True). "
@@ -110,7 +110,7 @@ class InplaceTokenLogprobs(torch.autograd.Function):
         write_logit_grads(logits, labels, logp, normalizer, grad_logp.contiguous(), logits, HeadOptions(*head), from_handle(parallel))
         ctx.overwritten = True
         torch.autograd.graph.increment_version(logits)  # kernels write behind autograd's back
-        return logits, *(None,) * 6
+        return logits, *(None,) * 7
 
 
 def _rows(logits: torch.Tensor) -> torch.Tensor:

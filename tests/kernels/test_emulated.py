@@ -77,6 +77,23 @@ def test_sliced_logits_and_in_place(target, inplace):
     check(target, whole if inplace else whole[:, :-1], labels_of((4, 5), 200) if inplace else labels, SMALL, inplace=inplace)
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("options", [{"beta": 0.6}, {"logit_scale": 1.1}, {"softcap": 20.0, "logit_scale": 0.9, "beta": 1.4}], ids=str)
+def test_numbers_on_the_device(target, options, monkeypatch):
+    """A pointer in the place of a float."""
+    monkeypatch.setattr("mpo_kernels.ops.head.is_plain", lambda tensor: False)
+    labels = labels_of((4, 3), 200)
+    logits = regime("normal", (4, 3, 200), labels)
+    ours, theirs = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    with gpu_on_cpu(target), use_tiles(**SMALL):
+        loss = mpo_kernels.mpo_loss(ours, labels, GAP, **{name: torch.tensor(value) for name, value in options.items()}).loss
+        loss.backward()
+    expected = reference.mpo_loss(theirs, labels, GAP.double(), **options)[0]
+    expected.backward()
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
+    assert relative_error(ours.grad, theirs.grad) < ERROR[torch.float32]
+
+
 @pytest.mark.parametrize("name", REGIMES)
 def test_regimes(name):
     labels = labels_of((4, 2), 150)

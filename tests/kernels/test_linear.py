@@ -62,6 +62,35 @@ def test_softcap_and_scale(options):
     assert max(map(relative_error, ours, theirs)) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", list(ERROR))
+@pytest.mark.parametrize(
+    "numbers", [{"beta": 0.7}, {"logit_scale": 0.5}, {"softcap": 3.0}, {"beta": 1.2, "logit_scale": 2.0, "softcap": 5.0}], ids=str
+)
+def test_numbers_on_the_device(numbers, dtype, monkeypatch):
+    """What is a pointer to the kernels, in the place of a float; on the CPU it would be read, were this not a device."""
+    monkeypatch.setattr("mpo_kernels.ops.head.is_plain", lambda tensor: False)
+    hidden, weight, bias, labels = inputs(dtype)
+    stored = {name: torch.tensor(value) for name, value in numbers.items()}
+    tensors, wide = (hidden, weight, bias), (hidden.double(), weight.double(), bias.double())
+    logits = torch.nn.functional.linear(*wide).to(dtype)
+    for ours, theirs, points in (
+        (
+            lambda h, w, b: mpo_kernels.linear_mpo_loss(h, w, labels, GAP, bias=b, **stored).loss,
+            lambda h, w, b: reference.linear_mpo_loss(h, w, labels, GAP.double(), bias=b, **numbers)[0],
+            (tensors, wide),
+        ),
+        (
+            lambda z: mpo_kernels.mpo_loss(z, labels, GAP, **stored).loss,
+            lambda z: reference.mpo_loss(z, labels, GAP.double(), **numbers)[0],
+            ((logits,), (logits.double(),)),
+        ),
+    ):
+        value, got = gradients(ours, points[0])
+        expected, want = gradients(theirs, points[1])
+        torch.testing.assert_close(value.double(), expected, rtol=ERROR[dtype] * 10, atol=ERROR[dtype] * 10)
+        assert max(map(relative_error, got, want)) < ERROR[dtype]
+
+
 @settings(max_examples=20, deadline=None)
 @given(
     lengths=st.integers(1, 3).flatmap(lambda p: st.lists(st.integers(1, 12), min_size=2 * p, max_size=2 * p)),

@@ -1,5 +1,6 @@
 """The functions under torch.compile, torch.library.opcheck, autocast and functional_call; test_autograd.py has torch.func."""
 
+import inspect
 import shutil
 
 import pytest
@@ -21,7 +22,8 @@ P, T, V, D = 2, 5, 37, 8
 LABELS = labels_of((2 * P, T), V)
 GAP = torch.tensor([0.3, -0.2])
 OFFSETS = torch.arange(0, 2 * P * T + 1, T, dtype=torch.int32)
-HEAD = {"ignore_index": -100, "logit_scale": 0.5, "softcap": 4.0, "parallel": 0}
+HEAD = {"ignore_index": -100, "logit_scale": 0.5, "softcap": 4.0, "numbers": None, "parallel": 0}
+BETA = {"beta": 1.5, "beta_number": None}
 LINEAR = {**HEAD, "chunk_bytes": None, "gemm_dtype": None, "token_outputs": True}
 
 
@@ -38,6 +40,11 @@ FLAT = LABELS.reshape(-1)
 FEW = torch.tensor([-100, 3, -100, V - 1, -100]).repeat(2 * P)  # not more scored rows than D
 OPERATORS = {
     "token_logprobs": (token_logprobs_op, (random(2 * P, T, V, grad=True), FLAT), {"token_outputs": True, **HEAD}),
+    "token_logprobs, numbers on the device": (
+        token_logprobs_op,
+        (random(2 * P, T, V, grad=True), FLAT),
+        {"token_outputs": True, **HEAD, "numbers": torch.tensor([0.5, 4.0])},
+    ),
     "token_logprobs_grad": (
         token_logprobs_grad_op,
         (random(2 * P * T), random(2 * P, T, V), FLAT, -random(2 * P * T).abs(), random(2 * P * T, 2).abs() + 1),
@@ -46,7 +53,7 @@ OPERATORS = {
     "pair_loss": (
         pair_loss_op,
         (random(2 * P * T, grad=True), FLAT, OFFSETS, GAP, GAP.abs()),
-        {"beta": 1.5, "ignore_index": -100, "parallel": 0},
+        {"beta": 1.5, "beta_number": torch.tensor(0.5), "ignore_index": -100, "parallel": 0},
     ),
     "pair_loss_grad": (pair_loss_grad_op, (GAP, torch.ones(2 * P), FLAT, OFFSETS), {"ignore_index": -100}),
     "mean_pool": (mean_pool_op, (random(2 * P * T, D, grad=True), FLAT > 0, OFFSETS), {}),
@@ -59,17 +66,25 @@ OPERATORS = {
     "linear_pair_loss": (
         linear_pair_loss_op,
         (*from_hidden(True), FLAT, OFFSETS, GAP, None),
-        {"beta": 1.5, "hidden_grad": True, "weight_grad": True, "bias_grad": True, "may_keep_chunk": False, **LINEAR},
+        {**BETA, "hidden_grad": True, "weight_grad": True, "bias_grad": True, "may_keep_chunk": False, **LINEAR},
     ),
     "linear_pair_loss, one chunk kept": (
         linear_pair_loss_op,
         (*from_hidden(True), FEW, OFFSETS, GAP, None),
-        {"beta": 1.5, "hidden_grad": True, "weight_grad": True, "bias_grad": True, "may_keep_chunk": True, **LINEAR},
+        {**BETA, "hidden_grad": True, "weight_grad": True, "bias_grad": True, "may_keep_chunk": True, **LINEAR},
     ),
     "linear_pair_loss, no gradient": (
         linear_pair_loss_op,
         (*from_hidden(False), FLAT, OFFSETS, GAP, GAP.abs()),
-        {"beta": 1.5, "hidden_grad": False, "weight_grad": False, "bias_grad": False, "may_keep_chunk": True, **LINEAR},
+        {
+            "beta": 1.5,
+            "beta_number": None,
+            "hidden_grad": False,
+            "weight_grad": False,
+            "bias_grad": False,
+            "may_keep_chunk": True,
+            **LINEAR,
+        },
     ),
     "linear_token_logprobs": (
         linear_token_logprobs_op,
@@ -126,7 +141,84 @@ def test_compiled_without_a_graph_break(name):
     torch.testing.assert_close(value_and_grads(compiled), value_and_grads(FUNCTIONS[name]), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="inductor needs a C++ compiler on the CPU")
+HEAD_NUMBERS = ("logit_scale", "softcap")
+NUMBERS = {
+    "token_logprobs": (lambda x, h, w, b, **n: mpo_kernels.token_logprobs(x, LABELS, **n).sum(), HEAD_NUMBERS),
+    "token_statistics": (lambda x, h, w, b, **n: mpo_kernels.token_statistics(x, LABELS, **n)[0].sum(), HEAD_NUMBERS),
+    "mpo_loss": (lambda x, h, w, b, **n: mpo_kernels.mpo_loss(x, LABELS, GAP, **n).loss, ("beta", *HEAD_NUMBERS)),
+    "linear_token_logprobs": (lambda x, h, w, b, **n: mpo_kernels.linear_token_logprobs(h, w, LABELS, bias=b, **n).sum(), HEAD_NUMBERS),
+    "linear_token_statistics": (lambda x, h, w, b, **n: mpo_kernels.linear_token_statistics(h, w, LABELS, **n)[0].sum(), HEAD_NUMBERS),
+    "linear_mpo_loss": (
+        lambda x, h, w, b, **n: mpo_kernels.linear_mpo_loss(h, w, LABELS, GAP, bias=b, **n).loss,
+        ("beta", *HEAD_NUMBERS),
+    ),
+    "linear_mpo_loss none": (
+        lambda x, h, w, b, **n: mpo_kernels.linear_mpo_loss(h, w, LABELS, GAP, reduction="none", **n).loss.sum(),
+        ("beta", *HEAD_NUMBERS),
+    ),
+}
+GIVEN = {
+    "float": float,
+    "integer": int,
+    "tensor": lambda b: torch.tensor(float(b)),
+    "tensor in double precision": lambda b: torch.tensor(float(b), dtype=torch.float64),
+}
+COMPILER = pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("clang++") is None, reason="inductor needs a C++ compiler on the CPU"
+)
+
+
+def graphs_of_a_changing_number(name, number, given, backend, values=4):
+    """How many were made; the results are those of eager with floats."""
+    function, _ = NUMBERS[name]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+    def by_and_times(b, *tensors):
+        return function(*tensors, **{number: 0.5 * b}) * (b.float() if isinstance(b, torch.Tensor) else b)
+
+    compiled = torch.compile(by_and_times, fullgraph=True, backend=backend)
+    for b in range(1, values + 1):
+        got = value_and_grads(lambda *tensors, b=b: compiled(GIVEN[given](b), *tensors))
+        want = value_and_grads(lambda *tensors, b=b: by_and_times(b, *tensors))
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize(("name", "number"), [(name, number) for name, (_, numbers) in NUMBERS.items() for number in numbers])
+def test_a_number_that_changes_is_no_constant_of_a_graph(name, number):
+    """A beta that a schedule changes: never an earlier one's result, and one graph for all but the first."""
+    assert graphs_of_a_changing_number(name, number, "float", "aot_eager") <= 2
+
+
+def test_twelve_values_of_beta():
+    """More than a function may be compiled."""
+    assert graphs_of_a_changing_number("mpo_loss", "beta", "float", "aot_eager", values=12) <= 2
+
+
+@pytest.mark.parametrize(("backend", "given"), [*(("eager", given) for given in GIVEN), pytest.param("inductor", "float", marks=COMPILER)])
+def test_however_a_changing_number_is_given(backend, given):
+    assert graphs_of_a_changing_number("mpo_loss", "beta", given, backend) <= 2
+
+
+def test_every_number_is_asked_whether_it_may_change():
+    for name, (_, asked) in NUMBERS.items():
+        assert {"beta", "logit_scale", "softcap"} & set(inspect.signature(getattr(mpo_kernels, name.split()[0])).parameters) == set(asked)
+    assert {name.split()[0] for name in NUMBERS} == {name for name in mpo_kernels.__all__ if "logprobs" in name or "mpo_loss" in name} | {
+        "token_statistics",
+        "linear_token_statistics",
+    }
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_tensor_for_a_number_is_that_number(name):
+    function, numbers = NUMBERS[name]
+    as_floats = value_and_grads(lambda *tensors: function(*tensors, **dict.fromkeys(numbers, 0.75)))
+    as_tensors = value_and_grads(lambda *tensors: function(*tensors, **dict.fromkeys(numbers, torch.tensor(0.75))))
+    torch.testing.assert_close(as_tensors, as_floats, rtol=0, atol=0)
+
+
+@COMPILER
 def test_compiled_by_inductor_with_another_shape_after():
     torch._dynamo.reset()
 
