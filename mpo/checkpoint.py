@@ -195,6 +195,11 @@ def _remove(paths: Iterable[Path]) -> None:
         remove(path)
 
 
+def remove_all(checkpoints: Path) -> None:
+    """Removes the folder with all of them."""
+    _remove([checkpoints])
+
+
 def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, zero_stage: int) -> int:
     """Restores weights and optimizer state and returns the number of steps done.
 

@@ -249,7 +249,7 @@ class CheckpointConfig(Section):
     """What is written while training, to go on after an interruption."""
 
     every: int | None = Field(default=None, ge=1, le=LARGEST)
-    """Steps between checkpoints. None: only on SIGTERM or Ctrl-C."""
+    """Steps between checkpoints. None: only on SIGTERM or Ctrl-C, and after the last step until the model is exported."""
     keep: int = Field(default=2, ge=1, le=LARGEST)
     """Newest checkpoints kept."""
     export: bool = True

@@ -70,6 +70,15 @@ def _check_launcher() -> None:
         )
 
 
+_launcher = os.getppid() if {"TORCHELASTIC_RUN_ID", "CROSS_RANK"} & os.environ.keys() else None
+"""The process of torch's or DeepSpeed's launcher that started this rank."""
+
+
+def launcher_is_gone() -> bool:
+    """Whether the launcher was killed: it can no longer end its ranks, so they have to stop by themselves."""
+    return _launcher is not None and os.getppid() != _launcher
+
+
 def leave() -> None:
     """Ends the process group where there is one. Left to the interpreter's exit, gloo's threads now and then abort a run that succeeded."""
     if dist.is_initialized():

@@ -1,11 +1,21 @@
-"""Stopping a run between two steps instead of in the middle of one."""
+"""Stopping: a request ends a run between two steps, with a checkpoint, and everything else at once. Several signals may be one request.
+
+Imported before anything slow, so that a Ctrl-C while libraries load is one already.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from time import monotonic
 from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+MOMENT = 2.0
+"""Seconds within which a second Ctrl-C is the first one: a launcher passes on the signal that the terminal sent to its ranks, too."""
 
 
 class Interrupted(Exception):
@@ -15,23 +25,72 @@ class Interrupted(Exception):
 class Interruption:
     """Whether this process was asked to stop."""
 
-    requested = False
+    def __init__(self) -> None:
+        self._since: float | None = None
+        self._deferred = False
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal has come."""
+        return self._since is not None
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Within the block a request is left to who reads `requested`. One that nobody has heeded ends what comes after the block."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+        if self.requested:
+            raise KeyboardInterrupt
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """Handles a signal. All are one request, but for another Ctrl-C after a moment: a person who does not want to wait.
+
+        Raises:
+            KeyboardInterrupt: the request is not deferred, or is repeated.
+        """
+        if self._since is None:
+            self._since = monotonic()
+            if self._deferred:
+                _say("Stopping after this step, with a checkpoint. Ctrl-C again ends the run at once.")
+                return
+        elif number != signal.SIGINT or monotonic() - self._since < MOMENT:
+            return
+        raise KeyboardInterrupt
+
+
+def _say(line: str) -> None:
+    """On rank 0 to standard error, past its buffer: a print may be what the signal interrupted, and the terminal may be closed."""
+    if os.environ.get("RANK", "0") == "0":
+        with suppress(OSError):
+            os.write(2, f"\n{line}\n".encode())
+
+
+_current: Interruption | None = None
 
 
 @contextmanager
 def interruptions() -> Iterator[Interruption]:
-    """Within the block the first SIGTERM or Ctrl-C only asks the loop to stop at its next step; a second one ends it at once."""
-    state = Interruption()
+    """Within the block SIGTERM, Ctrl-C and a terminal that closes are noted in what it yields; a block within the block shares it.
 
-    def note(number: int, frame: FrameType | None) -> None:
-        if state.requested:
-            raise KeyboardInterrupt
-        state.requested = True
-
-    signals = (signal.SIGTERM, signal.SIGINT)
-    previous = {number: signal.signal(number, note) for number in signals}
+    A signal that the process was told to ignore, as `nohup` does, stays ignored.
+    """
+    global _current
+    if _current is not None or threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+        yield _current or Interruption()
+        return
+    _current = state = Interruption()
+    previous = {number: signal.signal(number, state.note) for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield state
     finally:
+        _current = None
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def requested() -> bool:
+    """Whether the process is within `interruptions` and was asked to stop: then that is why something failed."""
+    return _current is not None and _current.requested

@@ -1,6 +1,6 @@
 """The training run, from a configuration to a table: one function that reads from top to bottom.
 
-    reference store -> gaps before -> step-0 self-check -> steps -> gaps after -> export -> report
+    reference store -> gaps before -> step-0 self-check -> steps -> checkpoint -> gaps after -> export -> report
 
 Gradients are exact averages over the pairs of a step whatever the number of ranks and micro-batches: each micro-batch's backward starts
 from (sum over its pairs) * world / (pairs of the step), and DeepSpeed averages over ranks.
@@ -25,11 +25,11 @@ from mpo.attention import shares_prompts
 from mpo.batching import FILLER, MicroBatch, MPOBatch, Schedule, in_micro_batches, of_every_rank, order_of_rows, pack
 from mpo.config import Config, ReferenceConfig
 from mpo.cpu_adam import compile_cpu_adam
-from mpo.distributed import is_main, on_main, start
+from mpo.distributed import is_main, launcher_is_gone, on_main, start
 from mpo.engine import build_engine, deepspeed_settings, learning_rate, peak_memory_gib, track
 from mpo.errors import UserError
 from mpo.files import write_json
-from mpo.interruption import Interrupted, interruptions
+from mpo.interruption import Interrupted, Interruption, interruptions
 from mpo.model import MPOForward, Scores, bind_mpo_forward, load_model
 from mpo.output_folder import OutputFolder
 from mpo.prepare import Prepared, prepare
@@ -46,8 +46,14 @@ def train(config: Config) -> dict[str, Any]:
 
     Raises:
         UserError: bad configuration, data, model or output folder (before training starts), or repeated non-finite gradients.
-        Interrupted: SIGTERM or Ctrl-C; a checkpoint was written.
+        Interrupted: SIGTERM or Ctrl-C between the first and the last step; a checkpoint was written.
+        KeyboardInterrupt: SIGTERM or Ctrl-C before, when nothing is lost, or after, when the last step's checkpoint is written.
     """
+    with interruptions() as interruption:
+        return _train(config, interruption)
+
+
+def _train(config: Config, interruption: Interruption) -> dict[str, Any]:
     device = start()
     set_seed(config.train.seed)
     progress = Progress(enabled=is_main())
@@ -102,7 +108,7 @@ def train(config: Config) -> dict[str, Any]:
     batches = Batches(examples, schedule, config)
     languages = sorted({e.language for e in examples})
     skipped_in_a_row = 0
-    with interruptions() as interruption, progress.steps(schedule.steps, first_step, config.log_every) as show:
+    with interruption.deferred(), progress.steps(schedule.steps, first_step, config.log_every) as show:
         for step in range(first_step, schedule.steps):
             began = time.perf_counter()
             seed_step(config.train.seed, step)
@@ -117,7 +123,7 @@ def train(config: Config) -> dict[str, Any]:
                 output = engine(batch=batch.to(device))
                 engine.backward(output.loss * (dist.get_world_size() / pairs), scale_wrt_gas=False)
                 sums.add(batch, output)
-            totals = sums.reduce(interruption.requested, device)
+            totals = sums.reduce(interruption.requested or launcher_is_gone(), device)
             engine.step()
             skipped = guard.skipped(engine)
             skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
@@ -145,14 +151,14 @@ def train(config: Config) -> dict[str, Any]:
                     f"{skipped_in_a_row} steps in a row had non-finite gradients (last: step {step + 1}, loss {row['loss']}). The "
                     "weights are as they were before them. Lower train.learning_rate, or use model.dtype=float32."
                 )
-            due = config.checkpoint.every is not None and (last or (step + 1) % config.checkpoint.every == 0)
-            stop = totals.stop_requested and not last
-            if due or stop:
+            # After the last step always, before anything else: what comes after it may be interrupted or fail, and is done again.
+            stop, every = totals.stop_requested, config.checkpoint.every
+            if stop or last or (every is not None and (step + 1) % every == 0):
                 failure = checkpoint.save(engine, folder.checkpoints, step + 1, config.zero.stage, config.checkpoint.keep)
                 if failure and stop:
                     raise UserError(failure)
                 if failure:
-                    progress.log(f"WARNING: {failure} Training goes on.")
+                    progress.log(f"WARNING: {failure} The run goes on.")
             if stop:
                 raise Interrupted(f"Stopped after step {step + 1} of {schedule.steps}. The same command goes on from {folder.checkpoints}.")
 
@@ -161,18 +167,26 @@ def train(config: Config) -> dict[str, Any]:
     if config.checkpoint.export:
         checkpoint.export(engine, tokenizer, folder.model, config.zero.stage, prepared.model)
     result = on_main(lambda: report.summarise(measured, before, after, config.loss.beta))
-    if is_main():
-        write_json(folder.result, result)
-        report.print_table(result, progress.console)
-        report.plot(folder.metrics, result, folder.plot)
-        progress.log(f"Written to {folder.root}: " + ", ".join(folder.listing()))
-    dist.barrier()
+    on_main(lambda: _finish(folder, result, config, progress))
     return result
 
 
 def seed_step(seed: int, step: int) -> None:
     """Makes what a step draws (dropout) a function of seed, step and rank, so that a run that goes on draws what it would have drawn."""
     torch.manual_seed(random.Random(f"{seed} {step} {dist.get_rank()}").getrandbits(63))
+
+
+def _finish(folder: OutputFolder, result: dict[str, Any], config: Config, progress: Progress) -> None:
+    """Picture, result, table. A run with a result is finished, so that is written when all else is on the disk.
+
+    Where no checkpoints were asked for and the model is exported, those for going on have served.
+    """
+    report.plot(folder.metrics, result, folder.plot)
+    write_json(folder.result, result)
+    if config.checkpoint.every is None and config.checkpoint.export:
+        checkpoint.remove_all(folder.checkpoints)
+    report.print_table(result, progress.console)
+    progress.log(f"Written to {folder.root}: " + ", ".join(folder.listing()))
 
 
 def schedule_of(config: Config, rows: int) -> Schedule:

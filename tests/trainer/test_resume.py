@@ -7,7 +7,9 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -114,6 +116,38 @@ def test_two_ranks_under_zero3_killed_at_many_random_moments_end_bit_equal(proje
     same(out, run(project, "uninterrupted-zero3", *ZERO3, ranks=2)[0])
 
 
+STOPS = [  # where, what is met there, what ends the run, and the step of the newest checkpoint then
+    *(("rows", "SIGINT", "KeyboardInterrupt", None), ("weights", "SIGTERM", "KeyboardInterrupt", None)),
+    *(("engine", "SIGINT", "KeyboardInterrupt", None), ("reference", "SIGTERM", "KeyboardInterrupt", None)),
+    *(("gaps before", "SIGINT", "KeyboardInterrupt", None), ("self-check", "SIGTERM", "KeyboardInterrupt", None)),
+    ("first step", "SIGINT", "Interrupted: Stopped after step 1 of 4. The same command goes on", 1),
+    ("second step", "FULL", "UserError: The checkpoint after step 2 could not be written", 1),
+    ("last step", "SIGTERM", "Interrupted: Stopped after step 4 of 4. The same command goes on", 4),
+    *(("gaps after", "SIGINT", "KeyboardInterrupt", 4), ("gaps after", "SIGTERM", "KeyboardInterrupt", 4)),
+    *(("export", "SIGTERM", "KeyboardInterrupt", 4), ("export", "ENOSPC", "OSError", 4), ("summary", "SIGINT", "KeyboardInterrupt", 4)),
+    *(("picture", "SIGTERM", "KeyboardInterrupt", 4), ("picture", "ENOSPC", "OSError", 4)),
+    *(("result", "SIGINT", "KeyboardInterrupt", 4), ("result", "ENOSPC", "OSError", 4)),
+]
+
+
+def test_stopped_at_every_place_in_turn_the_run_ends_bit_equal(project):  # noqa: F811
+    """By a signal, or by a disk that is full there. What was done is not done again, least of all the training."""
+    options = ["zero.stage=2", "train.max_steps=4"]
+    whole, out = run(project, "not-stopped", *options)[0], project / "stopped-everywhere"
+    (project / "stops.json").write_text(json.dumps([stop[:2] for stop in STOPS]))
+    worker = [sys.executable, str(Path(__file__).with_name("stopped_worker.py")), str(project / "run.yaml"), str(project / "stops.json")]
+    result = subprocess.run([*worker, f"output_dir={out}", *options], capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    seen = [json.loads(line.removeprefix("STOPPED ")) for line in result.stdout.splitlines() if line.startswith("STOPPED ")]
+    for (place, how, raised, step), found in zip(STOPS, seen[:-1], strict=True):
+        assert found["raised"] is not None and found["raised"].startswith(raised), (place, how, found)
+        assert (found["step"], found["result"]) == (step, False), (place, how, found)
+    assert seen[-1]["raised"] is None and seen[-1]["result"]
+    assert seen[-1]["step"] is None  # no checkpoints were asked for, and the model is exported
+    assert result.stdout.count("4 of 4 steps done") == 1 + sum(step == 4 for *_, step in STOPS[:-1])
+    same(out, whole)
+
+
 def test_half_written_checkpoints_are_passed_over(project, whole):  # noqa: F811
     """A folder that a crash left before its rename, and one that lost its state file."""
     out = project / "half"
@@ -141,7 +175,7 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_run(project):  # noqa: F81
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
     )
     text = "".join(process.communicate(timeout=120))
-    assert "The checkpoint after step 2 could not be written" in text and "There is no older one. Training goes on." in text
+    assert "The checkpoint after step 2 could not be written" in text and "There is no older one. The run goes on." in text
     assert len(read_metrics(out / "metrics.jsonl")) == 6
     assert not list((out / "checkpoints").glob("step-*"))
 
