@@ -2,15 +2,25 @@
 
 import sys
 
+from mpo.errors import Status
+from mpo.interruption import SENTENCE, install
+
 
 def main() -> None:
     """Runs the command line, or says how to install what it needs: the kernels alone come without it."""
+    interruption = install()
     try:
         from mpo.cli import run
+
+        run()
     except ModuleNotFoundError as error:
         print(f"The trainer needs {error.name}, which is not installed. Install it with: pip install 'mpo-kernels[train]'", file=sys.stderr)
-        sys.exit(2)  # mpo.errors.Status.MENDABLE
-    run()
+        sys.exit(Status.MENDABLE)
+    except KeyboardInterrupt:
+        print(SENTENCE, file=sys.stderr)
+        sys.exit(Status.INTERRUPTED)
+    finally:
+        interruption.ending = True
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import typer
 from mpo.config import load_config
 from mpo.errors import Status, UserError, mendable, unexpected
 from mpo.files import not_finite, to_json
+from mpo.interruption import SENTENCE, Interrupted, requested
 from mpo.terminal import Streams, console
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
@@ -229,31 +230,42 @@ def run() -> None:
 
 def status_of(arguments: list[str] | None = None) -> int:
     """Runs a command line, by default that of the process, and returns its exit status. Whatever goes wrong becomes a sentence."""
-    from mpo.interruption import Interrupted
-
     try:
         app(arguments)
     except SystemExit as done:
-        if not done.code and (group := sys.modules.get("mpo.distributed")):
-            group.leave()
+        if not done.code:
+            _leave_the_group()
+        if done.code == Status.INTERRUPTED:  # what becomes of a KeyboardInterrupt within a command
+            return _interrupted(SENTENCE)
         return done.code if isinstance(done.code, int) else Status.DONE if done.code is None else _unexpected(done)
     except UserError as error:
         if _is_main() or os.environ.get("LOCAL_RANK", "0") == "0":  # once on each node: the others may have failed alike, or not
             _print_to_stderr(f"Error: {error}")
         return _traced(Status.MENDABLE)
-    except Interrupted as stop:
-        _complain(str(stop))
-        return Status.INTERRUPTED
+    except Interrupted as stop:  # on every rank
+        _leave_the_group()
+        return _interrupted(str(stop))
     except KeyboardInterrupt:
-        _complain("Interrupted. What was checkpointed is kept; the same command goes on from there.")
-        return Status.INTERRUPTED
+        return _interrupted(SENTENCE)
     except Exception as error:
+        if requested():  # such as a connection to a rank that has ended already
+            return _interrupted(SENTENCE)
         words = mendable(error)
         if words is None:
             return _unexpected(error)
         _print_to_stderr(f"Error: {words}")  # on every rank: it may be the only one that knows
         return _traced(Status.MENDABLE)
     return Status.DONE
+
+
+def _leave_the_group() -> None:
+    if group := sys.modules.get("mpo.distributed"):
+        group.leave()
+
+
+def _interrupted(sentence: str) -> int:
+    _complain(sentence)
+    return _traced(Status.INTERRUPTED)
 
 
 def _unexpected(error: BaseException) -> int:

@@ -13,6 +13,9 @@ from contextlib import contextmanager, suppress
 from time import monotonic
 from types import FrameType
 
+from mpo.errors import Status
+
+SENTENCE = "Interrupted. What was finished is kept, and the same command goes on from there."
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 MOMENT = 2.0
 """Seconds within which a second Ctrl-C is the first one: a launcher passes on the signal that the terminal sent to its ranks, too."""
@@ -27,7 +30,9 @@ class Interruption:
 
     def __init__(self) -> None:
         self._since: float | None = None
-        self._deferred = False
+        self._deferred: str | None = None
+        self.ending = False
+        """Nothing is left to do but for the interpreter, which a signal need not wait for."""
 
     @property
     def requested(self) -> bool:
@@ -35,13 +40,16 @@ class Interruption:
         return self._since is not None
 
     @contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Within the block a request is left to who reads `requested`. One that nobody has heeded ends what comes after the block."""
-        self._deferred = True
+    def deferred(self, until: str) -> Iterator[None]:
+        """Within the block a request is left to who reads `requested`, and the user is told when that is."""
+        self._deferred = until
         try:
             yield
         finally:
-            self._deferred = False
+            self._deferred = None
+
+    def heed(self) -> None:
+        """Raises KeyboardInterrupt if a request came that nobody has heeded."""
         if self.requested:
             raise KeyboardInterrupt
 
@@ -51,10 +59,12 @@ class Interruption:
         Raises:
             KeyboardInterrupt: the request is not deferred, or is repeated.
         """
+        if self.ending:
+            os._exit(Status.INTERRUPTED)
         if self._since is None:
             self._since = monotonic()
             if self._deferred:
-                _say("Stopping after this step, with a checkpoint. Ctrl-C again ends the run at once.")
+                _say(f"Stopping {self._deferred}. Ctrl-C again ends it at once.")
                 return
         elif number != signal.SIGINT or monotonic() - self._since < MOMENT:
             return
@@ -71,20 +81,29 @@ def _say(line: str) -> None:
 _current: Interruption | None = None
 
 
-@contextmanager
-def interruptions() -> Iterator[Interruption]:
-    """Within the block SIGTERM, Ctrl-C and a terminal that closes are noted in what it yields; a block within the block shares it.
+def install() -> Interruption:
+    """From here on SIGTERM, Ctrl-C and a terminal that closes are noted in what it returns, to the end of the process.
 
     A signal that the process was told to ignore, as `nohup` does, stays ignored.
     """
     global _current
+    _current = Interruption()
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _current.note)
+    return _current
+
+
+@contextmanager
+def interruptions() -> Iterator[Interruption]:
+    """As `install`, within the block only. What is installed already stays, and is shared."""
+    global _current
     if _current is not None or threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield _current or Interruption()
         return
-    _current = state = Interruption()
-    previous = {number: signal.signal(number, state.note) for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
+    previous = {number: signal.getsignal(number) for number in SIGNALS}
     try:
-        yield state
+        yield install()
     finally:
         _current = None
         for number, handler in previous.items():
@@ -92,5 +111,5 @@ def interruptions() -> Iterator[Interruption]:
 
 
 def requested() -> bool:
-    """Whether the process is within `interruptions` and was asked to stop: then that is why something failed."""
+    """Whether this process was asked to stop: then that is why something failed."""
     return _current is not None and _current.requested

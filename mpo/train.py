@@ -108,7 +108,7 @@ def _train(config: Config, interruption: Interruption) -> dict[str, Any]:
     batches = Batches(examples, schedule, config)
     languages = sorted({e.language for e in examples})
     skipped_in_a_row = 0
-    with interruption.deferred(), progress.steps(schedule.steps, first_step, config.log_every) as show:
+    with interruption.deferred("after this step, with a checkpoint"), progress.steps(schedule.steps, first_step, config.log_every) as show:
         for step in range(first_step, schedule.steps):
             began = time.perf_counter()
             seed_step(config.train.seed, step)
@@ -161,6 +161,7 @@ def _train(config: Config, interruption: Interruption) -> dict[str, Any]:
                     progress.log(f"WARNING: {failure} The run goes on.")
             if stop:
                 raise Interrupted(f"Stopped after step {step + 1} of {schedule.steps}. The same command goes on from {folder.checkpoints}.")
+    interruption.heed()
 
     with progress.task("Gaps after training", len(distinct_sequences(measured))) as advance:
         after = measure_gaps(engine, measured, pool=config.loss.pool, device=device, advance=advance)

@@ -34,7 +34,7 @@ def build(config: BuildConfig, progress: Progress) -> dict[str, Any]:
         Interrupted: after Ctrl-C or SIGTERM. What is finished is kept.
     """
     output = Output(Path(config.output))
-    with output.claimed(_identity(config)), interruptions() as stop:
+    with output.claimed(_identity(config)), interruptions() as stop, stop.deferred("after what is being made"):
         preferences, bad = read_preferences(config)
         filters = Filters(config.filters, config.languages, config.dominant_language)
         translator = _open_translator(config)
