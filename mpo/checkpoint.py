@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -196,8 +196,10 @@ def _remove(paths: Iterable[Path]) -> None:
 
 
 def remove_all(checkpoints: Path) -> None:
-    """Removes the folder with all of them."""
-    _remove([checkpoints])
+    """Removes all of them, and their folder if nothing else is in it. A link in its place, to another disk for instance, stays."""
+    _remove(checkpoints.glob("step-*"))
+    with suppress(OSError):
+        checkpoints.rmdir()
 
 
 def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, zero_stage: int) -> int:

@@ -2,7 +2,6 @@
 
 import json
 import random
-import resource
 import shutil
 import signal
 import socket
@@ -164,17 +163,25 @@ def test_half_written_checkpoints_are_passed_over(project, whole):  # noqa: F811
     assert sorted(p.name for p in (out / "checkpoints").glob("step-*")) == ["step-00000042", "step-00000043"]
 
 
+FULL_WHEN_TRAINING_BEGINS = """
+import resource, mpo.train
+before_training = mpo.train._self_check
+def then_full(*arguments):
+    before_training(*arguments)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+mpo.train._self_check = then_full
+from mpo.__main__ import main
+main()
+"""
+
+
 def test_a_full_disk_costs_the_checkpoint_and_not_the_run(project):  # noqa: F811
-    """No file may grow beyond 20 kB, as on a full disk; the model's own file is written with checkpoint.export=false left out."""
+    """No file may grow beyond 20 kB, as on a full disk; the model's own file, which is larger, is left out."""
     out = project / "full"
     options = ["zero.stage=2", "checkpoint.every=2", "checkpoint.export=false", f"output_dir={out}"]
-    process = mpo_process(
-        "train",
-        str(project / "run.yaml"),
-        *options,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
-    )
-    text = "".join(process.communicate(timeout=120))
+    command = [sys.executable, "-c", FULL_WHEN_TRAINING_BEGINS, "train", str(project / "run.yaml"), *options]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    text = result.stdout + result.stderr
     assert "The checkpoint after step 2 could not be written" in text and "There is no older one. The run goes on." in text
     assert len(read_metrics(out / "metrics.jsonl")) == 6
     assert not list((out / "checkpoints").glob("step-*"))
