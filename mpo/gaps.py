@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
+from rich.cells import chop_cells
 from rich.console import Console
 from rich.table import Table
 
@@ -16,9 +17,11 @@ from mpo.data import Row
 from mpo.distributed import start
 from mpo.errors import UserError
 from mpo.model import bind_mpo_forward, check_model, load_model, load_tokenizer
-from mpo.prepare import Prepared, check_ids
+from mpo.prepare import Prepared, check_ids, check_positions
 from mpo.progress import Progress
+from mpo.report import distinct_names
 from mpo.scoring import Gaps, distinct_sequences, measure_gaps
+from mpo.terminal import show_table
 from mpo.tokenizing import Example, tokenize_rows
 
 RESAMPLES = 2000
@@ -37,9 +40,10 @@ def compare_models(config: Config, prepared: Prepared, models: Sequence[str], pr
     settings = {path: _settings_of(path, prepared.model) for path in models}
     examples = read_by_each(prepared.data, prepared.measured_rows, settings.values(), progress.log)
     measured: dict[str, Gaps] = {}
+    names = dict(zip(settings, distinct_names(list(settings)), strict=True))
     for path, model_config in settings.items():
         model = cast(torch.nn.Module, bind_mpo_forward(load_model(model_config), config.loss)).to(device)
-        with progress.task(f"Gaps of {path}", len(distinct_sequences(examples[path]))) as advance:
+        with progress.task(f"Gaps of {names[path]}", len(distinct_sequences(examples[path]))) as advance:
             measured[path] = measure_gaps(model, examples[path], pool=config.loss.pool, device=device, advance=advance)
         del model
     return summarise(next(iter(examples.values())), measured, config.loss.beta)
@@ -68,6 +72,7 @@ def read_by_each(
         except UserError as error:
             raise UserError(f"{model.path} cannot read the measured rows. {error}") from error
         check_ids(read[model.path], model)
+        check_positions(read[model.path], model)
     common = set.intersection(*({e.source for e in examples} for examples in read.values()))
     if not common:
         raise UserError("No measured row can be read by all of the models. Raise data.max_length, or measure them one by one.")
@@ -115,21 +120,22 @@ def bootstrap_interval(values: torch.Tensor, seed: int = 0) -> tuple[float, floa
 
 
 def show(report: dict[str, Any], console: Console) -> None:
-    """One line per language and model."""
+    """One line per language and model, whose names are as long as it takes to tell them apart."""
     table = Table(title=f"Reward gaps (nats per token, beta {report['beta']:g}; in brackets {INTERVAL:.0%} bootstrap intervals)")
     table.add_column("language")
-    table.add_column("model")
+    table.add_column("model", no_wrap=True)
     for name in ("rows", "target gap", "dominant gap", "distance", "sign accuracy"):
         table.add_column(name, justify="right")
     models = report["models"]
+    names = distinct_names(list(models))
     for language in next(iter(models.values())):
-        for place, (name, rows) in enumerate(models.items()):
+        for place, (name, rows) in enumerate(zip(names, models.values(), strict=True)):
             row = rows[language]
             low, high = row["target_gap_interval"]
             near, far = row["distance_interval"]
             table.add_row(
                 language if place == 0 else "",
-                name,
+                "\n".join(chop_cells(name, 40)),
                 str(row["n"]) if place == 0 else "",
                 f"{row['target_gap']:+.3f} [{low:+.3f}, {high:+.3f}]",
                 f"{row['dominant_gap']:+.3f}",
@@ -137,4 +143,7 @@ def show(report: dict[str, Any], console: Console) -> None:
                 f"{row['sign_accuracy']:.0%}",
                 end_section=place == len(models) - 1,
             )
-    console.print(table)
+    show_table(table, console)
+    for name, path in zip(names, models, strict=True):
+        if name != path:
+            console.print(f"{name}: {path}", soft_wrap=True, markup=False)

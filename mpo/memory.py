@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mpo import lora
 from mpo.config import Config, ModelConfig
+from mpo.terminal import show_table
 
 GIB = 2**30
 WORLDS = (1, 2, 4, 8, 16, 32, 64)
@@ -38,8 +39,7 @@ class Size(NamedTuple):
 
 def size_of(model: ModelConfig) -> Size:
     """Counts parameters on the meta device, where a tied head is made as it is when weights are loaded."""
-    path = lora.base_of(model.path) if lora.is_adapter(model.path) else model.path  # whose adapters become part of its weights
-    hf = AutoConfig.from_pretrained(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    hf = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(hf, trust_remote_code=model.trust_remote_code)
     linear = [m.weight for name, m in empty.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"]
@@ -130,6 +130,6 @@ def show(rows: list[dict[str, Any]], report: dict[str, Any], console: Console) -
         made.add_column(name, justify="right")
     for row in rows:
         made.add_row(*(str(value) if isinstance(value, int) else f"{value:.2f}" for value in row.values()))
-    console.print(made)
+    show_table(made, console)
     if torch.cuda.is_available():
         console.print(f"This machine's GPU has {torch.cuda.get_device_properties(0).total_memory / GIB:.0f} GiB.")

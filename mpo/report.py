@@ -15,6 +15,7 @@ from mpo.errors import UserError
 from mpo.files import read_json
 from mpo.output_folder import read_metrics
 from mpo.scoring import Gaps
+from mpo.terminal import show_table
 from mpo.tokenizing import Example
 
 
@@ -74,8 +75,18 @@ def print_table(result: dict[str, Any], console: Console) -> None:
             pair(row["sign_accuracy"], ".0%"),
             end_section=place == len(rows) - 2,
         )
-    console.print(table)
+    show_table(table, console)
     console.print(f"Dominant representation: L2 {result['l2']:.2e}, {result['l2_relative']:.2%} of its mean square.", markup=False)
+
+
+def distinct_names(paths: Sequence[str]) -> list[str]:
+    """As much of the end of each path as tells it from the others: `a/model` and `b/model`."""
+    parts = [Path(path).parts for path in paths]
+    for count in range(1, max(map(len, parts), default=0) + 1):
+        names = ["/".join(part[-count:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return list(paths)
 
 
 def plot_runs(folders: Sequence[Path], path: Path) -> None:

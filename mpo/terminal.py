@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 WIDTH_OF_A_LOG = 140
 """Columns of what is no terminal: a log has no edge, and its tables should not be folded."""
@@ -21,6 +22,25 @@ def console(quiet: bool = False) -> Console:
     if not made.is_terminal:
         made.width = WIDTH_OF_A_LOG
     return made
+
+
+def moves(console: Console) -> bool:
+    """Whether a line may be drawn again and again: on a terminal that understands how, and not into a pipe that only wants the colours."""
+    return console.is_terminal and not console.is_dumb_terminal and bool(getattr(console.file, "isatty", bool)())
+
+
+def show_table(table: Table, console: Console) -> None:
+    """The table, or where the terminal is too narrow for its words, its rows below each other."""
+    if console.measure(table, options=console.options.update(max_width=1_000_000)).minimum <= console.width:
+        console.print(table)
+        return
+    console.print(table.title)
+    headers = [str(column.header) for column in table.columns]
+    for row in zip(*(column.cells for column in table.columns), strict=True):
+        console.print()
+        for header, cell in zip(headers, row, strict=True):
+            if cell:
+                console.print(f"{header}: {str(cell).replace(chr(10), '')}", soft_wrap=True)
 
 
 class Streams:

@@ -18,6 +18,7 @@ from mpo.data import Pair, Row, texts_of
 from mpo.language import LanguageDetector, clearly_in_another, told_apart
 from mpo.language_table import is_known, script_share, scripts_of
 from mpo.prepare import Prepared
+from mpo.terminal import show_table
 from mpo.tokenizing import Example, decode, decode_view, special_ids
 
 SHORTEST, LONGEST = 0.2, 6.0
@@ -61,7 +62,7 @@ def show(report: dict[str, Any], console: Console) -> None:
         for language, row in languages.items():
             lengths = [row["target"]["p50"], row["target"]["p95"], row["target"]["max"], row["dominant"]["p50"], row["dominant"]["p95"]]
             table.add_row(language, str(row["rows"]), *map(str, lengths), str(row["scored"]["p50"]), str(row["cut"]))
-        console.print(table)
+        show_table(table, console)
     if report["dropped"]:
         console.print("Dropped: " + ", ".join(f"{count} {reason}" for reason, count in report["dropped"].items()), markup=False)
     reasons = Counter(item["reason"] for item in report["suspicious"])

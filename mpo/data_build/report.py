@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mpo.terminal import show_table
+
 EXAMPLES = 3
 """Dropped rows of each reason that the report shows."""
 
@@ -55,7 +57,7 @@ def show(report: dict[str, Any], console: Console) -> None:
     for language, row in report["languages"].items():
         why = ", ".join(f"{count} {reason}" for reason, count in row["dropped"].items())
         table.add_row(language, str(row["rows"]), str(sum(row["dropped"].values())), why)
-    console.print(table)
+    show_table(table, console)
     if report["bad_input"]:
         console.print("Bad input: " + ", ".join(f"{count} {reason}" for reason, count in report["bad_input"].items()), markup=False)
     for reason, examples in report["examples"].items():

@@ -163,6 +163,8 @@ REFUSED = [
 @pytest.mark.parametrize("as_own", [False, True])
 def test_tokens_of_another_model_are_refused_before_weights_are_loaded(folders, monkeypatch, name, message, as_own):
     """Beside another model, and as the configuration's own, which training reads."""
+    if as_own and name.startswith("adapter"):
+        message = "holds adapters. Make a whole model of them first"
 
     def load(*_):
         raise AssertionError("weights were loaded")

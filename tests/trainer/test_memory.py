@@ -11,7 +11,7 @@ import transformers
 import yaml
 from tiny import ARCHITECTURES, COMMON, build_model, save_model
 
-from mpo import lora, memory
+from mpo import memory
 from mpo.config import Config, LoraConfig, ModelConfig
 from mpo.model import load_model
 
@@ -72,12 +72,6 @@ def test_published_models_have_the_parameters_that_they_are_published_with(tmp_p
     made.save_pretrained(tmp_path)
     size = memory.size_of(ModelConfig(path=str(tmp_path)))
     assert size.parameters == size.trained == round(millions * 1e6)
-
-
-def test_adapters_of_a_folder_become_part_of_the_model(folders, tmp_path):
-    config = ModelConfig(path=str(folders("llama-tied")), dtype="float32", lora=LoraConfig(rank=2))
-    lora.save(load_model(config), tmp_path, None)
-    assert memory.size_of(ModelConfig(path=str(tmp_path))) == memory.size_of(config.model_copy(update={"lora": None}))
 
 
 WORKED_OUT = [
