@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -21,7 +22,9 @@ from transformers.models.nllb.tokenization_nllb import FAIRSEQ_LANGUAGE_CODES
 
 from mpo.config import Config, load_config
 from mpo.data import Message, Pair, load_rows
+from mpo.data_build import server_translator
 from mpo.data_build.answers import Answerer
+from mpo.data_build.build import _identity as build_identity
 from mpo.data_build.build import build
 from mpo.data_build.config import AnswersConfig, BuildConfig, FiltersConfig, Seq2SeqConfig, load_build_config
 from mpo.data_build.filters import Filters, weighted_length
@@ -344,6 +347,42 @@ def test_a_server_in_trouble_is_asked_again(folder, server):
     assert set(server.asked.values()) == {2}
 
 
+@pytest.mark.parametrize(
+    ("asked", "waits"),
+    [
+        ([None] * 4, [0.5, 1, 2, 4]),  # doubled each time
+        (["1.2", "0.1", "30", "0"], [1.2, 1, 30, 4]),  # what the server asks for, where that is longer
+        (["1000", "60.5", "59", "-5"], [60, 60, 59, 4]),  # a minute at most
+        (["Fri, 31 Dec 1999 23:59:59 GMT", "soon", "nan", "", "inf"], [0.5, 1, 2, 4, 60]),  # no number
+        ([None] * 9, [0.5, 1, 2, 4, 8, 16, 32, 60, 60]),
+    ],
+)
+def test_the_wait_before_another_attempt(folder, server, monkeypatch, asked, waits):
+    """Not measured: the waits are recorded and not waited."""
+    waited = []
+
+    class Event(threading.Event):
+        def wait(self, timeout=None):
+            if threading.current_thread() is threading.main_thread() or timeout is None:
+                return super().wait(timeout)
+            waited.append(timeout)
+            return self.is_set()
+
+    monkeypatch.setattr(server_translator.threading, "Event", Event)
+    write_rows(folder / "prefs.jsonl", preferences(1))
+    through(server, folder, concurrency=1, retries=len(asked))
+    first = preferences(1)[0]["prompt"]
+
+    def misbehave(text, attempt):
+        if text != first or attempt > len(asked):
+            return None
+        return 429, "", {} if asked[attempt - 1] is None else {"Retry-After": asked[attempt - 1]}
+
+    server.misbehave = misbehave
+    run(folder, "languages=[sw]")
+    assert waited == waits and server.asked[first, "sw"] == len(asked) + 1
+
+
 def test_a_secret_key_is_sent_and_kept_nowhere(folder, server, monkeypatch, capfd):
     secret = "no-real-key-of-anyone"
     through(server, folder, api_key_env="TINY_KEY")
@@ -430,8 +469,76 @@ def test_a_seq2seq_model_translates_the_whole_way(folder, nllb):
     report = run(folder)
     assert rows_of(folder) == expected(2) and report["translated"] == 12
     assert run(folder)["translated"] == 0
-    # Pieces that are cut between sentences, one by one instead of in batches, and beams: all other jobs.
+    # One by one instead of in batches: the same jobs. Beams: all other jobs.
     assert run(folder, "translator.seq2seq.batch_size=1")["translated"] == 0
+    assert run(folder, "translator.seq2seq.num_beams=2")["translated"] == 12
+
+
+SHAPES_A_TRANSLATION = {
+    "path": "other",
+    "revision": "v2",
+    "dtype": "bfloat16",
+    "codes": {"sw": "eng_Latn"},
+    "num_beams": 2,
+    "max_source_tokens": 63,
+    "max_new_tokens": 400,
+}
+
+
+def test_every_option_that_shapes_a_translation_or_an_answer_is_in_its_key(nllb, answerer):
+    """Each field but those that only change speed; a field that is new must be put on one of the sides here."""
+    assert set(Seq2SeqConfig.model_fields) == {*SHAPES_A_TRANSLATION, "batch_size"}
+    plain = translator(nllb)
+    keys = {str(plain.identity("sw")), str(plain.identity("zh"))}
+    for name, value in SHAPES_A_TRANSLATION.items():
+        other = translator(nllb, **({name: value} if name == "codes" else {}))
+        if name != "codes":
+            other._config = other._config.model_copy(update={name: value})
+        keys.add(str(other.identity("sw")))
+    assert len(keys) == 2 + len(SHAPES_A_TRANSLATION)
+    assert translator(nllb, batch_size=3).identity("sw") == plain.identity("sw")
+    assert Seq2SeqTranslator(plain._config, "zh", ("sw",)).identity("sw") != plain.identity("sw")
+
+    shapes_an_answer = {"path": "other", "revision": "v2", "dtype": "float32", "max_new_tokens": 9, "temperature": 0.5}
+    assert set(AnswersConfig.model_fields) == {*shapes_an_answer, "batch_size"}
+    model = Answerer(AnswersConfig(path=str(answerer)), print)
+    prompt = (Message(role="user", content="hello"),)
+    keys = {model.key(prompt), model.key((*prompt, *prompt)), model.key((Message(role="system", content="hello"),))}
+    for name, value in shapes_an_answer.items():
+        model._config = AnswersConfig(path=str(answerer)).model_copy(update={name: value})
+        keys.add(model.key(prompt))
+    assert len(keys) == 3 + len(shapes_an_answer)
+    model._config = AnswersConfig(path=str(answerer), batch_size=3)
+    assert model.key(prompt) in keys
+
+
+def test_what_makes_an_output_that_of_one_build(folder):
+    """Every part in turn; the filters and what only changes speed are none."""
+    server = {"base_url": "http://localhost/v1", "model": "tiny"}
+    values = {"input": ["a"], "output": "o", "languages": ["sw"], "translator": {"server": server}, "chosen_from_model": {"path": "m"}}
+
+    def identity(**changes):
+        return build_identity(BuildConfig.model_validate({**values, **changes}))
+
+    changes = [
+        {"input": ["b"]},
+        {"input": ["a", "b"]},
+        {"languages": ["sw", "zh"]},
+        {"dominant_language": "fr"},
+        {"translator": {"server": {**server, "model": "other"}}},
+        {"translator": {"file": {"path": "tiny"}}},
+        {"translator": {"seq2seq": {"path": "tiny"}}},
+        {"chosen_from_model": {"path": "other"}},
+        {"chosen_from_model": None},
+    ]
+    identities = [json.dumps(identity(**change)) for change in ({}, *changes)]
+    assert len(set(identities)) == 1 + len(changes)
+    for change in (
+        {"output": "p"},
+        {"filters": {"max_repeats": 9}},
+        {"translator": {"server": {**server, "concurrency": 1, "base_url": "http://x/v1"}}},
+    ):
+        assert identity(**change) == identity()
 
 
 def translator(nllb, **options):
@@ -578,6 +685,8 @@ def test_chosen_answers_of_the_model_itself(folder, server, answerer):
     assert [line["answer"] for line in read(folder / "out/rows.jsonl.answers.jsonl")] == list(ANSWERS.values())
     write_rows(folder / "prefs.jsonl", rows[:2])
     assert run(folder, *asked)["translated"] == 0  # answers and translations from the journals
+    with pytest.raises(UserError, match=r"another build: chosen_from_model is '.*answerer.*' there and None here"):
+        run(folder, "languages=[sw]")
     with pytest.raises(UserError, match=r"No row is left: prompt_too_long .*more than the model's 512"):
         run(folder, *asked[:2], "chosen_from_model.max_new_tokens=500", f"output={folder / 'other.jsonl'}")
     with pytest.raises(UserError, match="supported are"):

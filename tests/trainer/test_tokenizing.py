@@ -83,7 +83,8 @@ def test_scored_is_the_answer_and_its_end_of_turn_and_nothing_else(template, kin
             assert [b.reason for b in bad] == ["answer_rewritten" if rewritten else "answer_joined_with_template"] and (joined or rewritten)
             return
         prompt, scored = decode_view(examples[0].target_chosen, tokenizer)
-        space = " " if template == "spaced" and prompt + " " == before else ""  # in the answer's first token, as the model writes it
+        # The space before an answer is in its first token, as the model writes it, where the tokenizer has such a token.
+        space = " " if template == "spaced" and kind != "bytes" and answer[0] in "n \n" and prompt + " " == before else ""
         text = scored.removeprefix(space).removesuffix(end)
         assert scored == space + text + end
         if template in ("stripping", "thinking"):
