@@ -19,7 +19,7 @@ from mpo_kernels import validation as check
 from mpo_kernels.distributed import Parallel, handle_of
 from mpo_kernels.ops.head import as_arguments
 from mpo_kernels.ops.linear import linear_pair_loss_op, linear_token_logprobs_op
-from mpo_kernels.ops.once import check_mode, is_wrapped
+from mpo_kernels.ops.once import check_mode, has_data, is_wrapped
 from mpo_kernels.ops.pair import pair_loss_op
 from mpo_kernels.ops.pool import mean_pool_op
 from mpo_kernels.ops.token import InplaceTokenLogprobs, token_logprobs_op
@@ -77,8 +77,8 @@ def token_logprobs(
         inplace_backward: backward overwrites `logits` with their gradient instead of allocating it. A second backward then raises.
             Under torch.compile it is ignored: the compiler decides about memory there.
         parallel: where logits hold a slice of the vocabulary; labels are still counted over the whole of it.
-        validate: read the data for checks: None only where that costs no host sync (on the CPU, not under torch.compile), True always,
-            False never.
+        validate: read the data for checks: None only where that costs no host sync (on the CPU, not under torch.compile), True wherever
+            there are any to read (not of meta or fake tensors, nor under vmap), False never.
     Returns:
         (...) float32, 0 at ignored positions. A label outside [0, V) gives NaN where it was not refused.
     Raises:
@@ -149,13 +149,13 @@ def mpo_loss(
     check.check_rows("logits", logits, labels)
     sequences = check.check_layout(logits, cu_seqlens, "logits", pairs=True)
     _check_pair_vectors(reference_gap, pair_weights, sequences // 2, logits.device)
-    if _reads_data(logits, validate):
+    if _reads_data(validate, logits, labels, reference_gap, pair_weights, cu_seqlens):
         _check_pair_data(labels, cu_seqlens, reference_gap, pair_weights, sequences, ignore_index, parallel)
     logp, _, entropy, is_argmax = _from_logits(
         logits, labels, token_outputs, ignore_index, logit_scale, softcap, inplace_backward, parallel, validate
     )
-    offsets = _offsets(cu_seqlens, sequences, logp.numel(), logits.device)
-    tokens = _shaped(labels.shape, logp.detach(), entropy, is_argmax) if token_outputs else None
+    offsets = _offsets(cu_seqlens, sequences, labels.numel(), labels)
+    tokens = _shaped(labels.shape, logp.detach().clone(), entropy, is_argmax) if token_outputs else None
     return _pair_output(
         logp, labels.reshape(-1).long(), offsets, reference_gap, pair_weights, beta, ignore_index, reduction, parallel, tokens
     )
@@ -254,16 +254,16 @@ def linear_mpo_loss(
     gemm_dtype = _check_head(hidden, weight, bias, labels, parallel)
     sequences = check.check_layout(hidden, cu_seqlens, "hidden", pairs=True)
     _check_pair_vectors(reference_gap, pair_weights, sequences // 2, hidden.device)
-    if _reads_data(hidden, None):
+    if _reads_data(None, hidden, reference_gap, pair_weights):
         _check_pair_values(reference_gap, pair_weights)
     flat_labels = labels.reshape(-1)
     host = torch.device("cpu")  # where offsets that are not given are wanted
-    offsets = _offsets(cu_seqlens, sequences, flat_labels.numel(), host if cu_seqlens is None else cu_seqlens.device)
+    offsets = _offsets(cu_seqlens, sequences, labels.numel(), labels, host if cu_seqlens is None else cu_seqlens.device)
     if reduction == "none":
         logp, entropy, is_argmax, *_ = _from_hidden(
             hidden, weight, bias, labels, token_outputs, ignore_index, logit_scale, softcap, chunk_bytes, parallel
         )
-        tokens = _shaped(labels.shape, logp.detach(), entropy, is_argmax) if token_outputs else None
+        tokens = _shaped(labels.shape, logp.detach().clone(), entropy, is_argmax) if token_outputs else None
         device = hidden.device
         return _pair_output(
             logp,
@@ -280,7 +280,7 @@ def linear_mpo_loss(
     rows, gaps, weights = hidden.reshape(-1, hidden.shape[-1]), _vector(reference_gap, hidden), _vector(pair_weights, hidden)
     loss, means, gap, *token_results = linear_pair_loss_op(
         rows, weight, bias, flat_labels, offsets, gaps, weights, *_beta(hidden, beta), *_needs(hidden, weight, bias),
-        not torch.compiler.is_compiling(),
+        not torch.compiler.is_compiling() and has_data(hidden),
         ignore_index, *as_arguments(hidden, logit_scale, softcap), chunk_bytes, gemm_dtype, token_outputs, handle_of(parallel),
     )[:6]  # fmt: skip
     chosen, rejected = means.chunk(2)
@@ -314,8 +314,8 @@ def mean_pool(
             f"mask is {mask.dtype} {tuple(mask.shape)} on {mask.device}; needed is bool {tuple(hidden.shape[:-1])} on {hidden.device}."
         )
     rows = hidden.reshape(-1, hidden.shape[-1])
-    offsets = _offsets(cu_seqlens, sequences, rows.shape[0], hidden.device)
-    if _reads_data(hidden, validate):
+    offsets = _offsets(cu_seqlens, sequences, rows.shape[0], hidden)
+    if _reads_data(validate, hidden, mask, cu_seqlens):
         check.check_cu_seqlens_values(offsets, rows.shape[0])
         kept = torch.ones(rows.shape[0], dtype=torch.bool, device=rows.device) if mask is None else mask.reshape(-1)
         check.check_no_empty_sequence(_counts(kept, offsets), pairs=False)
@@ -362,8 +362,10 @@ def _reduced(values: torch.Tensor, reduction: str) -> torch.Tensor:
     return values if reduction == "none" else values.sum() if reduction == "sum" else values.mean()
 
 
-def _reads_data(tensor: torch.Tensor, validate: bool | None) -> bool:
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() if validate is None else validate
+def _reads_data(validate: bool | None, rows: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Whether the data of the tensors are checked: where they are wanted to be, and there are any to read."""
+    wanted = rows.device.type == "cpu" and not torch.compiler.is_compiling() if validate is None else validate
+    return wanted and all(tensor is None or (has_data(tensor) and not is_wrapped(tensor)) for tensor in (rows, *others))
 
 
 def _from_logits(
@@ -383,14 +385,16 @@ def _from_logits(
     check.check_options(logit_scale, softcap, like=logits)
     check.check_integers(ignore_index)
     check.check_slice("logits", logits.shape[-1], parallel)
-    if _reads_data(logits, validate):
+    if _reads_data(validate, logits, labels):
         check.check_label_values(labels, _vocab(logits.shape[-1], parallel), ignore_index)
     head = as_arguments(logits, logit_scale, softcap)
     arguments = labels.reshape(-1).long(), token_outputs, ignore_index, *head, handle_of(parallel)
     if inplace_backward and not torch.compiler.is_compiling():
         if is_wrapped(logits):
             raise ValueError("inplace_backward=True overwrites one tensor, and under vmap there are several. Pass inplace_backward=False.")
-        return InplaceTokenLogprobs.apply(_overwritable(logits), *arguments)
+        overwritable = _overwritable(logits)
+        if has_data(logits):
+            return InplaceTokenLogprobs.apply(overwritable, *arguments)
     return token_logprobs_op(_three_dimensional(logits), *arguments)
 
 
@@ -422,7 +426,7 @@ def _check_head(
 ) -> torch.dtype | None:
     """Checks, and the dtype of the GEMMs where autocast sets it."""
     device = hidden.device.type
-    autocast = torch.is_autocast_enabled(device)
+    autocast = device != "meta" and torch.is_autocast_enabled(device)  # which there knows no devices but those that compute
     check.check_rows("hidden", hidden, labels, host_labels_ok=True)
     check.check_head(hidden, weight, bias, any_dtype=autocast)
     check_mode(hidden, weight, bias)
@@ -475,8 +479,13 @@ def _may_overlap(tensor: torch.Tensor) -> bool:
     return False
 
 
-def _offsets(cu_seqlens: torch.Tensor | None, sequences: int, rows: int, device: torch.device) -> torch.Tensor:
-    """int32 (S + 1,) offsets of the sequences on `device`."""
+def _offsets(
+    cu_seqlens: torch.Tensor | None, sequences: int, rows: int, like: torch.Tensor, device: torch.device | None = None
+) -> torch.Tensor:
+    """int32 (S + 1,) offsets of the sequences on `device`, by default that of `like`; of the kind of `like` where that has no data."""
+    device = device or like.device
+    if cu_seqlens is None and not has_data(like):
+        return (like.new_ones(sequences + 1, dtype=torch.int32).cumsum(0, dtype=torch.int32) - 1) * (rows // sequences)
     if cu_seqlens is None:
         return torch.arange(sequences + 1, dtype=torch.int32, device=device) * (rows // sequences)
     return cu_seqlens.to(device, non_blocking=True)
@@ -525,7 +534,7 @@ def _check_pair_data(
     parallel: Parallel | None,
 ) -> None:
     """Checks that read data, on whatever device it is."""
-    offsets = _offsets(cu_seqlens, sequences, labels.numel(), labels.device)
+    offsets = _offsets(cu_seqlens, sequences, labels.numel(), labels)
     check.check_cu_seqlens_values(offsets, labels.numel())
     counts = _counts(labels.reshape(-1).long() != ignore_index, offsets)
     check.check_no_empty_sequence(counts if parallel is None else parallel.total(counts.cpu()), pairs=True)

@@ -108,6 +108,11 @@ class _Constant(torch.autograd.Function):
         raise NotImplementedError(_SECOND)
 
 
+def has_data(tensor: torch.Tensor) -> bool:
+    """Not so of tensors that are only asked for their shapes: on the meta device, and fake ones of whatever device."""
+    return tensor.device.type != "meta" and not isinstance(tensor, torch._subclasses.FakeTensor)
+
+
 def is_wrapped(tensor: torch.Tensor) -> bool:
     """Whether a transform of torch.func (vmap, grad, jvp) holds it."""
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)

@@ -3,6 +3,8 @@
 Every public function in both layouts, with each of its tensors trained or frozen, against the oracle in float64.
 """
 
+import contextlib
+import copy
 import inspect
 import weakref
 
@@ -10,7 +12,10 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from cases import INTERPRETED, labels_of, relative_error
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import functional
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._pytree import tree_leaves
 
 import mpo_kernels
 from mpo_kernels import reference
@@ -280,7 +285,78 @@ def test_vmap_is_one_call_after_the_other(call):
         with pytest.raises(ValueError, match=r"inplace_backward=True .* vmap"):
             torch.func.vmap(value)(*samples)
         return
-    call.options["validate"] = False
-    if call.function.startswith("linear"):
-        del call.options["validate"]
     torch.testing.assert_close(torch.func.vmap(value)(*samples), torch.stack([value(*(s[i] for s in samples)) for i in range(3)]))
+
+
+WITHOUT_DATA = {
+    "meta": lambda: (lambda tensor: tensor.to("meta"), contextlib.nullcontext()),
+    "fake": lambda: (lambda mode: (mode.from_tensor, mode))(FakeTensorMode()),
+    "fake, outside of its mode": lambda: (FakeTensorMode().from_tensor, contextlib.nullcontext()),
+    "fake, with symbols": lambda: (lambda mode: (mode.from_tensor, mode))(FakeTensorMode(shape_env=ShapeEnv())),
+}
+
+
+def described(result):
+    """Shapes, dtypes and strides of all tensors."""
+    return [(t.shape, t.dtype, t.stride(), t.requires_grad) for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+
+
+@pytest.mark.parametrize("kind", WITHOUT_DATA)
+@pytest.mark.parametrize("call", calls(), ids=repr)
+def test_shapes_without_data(call, kind):
+    """Results and gradients have the shapes, dtypes and strides that they have with data."""
+    validate = {} if call.function.startswith("linear") else {"validate": True}
+    for options in ({}, validate):
+        for names in [(), *trained(call)]:
+            with_data, without = copy.copy(call), copy.copy(call)
+            with_data.options = without.options = {**call.options, **options}
+            convert, mode = WITHOUT_DATA[kind]()
+            for name, value in vars(call).items():
+                if isinstance(value, torch.Tensor):
+                    setattr(without, name, convert(value))
+            without.layout = {name: convert(value) for name, value in call.layout.items()}
+            without.tensors = {name: convert(value) for name, value in call.tensors.items()}
+            found = []
+            for one, within in ((with_data, contextlib.nullcontext()), (without, mode)):
+                with within:
+                    leaves = {name: one.tensors[name].detach().requires_grad_() for name in names}
+                    result = one.ours(**leaves)
+                    value = result if isinstance(result, torch.Tensor) else result[0]
+                    grads = torch.autograd.grad(value.sum(), list(leaves.values())) if names else ()
+                    found.append((described(result), described(grads)))
+            assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("call", calls(), ids=repr)
+def test_export(call):
+    """A program of torch.export computes the same."""
+
+    class Module(torch.nn.Module):
+        def forward(self, **tensors):
+            return call.ours(**tensors)
+
+    tensors = {name: tensor.clone() for name, tensor in call.tensors.items()}
+    for strict in (False, True) if call.packed else (False,):
+        program = torch.export.export(Module(), (), tensors, strict=strict)
+        torch.testing.assert_close(tree_leaves(program.module()(**tensors)), tree_leaves(call.ours(**tensors)))
+
+
+@pytest.mark.parametrize("call", calls(), ids=repr)
+def test_detached_results_are_the_callers_to_edit(call):
+    """Each in turn is overwritten: the other results stay, and the gradients are what they were."""
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in call.tensors.items()}
+
+    def results():
+        return [t for t in tree_leaves(call.ours(**leaves)) if isinstance(t, torch.Tensor)]
+
+    untouched = results()
+    grads = torch.autograd.grad(untouched[0].sum(), list(leaves.values()))
+    for place, result in enumerate(untouched):
+        if result.requires_grad:
+            continue
+        edited = results()
+        edited[place].fill_(7)
+        for other, (got, want) in enumerate(zip(edited, untouched, strict=True)):
+            assert other == place or torch.equal(got, want)
+        again = torch.autograd.grad(edited[0].sum(), list(leaves.values()))
+        assert all(torch.equal(a, b) for a, b in zip(again, grads, strict=True))
