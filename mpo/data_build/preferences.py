@@ -15,6 +15,7 @@ from mpo.data import (
     Message,
     Pair,
     check_dominant_language,
+    is_unicode,
     labels_of,
     objects,
     problems_of_pair,
@@ -87,6 +88,8 @@ def _read(source: str, value: Any, config: BuildConfig) -> Preference | BadRow:
             return BadRow(source, "missing_field", f"has no {field!r}")
         wanted = "text or a list of messages with role and content" if field == "prompt" else "text"
         return BadRow(source, "wrong_type", f"{field} is no {wanted}: {value.get(field)!r}"[:300])
+    if not is_unicode(str(row.id)):
+        return BadRow(source, "not_unicode", "id holds half of a surrogate pair, which no file can; remove it")
     answered_later = config.chosen_from_model is not None
     if row.chosen is None and not answered_later:
         return BadRow(source, "missing_field", "has no 'chosen'; give it, or set chosen_from_model.path to let a model answer")

@@ -13,9 +13,10 @@ import pytest
 import torch
 import yaml
 from conftest import make_tokenizer
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from test_data import VALUES, changed, places
 from tiny import build_model, mpo_command, mpo_process, save_model, write_rows
 from tiny_translator import TranslationServer, completion, save_nllb
 from transformers.models.nllb.tokenization_nllb import FAIRSEQ_LANGUAGE_CODES
@@ -29,6 +30,7 @@ from mpo.data_build.build import build
 from mpo.data_build.config import AnswersConfig, BuildConfig, FiltersConfig, Seq2SeqConfig, load_build_config
 from mpo.data_build.filters import Filters, weighted_length
 from mpo.data_build.journal import Journal
+from mpo.data_build.preferences import read_preferences
 from mpo.data_build.seq2seq_translator import Seq2SeqTranslator, split
 from mpo.data_build.translation import Failure
 from mpo.errors import UserError
@@ -166,7 +168,8 @@ def test_a_table_for_people_and_status_2_for_mistakes(folder):
     shown = CliRunner().invoke(app, ["data", "build", str(folder / "build.yaml")])
     assert shown.exit_code == 0 and "1 empty" in shown.stdout and "the translation is empty" in shown.stdout, shown.output
     refused = mpo_command("data", "build", str(folder / "build.yaml"), "input=[gone.jsonl]", f"output={folder / 'other.jsonl'}")
-    assert refused.returncode == 2 and "Error: No input at " in refused.stderr and "gone.jsonl" in refused.stderr and "Traceback" not in refused.stderr
+    assert refused.returncode == 2 and "Error: No input at " in refused.stderr and "gone.jsonl" in refused.stderr
+    assert "Traceback" not in refused.stderr
 
 
 # Stopping and going on
@@ -726,6 +729,7 @@ FILTERS = [
     ("wrong_script", EN, ZH, SW, "sw"),
     ("wrong_language", EN, "How may one carry clothes out of the shop and not pay for them", SW, "sw"),
     ("wrong_language", EN, JA, ZH, "zh"),
+    ("wrong_language", EN, "Comment puis-je prendre des vêtements dans un magasin sans les payer ?", SW, "sw"),  # none of this build
     ("length_ratio", EN, "Nguo?", SW, "sw"),
     ("length_ratio", EN, f"{SW} Tafadhali niambie jinsi ya kufanya hivyo haraka kabla ya duka kufungwa leo jioni. " * 3, SW, "sw"),
     ("repetition", EN, "Ninawezaje kuchukua " + "nguo za " * 8, f"{SW} {'ha' * 4}", "sw"),
@@ -808,6 +812,7 @@ BAD_INPUT = [
     (with_row(rejected=""), "empty_rejected"),
     (with_row(rejected=preferences(1)[0]["chosen"]), "chosen_equals_rejected"),
     (with_row(rejected="\ud83d"), "not_unicode: the dominant pair holds half of a surrogate pair"),
+    (with_row(id="\udc00"), "not_unicode: id holds half of a surrogate pair"),
     (with_row(id=preferences(1)[0]["id"]), "duplicate_id: id 'shoplifting' is that of prefs.jsonl:1 too"),
 ]
 
@@ -821,6 +826,27 @@ def test_bad_input_is_refused_or_counted(folder, row, message):
     report = run(folder, "on_bad_row=drop")
     assert report["bad_input"] == {message.split(":")[0]: 1} and report["rows_in"] == 3
     assert rows_of(folder) == expected(2) and dropped_of(folder)[0]["source"] == "prefs.jsonl:3"
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_any_value_at_any_place_of_the_input_is_read_or_a_bad_row_with_its_place(tmp_path_factory, data):
+    good, *_ = preferences(2)
+    row = {**good, "id": "odd", "prompt": [{"role": "user", "content": good["prompt"]}]}
+    odd = changed(row, data.draw(st.sampled_from(list(places(row)))), data.draw(VALUES))
+    path = tmp_path_factory.mktemp("any") / "prefs.jsonl"
+    path.write_text(json.dumps(good) + "\n" + json.dumps(odd))
+    values = {"input": str(path), "output": "o", "languages": ["sw"], "translator": {"file": {"path": "x"}}, "on_bad_row": "drop"}
+    rows, bad = read_preferences(BuildConfig.model_validate(values))
+    assert [row.source for row in [*rows, *bad]] == ["prefs.jsonl:1", "prefs.jsonl:2"]
+    json.dumps([row.id for row in rows] + [f"{row.reason} {row.detail}" for row in bad], ensure_ascii=False).encode()
+
+
+def test_finished_translations_name_languages_in_any_usual_form(folder):
+    forms = {"sw": "swh_Latn", "zh": "zh-CN"}
+    write_rows(folder / "done.jsonl", [{**line, "language": forms[line["language"]]} for line in finished_lines()])
+    run(folder, "languages=[SW,zho_Hans]")
+    assert rows_of(folder) == expected()
 
 
 def test_several_turns_other_files_and_texts_with_entities(folder):

@@ -8,7 +8,7 @@ import lzma
 import os
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import native_rows, write_rows
 
@@ -429,3 +429,92 @@ def test_a_language_that_was_not_offered_is_a_bad_row(tmp_path):
     with pytest.raises(UserError, match=r"language_not_offered: the target texts are in sw, which data.languages does not name"):
         load_rows([str(path)], config(languages=("zh",)))
     assert load_rows([str(path)], config(languages=("zh", "swh_Latn")))[0][0].language == "sw"
+
+
+# Anything at all
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**30), 10**30)
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["\ud83d", "human", "user", "sw", "é"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["from", "value", "role", "content", "prompt", "chosen"]), inner)
+    ),
+    max_leaves=6,
+)
+
+
+def places(value, path=()):
+    """Every place inside of a row."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield from places(inner, (*path, key))
+
+
+def changed(value, path, new):
+    if not path:
+        return new
+    copied = copy.copy(value)
+    copied[path[0]] = changed(value[path[0]], path[1:], new)
+    return copied
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_any_value_at_any_place_of_a_row_is_read_or_a_bad_row_with_its_place(tmp_path_factory, data):
+    good = native_rows(1, ("sw",))[0]
+    row = data.draw(st.sampled_from([good, published_row()]))
+    odd = changed(row, data.draw(st.sampled_from(list(places(row)))), data.draw(VALUES))
+    path = tmp_path_factory.mktemp("any") / "rows.jsonl"
+    path.write_text(json.dumps(good) + "\n" + json.dumps(odd))
+    if path.read_text().endswith("\n"):
+        return
+    rows, bad = load_rows([str(path)], config(on_bad_row="drop"))
+    assert [row.source for row in [*rows, *bad]] == ["rows.jsonl:1", "rows.jsonl:2"]
+    json.dumps([row.language for row in rows] + [f"{row.reason} {row.detail}" for row in bad], ensure_ascii=False).encode()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.binary(max_size=40),
+    st.sampled_from([b"", b"\x1f\x8b", b"BZh9", b"\xfd7zXZ\0", b"PAR1", b"[", b"{", b"\xef\xbb\xbf"]),
+    st.sampled_from(["x.jsonl", "x.parquet"]),
+)
+def test_any_bytes_are_refused_with_the_name_of_the_file(tmp_path_factory, content, beginning, name):
+    path = tmp_path_factory.mktemp("bytes") / name
+    path.write_bytes(beginning + content)
+    with pytest.raises(UserError, match=name):
+        load_rows([str(path)], config())
+
+
+def test_every_beginning_of_a_file_is_refused_or_read(tmp_path):
+    """A download that was cut short, of each kind: whole rows or a message, never half a row."""
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = native_rows()
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "whole")
+    text = "\n".join(lines).encode()
+    for kind, whole in (
+        ("lines", text),
+        ("list", json.dumps(rows).encode()),
+        ("gzip", gzip.compress(text)),
+        ("table", (tmp_path / "whole").read_bytes()),
+    ):
+        for size in range(0, len(whole), max(1, len(whole) // 60)):
+            (tmp_path / "rows").write_bytes(whole[:size])
+            try:
+                loaded, _ = load_rows([str(tmp_path / "rows")], config())
+            except UserError:
+                continue
+            assert kind == "lines" and [row.target.chosen for row in loaded] == [row["target"]["chosen"] for row in rows[: len(loaded)]]
+            assert size in (
+                sum(len(line.encode()) + 1 for line in lines[: len(loaded)]),
+                sum(len(line.encode()) + 1 for line in lines[: len(loaded)]) - 1,
+            )
