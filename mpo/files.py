@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import json
 import math
@@ -31,7 +32,7 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{path} cannot be written: {error}. Make room, or mend the place or its permissions; the same command then goes on."
+            f"{path} cannot be written: {error}. Make room, or mend the place or its permissions; the same command goes on."
         ) from error
 
 
@@ -42,7 +43,7 @@ def new_file(path: Path) -> Iterator[TextIO]:
     Raises:
         UserError: a full disk, no right to write, a folder of that name.
     """
-    temporary = _beside(path)
+    temporary = beside(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -121,7 +122,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise UserError(f"{path} is a file, and a folder is to lie there. Move it away, or name another folder.")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = _beside(path)
+        temporary = beside(path)
         temporary.mkdir()
         try:
             yield temporary
@@ -136,7 +137,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def publish(temporary: Path, path: Path) -> None:
     """Gives a finished folder its name. One that has the name already is moved aside in one piece, and then removed."""
-    aside = _beside(path)
+    aside = beside(path)
     if os.path.lexists(path):
         os.replace(path, aside)
     try:
@@ -149,9 +150,9 @@ def publish(temporary: Path, path: Path) -> None:
     remove(aside)
 
 
-def remove_incomplete(folder: Path, pattern: str = "*") -> None:
-    """Removes what killed processes left half written. For a process that has claimed what matches the pattern."""
-    for path in folder.glob(f".{pattern}.incomplete"):
+def remove_incomplete(folder: Path, name: str | None = None) -> None:
+    """Removes what killed processes left half written of that name, or of any. For a process that has claimed it."""
+    for path in folder.glob(f".{'*' if name is None else glob.escape(name)}.{'[0-9a-f]' * 8}.incomplete"):
         remove(path)
 
 
@@ -164,7 +165,7 @@ def remove(path: Path) -> None:
             path.unlink()
 
 
-def _beside(path: Path) -> Path:
+def beside(path: Path) -> Path:
     """A name for something unfinished, which no other process has: file systems without locks exist."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.incomplete")
 
@@ -217,6 +218,11 @@ class Claim:
             os.write(file.fileno(), f"pid {os.getpid()} on {platform.node()}".encode())
         self._file = file
         return None
+
+    @property
+    def is_held(self) -> bool:
+        """Whether this process has the lock: not so on a file system without locks."""
+        return self._file is not None
 
     def release(self) -> None:
         """Lets go of it."""

@@ -3,7 +3,7 @@
 config.json           the configuration, and digests of the rows and the model: what makes it this run; and what it began on
 metrics.jsonl         one line a logged step
 dropped_rows.jsonl    rows left out, with reasons (only with data.on_bad_row=drop)
-reference/            the reference store
+reference/            the reference store; .reference.lock is held while it is built
 gaps_before/          gaps and pooled hidden states of the measured rows before training
 checkpoints/          step-00000010, ...
 model/                the trained model, a Hugging Face folder

@@ -20,8 +20,8 @@ from typing import Any, Protocol
 
 import deepspeed
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from mpo import attention, lora
@@ -29,7 +29,7 @@ from mpo.batching import FILLER, Pool, pack_for_scoring
 from mpo.config import ModelConfig
 from mpo.distributed import on_main
 from mpo.errors import UserError
-from mpo.files import Claim, new_folder, read_json, read_object, remove, remove_incomplete, sha256_of_files, write_json, writing
+from mpo.files import Claim, beside, new_folder, read_json, read_object, remove, remove_incomplete, sha256_of_files, write_json, writing
 from mpo.model import Scores
 from mpo.run_date import parts_folder
 from mpo.scoring import score_sequences
@@ -173,6 +173,8 @@ def open_store(
         store = ReferenceStore({sequence: i for i, sequence in enumerate(dominant_sequences(examples))}, scores)
 
         def finish() -> None:
+            if claim.is_held:
+                remove_incomplete(folder.parent, folder.name)
             if find() is None:  # one that does not see the lock may have been faster
                 save(store, folder, kept)
             parts.remove()
@@ -222,10 +224,14 @@ def build(
 
 
 class Parts:
-    """Finished pieces of a store that is being built: `<folder>/{manifest.json, 00000.safetensors, ...}`. Used by rank 0 alone."""
+    """Finished pieces of a store that is being built: `<folder>/{manifest.json, 00000.safetensors, ...}`. Used by rank 0 alone.
+
+    Each piece names its store, so that one which could not be removed, or which another process wrote, is not taken for one of this store.
+    """
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self._folder, self._manifest = folder, manifest
+        self._store = _sha256(json.dumps({**manifest, "date": None}, sort_keys=True, allow_nan=False))
 
     def finished(self, lengths: Sequence[int]) -> dict[int, Scores]:
         """Pieces of an interrupted build of the same store, of so many sequences each; those of another and damaged ones are removed."""
@@ -236,7 +242,7 @@ class Parts:
         done = {}
         for number, length in enumerate(lengths):
             try:
-                done[number] = _read_scores(self._place_of(number), length)
+                done[number] = _read_scores(self._place_of(number), length, self._store)
             except _Damaged:
                 continue  # computed again
         return done
@@ -251,10 +257,10 @@ class Parts:
     def keep(self, number: int, scores: Scores) -> None:
         """Writes one piece, whole or not at all."""
         place = self._place_of(number)
-        temporary = place.with_name(f".{place.name}.{os.getpid()}.incomplete")
+        temporary = beside(place)
         with writing(place):
             self._folder.mkdir(parents=True, exist_ok=True)
-            _write_scores(temporary, scores)
+            _write_scores(temporary, scores, self._store)
             os.replace(temporary, place)
 
     def remove(self) -> None:
@@ -336,16 +342,20 @@ class _Damaged(Exception):
     """A file of values that is not what was written."""
 
 
-def _write_scores(path: Path, scores: Scores) -> None:
-    save_file({"mean_logp": scores.mean_logp.contiguous(), "pooled": scores.pooled.contiguous()}, path)
+def _write_scores(path: Path, scores: Scores, store: str = "") -> None:
+    save_file({"mean_logp": scores.mean_logp.contiguous(), "pooled": scores.pooled.contiguous()}, path, metadata={"store": store})
 
 
-def _read_scores(path: Path, length: int) -> Scores:
-    """The scores of so many sequences. Raises _Damaged where the file does not hold them."""
+def _read_scores(path: Path, length: int, store: str | None = None) -> Scores:
+    """The scores of so many sequences, of that store. Raises _Damaged where the file does not hold them."""
     try:
-        values = load_file(path)
+        with safe_open(path, "pt") as file:
+            values = {name: file.get_tensor(name) for name in file.keys()}
+            of = (file.metadata() or {}).get("store")
     except (OSError, SafetensorError, ValueError) as error:
         raise _Damaged(f"{path.name} cannot be read ({error})") from error
+    if store is not None and of != store:
+        raise _Damaged(f"{path.name} is of another store")
     shapes = {name: tuple(value.shape) for name, value in values.items()}
     if set(shapes) != {"mean_logp", "pooled"} or shapes["mean_logp"] != (length,) or shapes["pooled"][:-1] != (length,):
         raise _Damaged(f"{path.name} does not hold the values of {length} sequences (it has {shapes})")

@@ -182,6 +182,7 @@ def _finish(folder: OutputFolder, result: dict[str, Any], config: Config, progre
 
     Where no checkpoints were asked for and the model is exported, those for going on have served.
     """
+    folder.flush_metrics()
     report.plot(folder.metrics, result, folder.plot)
     write_json(folder.result, result)
     if config.checkpoint.every is None and config.checkpoint.export:

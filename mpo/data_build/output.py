@@ -16,10 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from mpo.errors import UserError
-from mpo.files import new_file, read_json, to_json, write_json
+from mpo.files import Claim, new_file, read_object, to_json, write_json
 
 
 class Output:
@@ -49,19 +47,26 @@ class Output:
             raise UserError(f"The folder of output {self.rows} cannot be written to. Choose another output.")
         if self.rows.is_dir():
             raise UserError(f"output {self.rows} is a folder. Give the name of a file, such as {self.rows / 'rows.jsonl'}.")
+        claim = Claim(self.rows.with_name(f".{self.rows.name}.lock"))
+        if (holder := claim.take()) is not None:
+            raise UserError(f"Another process is building {self.rows} right now ({holder}). Wait for it, or choose another output.")
         try:
-            with FileLock(self.rows.with_name(f".{self.rows.name}.lock"), timeout=0):
-                if self.rows.exists():
-                    self._check_owner(build, again)
-                yield
-        except Timeout as error:
-            raise UserError(f"Another process is building {self.rows} right now. Wait for it, or choose another output.") from error
+            if self.rows.exists():
+                self._check_owner(build, again)
+            yield
+        finally:
+            claim.release()
 
     def _check_owner(self, build: dict[str, Any], again: str) -> None:
         if not self.report.is_file():
             raise UserError(f"output {self.rows} exists, and no report beside it says that this command wrote it. {again}")
-        report = read_json(self.report)
-        theirs = report.get("build", {}) if isinstance(report, dict) else {}
+        try:
+            report = read_object(self.report)
+        except UserError as error:
+            raise UserError(f"The report beside output {self.rows} is damaged: {error}") from error
+        theirs = report.get("build")
+        if not isinstance(theirs, dict):
+            raise UserError(f"output {self.rows} exists, and no report beside it says that this command wrote it. {again}")
         differing = [
             f"{name} is {theirs.get(name)!r} there and {value!r} here" for name, value in build.items() if theirs.get(name) != value
         ]

@@ -96,3 +96,12 @@ def mpo_command(*arguments: str, ranks: int = 1, timeout: float = 240, **environ
     finally:
         process.kill()
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def commands(steps: list[list[str]], place: Path) -> list[dict[str, Any]]:
+    """What the steps of commands_worker.py gave, all in one process: `["mpo", "train", ...]` has a `status` and a `text`."""
+    (place / "steps.json").write_text(json.dumps(steps, allow_nan=False))
+    worker = [sys.executable, str(Path(__file__).with_name("commands_worker.py")), str(place / "steps.json"), str(place / "done.json")]
+    result = subprocess.run(worker, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return json.loads((place / "done.json").read_text())
