@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ def export_checkpoint(run: Path, name: str | None, to: Path, merge: bool, log: C
     """Writes the model, or the adapters, of a checkpoint of `run` to `to`.
 
     Raises:
-        UserError: no run, no such checkpoint, `to` is not empty, or --merge without adapters.
+        UserError: no run, no such checkpoint, `to` is not empty, --merge without adapters, or the model that the run began with is no
+            longer where it was.
     """
     folder = OutputFolder(run)
     kept = folder.read()
@@ -40,10 +41,15 @@ def export_checkpoint(run: Path, name: str | None, to: Path, merge: bool, log: C
         raise UserError(f"{folder.checkpoints} holds no whole checkpoint{f' {name}' if name else ''}. Set checkpoint.every when training.")
     model_config = config.model.model_copy(update={"path": resolve_model(config.model.path, log), "activation_checkpointing": False})
     model, tokenizer = load_model(model_config), load_tokenizer(model_config)
-    changed = _changes(kept.get("model"), reference.model_identity(model_config, tokenizer)) if config.model.lora is not None else []
+    read_by = ("config", "chat_template", "vocabulary")  # what the exported weights are read with; adapters also need their base's weights
+    changed = _changes(
+        kept.get("model"),
+        reference.model_identity(model_config, tokenizer),
+        read_by if config.model.lora is None else ("weights", *read_by),
+    )
     if changed:
         raise UserError(
-            f"{model_config.path} is not the model that {run} began with: its {' and '.join(changed)} changed, and the adapters are of "
+            f"{model_config.path} is not the model that {run} began with: its {' and '.join(changed)} changed, and the checkpoint is of "
             "what it was. Restore it."
         )
     with checkpoints.reading(found):
@@ -62,10 +68,10 @@ def export_checkpoint(run: Path, name: str | None, to: Path, merge: bool, log: C
         lora.export_merged(load_model(model_config.model_copy(update={"lora": None})), adapter, tokenizer, to)
 
 
-def _changes(theirs: Any, mine: dict[str, Any]) -> list[str]:
-    """Which files of a model are not those that a run noted."""
+def _changes(theirs: Any, mine: dict[str, Any], parts: Sequence[str]) -> list[str]:
+    """Which parts of a model are not those that a run noted."""
     noted = theirs if isinstance(theirs, dict) else {}
-    return [name for name in ("weights", "config") if name in noted and noted[name] != mine.get(name)]
+    return [name.replace("_", " ") for name in parts if name in noted and noted[name] != mine.get(name)]
 
 
 def _weights(found: checkpoints.Checkpoint) -> dict[str, torch.Tensor]:

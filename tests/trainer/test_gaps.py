@@ -12,13 +12,15 @@ from safetensors.torch import load_file, save_file
 from tiny import native_rows, save_model, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mpo import lora
+from mpo import checkpoint, export, lora
 from mpo.config import LoraConfig, ModelConfig, load_config
 from mpo.errors import UserError
+from mpo.files import write_json
 from mpo.gaps import compare_models
 from mpo.model import load_model, load_tokenizer
 from mpo.prepare import prepare
 from mpo.progress import Progress
+from mpo.reference import model_identity
 
 VOCABULARIES = ("model.embed_tokens.weight", "lm_head.weight")
 
@@ -200,3 +202,26 @@ def test_revision_and_trusted_code_are_for_the_configured_model_alone(folders, m
     options = ["model.revision=abc", "model.trust_remote_code=true"]
     compare(folders, monkeypatch, "a", "permuted", "adapter", overrides=options)
     assert [(c.revision, c.trust_remote_code) for c in seen] == [("abc", True), (None, False), ("abc", True)]
+
+
+EXPORTED = [
+    ([], "tied-permuted", "vocabulary"),
+    ([], "template", "chat template"),
+    (["model.lora.rank=2"], "template", "chat template"),
+    (["model.lora.rank=2"], "permuted", "weights and vocabulary"),
+]
+
+
+@pytest.mark.parametrize(("options", "name", "changed"), EXPORTED)
+def test_a_checkpoint_is_exported_with_the_tokens_it_was_trained_on(folders, tmp_path, monkeypatch, options, name, changed):
+    """The model's folder has another tokenizer or template by now: the trained weights are not given to it."""
+    config = load_config(folders / "run.yaml", options)
+    was = "tied" if name == "tied-permuted" else "a"
+    model = config.model.model_copy(update={"path": str(folders / was)})
+    noted = model_identity(model, load_tokenizer(model))
+    now = config.model_copy(update={"model": config.model.model_copy(update={"path": str(folders / name)})})
+    write_json(tmp_path / "run" / "config.json", {"config": now.model_dump(mode="json"), "rows": "", "model": noted})
+    monkeypatch.setattr(checkpoint, "newest", lambda *_: "a checkpoint, which is not read")
+    with pytest.raises(UserError, match=f"is not the model that .* began with: its .*{changed} changed.*Restore it"):
+        export.export_checkpoint(tmp_path / "run", None, tmp_path / "out", False, print)
+    assert not (tmp_path / "out").exists()
