@@ -1,19 +1,18 @@
-"""What a run achieved: a table per language, as numbers, as JSON and as a picture."""
+"""What a run achieved: a table per language, as numbers and as JSON. The picture is drawn by `mpo.picture`."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
+from mpo import picture
 from mpo.errors import UserError
-from mpo.files import read_json
-from mpo.output_folder import read_metrics
+from mpo.files import read_object
+from mpo.output_folder import OutputFolder, read_metrics
 from mpo.scoring import Gaps
 from mpo.terminal import show_table
 from mpo.tokenizing import Example
@@ -90,73 +89,36 @@ def distinct_names(paths: Sequence[str]) -> list[str]:
 
 
 def plot_runs(folders: Sequence[Path], path: Path) -> None:
-    """Writes a PNG of one run or several: losses and gaps over the steps, and of finished ones the gaps before and after.
+    """Writes a picture of one run or several: losses and gaps over the steps, and of finished ones the gaps before and after.
 
     Raises:
-        UserError: a folder has no metrics.
+        UserError: a folder has no metrics, or damaged ones; `path` names no format, or cannot be written.
     """
-    runs = {}
-    for folder in folders:
-        if not (folder / "metrics.jsonl").is_file():
-            raise UserError(f"{folder} has no metrics.jsonl: it is no run's folder, or its first step is not done.")
-        result = folder / "result.json"
-        runs[folder.name] = read_metrics(folder / "metrics.jsonl"), read_json(result) if result.is_file() else None
-    _draw(runs, path)
+    picture.check_target(path)
+    different = list({folder.resolve(): folder for folder in folders}.values())
+    names = distinct_names([str(folder) for folder in different])
+    picture.draw([_run(name, OutputFolder(folder)) for name, folder in zip(names, different, strict=True)], path)
 
 
 def plot(metrics: Path, result: dict[str, Any], path: Path) -> None:
-    """Writes a PNG of a finished run."""
-    _draw({metrics.parent.name: (read_metrics(metrics), result)}, path)
+    """Writes a picture of a finished run."""
+    picture.draw([picture.Run(metrics.parent.name, read_metrics(metrics), result)], path)
 
 
-def _draw(runs: dict[str, tuple[list[dict[str, Any]], dict[str, Any] | None]], path: Path) -> None:
-    """Loss curves, gaps per language over the steps, and for each finished run gaps and distances per language before and after."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    finished = {name: result for name, (_, result) in runs.items() if result is not None}
-    figure, axes = plt.subplots(1 + len(finished), 2, figsize=(12, 4.2 * (1 + len(finished))), layout="constrained", squeeze=False)
-    curves, languages_axis = axes[0]
-    styles = ("-", "--", ":", "-.")
-    languages = sorted({language for rows, _ in runs.values() for row in rows for language in row["gap"]})
-    for place, (name, (rows, _)) in enumerate(runs.items()):
-        style, prefix = styles[place % len(styles)], f"{name}: " if len(runs) > 1 else ""
-        steps = [row["step"] for row in rows]
-        for colour, (key, label) in enumerate((("loss", "loss"), ("l1", "L1 (gap)"), ("l2", "L2 (retention)"))):
-            values = [row[key] or math.nan for row in rows]
-            curves.plot(steps, values, style, color=f"C{colour}", label=prefix + label, linewidth=2 if key == "loss" else 1.2)
-        for colour, language in enumerate(languages):
-            points = [(row["step"], row["gap"][language]) for row in rows if language in row["gap"]]
-            if points:
-                languages_axis.plot(*zip(*points, strict=True), style, color=f"C{colour}", label=prefix + language, linewidth=1.2)
-    curves.set(xlabel="optimizer step", ylabel="loss", title="Training loss", yscale="log")
-    languages_axis.set(xlabel="optimizer step", ylabel="nats per token", title="Reward gap of each step's rows")
-    for axis in (curves, languages_axis):
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.legend(fontsize=8, ncol=2)
-    for (gaps, distances), (name, result) in zip(axes[1:], finished.items(), strict=True):
-        _draw_result(gaps, distances, result, f" ({name})" if len(finished) > 1 else "")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+def _run(name: str, folder: OutputFolder) -> picture.Run:
+    rows = read_metrics(folder.metrics) if folder.metrics.is_file() else []
+    if not rows:
+        raise UserError(f"{folder.root} has no metrics.jsonl: it is no run's folder, or its first step is not done.")
+    result = read_object(folder.result) if folder.result.is_file() else None
+    if result is not None and not _is_result(result):
+        raise UserError(f"{folder.result} holds no result of a run. Restore the file, or delete it: the run's curves are drawn without it.")
+    return picture.Run(name, rows, result)
 
 
-def _draw_result(gaps: Any, distances: Any, result: dict[str, Any], suffix: str) -> None:
-    languages = list(result["languages"])
-    places = torch.arange(len(languages)).numpy()
-    colours = {"before": "#b8bfc9", "after": "#1f77b4"}
-    for axis, quantity, title in (
-        (gaps, "target_gap", "Reward gap per language"),
-        (distances, "distance", "Distance to the dominant gap"),
-    ):
-        for shift, moment in ((-0.2, "before"), (0.2, "after")):
-            heights = [result["languages"][language][quantity][moment] for language in languages]
-            axis.bar(places + shift, heights, 0.4, label=moment, color=colours[moment])
-        axis.set_xticks(places, languages)
-        axis.set(ylabel="nats per token", title=title + suffix)
-        axis.axhline(0, color="black", linewidth=0.8)
-    for moment, style in (("before", ":"), ("after", "-")):
-        gaps.axhline(result["all"]["dominant_gap"][moment], color="#d62728", linestyle=style, label=f"dominant {moment}")
-    for axis in (gaps, distances):
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncol=4, frameon=False, fontsize=8)
+def _is_result(value: dict[str, Any]) -> bool:
+    try:
+        pairs = [of[quantity] for of in value["languages"].values() for quantity in ("target_gap", "distance")]
+        numbers = [pair[moment] for pair in (*pairs, value["all"]["dominant_gap"]) for moment in ("before", "after")]
+    except (KeyError, TypeError, AttributeError):
+        return False
+    return all(number is None or isinstance(number, int | float) for number in numbers)
