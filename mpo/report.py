@@ -101,8 +101,8 @@ def plot_runs(folders: Sequence[Path], path: Path) -> None:
 
 
 def plot(metrics: Path, result: dict[str, Any], path: Path) -> None:
-    """Writes a picture of a finished run."""
-    picture.draw([picture.Run(metrics.parent.name, read_metrics(metrics), result)], path)
+    """Writes a picture of a finished run, without its curves where `metrics` was lost."""
+    picture.draw([picture.Run(metrics.parent.name, read_metrics(metrics) if metrics.exists() else [], result)], path)
 
 
 def _run(name: str, folder: OutputFolder) -> picture.Run:

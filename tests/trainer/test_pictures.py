@@ -82,6 +82,7 @@ CASES = {
     "no font": [Run("实验一", rows(10, NO_FONT), result(NO_FONT)), Run("实验二", rows(10, NO_FONT, 1), None)],
     "long names": [Run(name, rows(10, SIX, i), result(SIX, i) if i < 2 else None) for i, name in enumerate(LONG)],
     "a run that is called as a language is": [Run("sw", rows(5, ("sw", "zh")), result(("sw", "zh"))), Run("zh", rows(5, ("sw",), 1), None)],
+    "no metrics left": [Run("demo", [], result(SIX))],
     "no number": [Run("demo", NOTHING, NULLS)],
 }  # fmt: skip
 
@@ -237,6 +238,11 @@ def test_a_picture_is_written_whole_in_the_format_of_its_name(tmp_path, ending):
     report.plot(run_folder(tmp_path / "$run_", rows(3, ("sw",))) / "metrics.jsonl", result(("sw",)), path)
     beginning = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[ending.lower()]
     assert path.read_bytes().startswith(beginning) and list(path.parent.iterdir()) == [path]
+
+
+def test_a_finished_run_that_lost_its_metrics_has_a_picture_of_its_result(tmp_path):
+    report.plot(tmp_path / "metrics.jsonl", result(("sw",)), tmp_path / "result.png")
+    assert (tmp_path / "result.png").is_file()
 
 
 def test_a_users_own_style_changes_nothing(tmp_path):
