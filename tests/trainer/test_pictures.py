@@ -107,7 +107,7 @@ def texts_of(legend):
     return [text.get_text() for text in legend.get_texts()]
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=CASES, scope="module")
 def case(request):
     figure, languages, letters = drawn(CASES[request.param])
     yield CASES[request.param], figure, languages, letters
@@ -128,6 +128,8 @@ def test_every_curve_is_seen_and_told_from_the_others(case):
     for line in (*lines, *curves.get_lines()):
         count = len(line.get_xdata())
         assert count > 3 or (line.get_marker() not in (None, "None") and line.get_markevery() == 1)
+    for axis in (curves, gaps):
+        assert all(float(tick).is_integer() for tick in axis.get_xticks() if axis.get_xlim()[0] <= tick <= axis.get_xlim()[1])
     legend = dict(zip((look(h) for h in gaps.get_legend().legend_handles), texts_of(gaps.get_legend()), strict=True))
     assert len(legend) == len(languages)
     losses = [line.get_ydata() for line in curves.get_lines()]
