@@ -82,7 +82,7 @@ def read_by_each(
 
 
 def summarise(examples: Sequence[Example], measured: dict[str, Gaps], beta: float) -> dict[str, Any]:
-    """Per model, language and over all rows (`all`), in nats per token:
+    """Per model, language and over all rows (`all`), in nats per token of the model itself:
 
     n                         rows
     target_gap, dominant_gap  mean reward gaps

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from mpo import lora
 from mpo.config import Config, ModelConfig
+from mpo.model import read_hf_config
 from mpo.terminal import show_table
 
 GIB = 2**30
@@ -39,9 +39,8 @@ class Size(NamedTuple):
 
 def size_of(model: ModelConfig) -> Size:
     """Counts parameters on the meta device, where a tied head is made as it is when weights are loaded."""
-    hf = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(hf, trust_remote_code=model.trust_remote_code)
+    hf = read_hf_config(model)
+    empty = lora.empty(hf)
     linear = [m.weight for name, m in empty.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"]
     if model.lora is not None:
         lora.attach(empty, model.lora)

@@ -157,11 +157,8 @@ def _draw_curves(part: Any, runs: Sequence[Run], languages: Sequence[str], lette
     of_languages = {
         letters.of(language, CODE): Line2D([], [], markersize=4, **look) for language, look in zip(languages, looks, strict=True)
     }
-    steps = {row["step"] for run in runs for row in run.rows}
     for axis, entries, ncol in ((curves, quantities, 3), (gaps, of_languages, columns)):
         axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-        if len(steps) == 1:
-            axis.set_xlim(min(steps) - 1, max(steps) + 1)
         _legend(axis, entries, loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=4.5, ncol=ncol)
     if len(runs) > 1:
         of_runs = {letters.of(run.name): Line2D([], [], color="black", **_style(place)) for place, run in enumerate(runs)}
