@@ -76,9 +76,15 @@ def _tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def vocabulary_of(config: ModelConfig) -> int:
-    """How many tokens the model has embeddings for, from its config.json; of an adapter folder its base model's."""
-    return int(_whole_config_of(config).vocab_size)
+def refuse_foreign_ids(highest: int, where: str, config: ModelConfig) -> None:
+    """Raises UserError if the model, of an adapter folder its base model, has no embedding for a token id that its tokenizer gives."""
+    size = int(_whole_config_of(config).vocab_size)
+    if highest >= size:
+        raise UserError(
+            f"The tokenizer of {config.path} gives a token the id {highest} in {where}, but the model has {size} embeddings: it is "
+            "another model's tokenizer, or the embeddings were not resized with it. Put the tokenizer that the model was trained with "
+            "into its folder."
+        )
 
 
 def positions_of(config: ModelConfig) -> int | None:

@@ -13,7 +13,7 @@ from mpo.config import Config, DataConfig, ModelConfig
 from mpo.data import BadRow, Row, load_rows
 from mpo.demo_model import resolve_model
 from mpo.errors import UserError
-from mpo.model import check_model, load_tokenizer, positions_of, vocabulary_of
+from mpo.model import check_model, load_tokenizer, positions_of, refuse_foreign_ids
 from mpo.run_date import with_date
 from mpo.tokenizing import Example, tokenize_rows
 
@@ -78,14 +78,8 @@ def prepare(config: Config, log: Callable[[str], None]) -> Prepared:
 
 def check_ids(examples: Sequence[Example], model: ModelConfig) -> None:
     """Refuses, before any weight is loaded, tokens that the model has no embedding for: its tokenizer is another model's."""
-    size = vocabulary_of(model)
     highest, source = max((max(sequence.input_ids), e.source) for e in examples for sequence in e.sequences())
-    if highest >= size:
-        raise UserError(
-            f"The tokenizer of {model.path} gives a token the id {highest} in {source}, but the model has {size} embeddings: it is "
-            "another model's tokenizer, or the embeddings were not resized with it. Put the tokenizer that the model was trained with "
-            "into its folder."
-        )
+    refuse_foreign_ids(highest, source, model)
 
 
 def check_positions(examples: Sequence[Example], model: ModelConfig) -> None:

@@ -18,7 +18,7 @@ from mpo.data_build.journal import key_of
 from mpo.data_build.translation import Failure
 from mpo.demo_model import resolve_model
 from mpo.errors import UserError
-from mpo.model import check_model, load_model, load_tokenizer
+from mpo.model import check_model, load_model, load_tokenizer, refuse_foreign_ids
 
 Prompt = tuple[Message, ...]
 
@@ -99,6 +99,7 @@ class Answerer:
         torch.manual_seed(seed)
         inputs = self._tokenizer(list(texts), return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
         inputs.pop("token_type_ids", None)
+        refuse_foreign_ids(int(inputs["input_ids"].max()), "a prompt", self._source)
         output = model.generate(**inputs, generation_config=settings)[:, inputs["input_ids"].shape[1] :]
         ended = torch.isin(output, torch.tensor(sorted(ends), device=output.device)).any(dim=1).tolist()
         answers = self._tokenizer.batch_decode(output, skip_special_tokens=True)

@@ -14,6 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mpo import checkpoint, export, lora
 from mpo.config import LoraConfig, ModelConfig, load_config
+from mpo.data import Message
+from mpo.data_build.answers import Answerer
+from mpo.data_build.config import AnswersConfig
 from mpo.errors import UserError
 from mpo.files import write_json
 from mpo.gaps import compare_models
@@ -174,6 +177,15 @@ def test_tokens_of_another_model_are_refused_before_weights_are_loaded(folders, 
     monkeypatch.setattr("mpo.gaps.load_model", load)
     with pytest.raises(UserError, match=message.replace(" cannot read the measured rows", "") if as_own else message):
         compare(folders, monkeypatch, "a", *([] if as_own else [name]), overrides=[f"model.path={folders / name}"] if as_own else [])
+
+
+def test_a_model_that_answers_prompts_has_its_own_tokens_too(folders):
+    prompt = (Message(role="user", content="question"),)
+    options = {"dtype": "float32", "max_new_tokens": 2}
+    (answered,) = Answerer(AnswersConfig(path=str(folders / "permuted"), **options), print).answer([prompt])
+    assert answered[0][0] == prompt
+    with pytest.raises(UserError, match=r"more-tokens gives a token the id \d+ in a prompt, but the model has 256 embeddings"):
+        list(Answerer(AnswersConfig(path=str(folders / "more-tokens"), **options), print).answer([prompt]))
 
 
 def test_rows_that_one_model_cannot_read_are_measured_of_none(folders, monkeypatch):
