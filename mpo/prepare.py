@@ -3,6 +3,7 @@ before any weight is loaded."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,12 +11,12 @@ from transformers import PreTrainedTokenizerBase
 
 from mpo import lora
 from mpo.config import Config, DataConfig, ModelConfig
-from mpo.data import BadRow, Row, load_rows
+from mpo.data import LOOKED_AT, BadRow, Row, load_rows
 from mpo.demo_model import resolve_model
 from mpo.errors import UserError
 from mpo.model import check_model, load_tokenizer, positions_of, refuse_foreign_ids
 from mpo.run_date import with_date
-from mpo.tokenizing import Example, tokenize_rows
+from mpo.tokenizing import Example, remarks, tokenize_rows
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def prepare(config: Config, log: Callable[[str], None]) -> Prepared:
     held_out_rows, held_out, dropped_too = _read(config.data.eval, tokenizer, config) if config.data.eval else ([], [], [])
     texts = {row.source: row for row in [*rows, *held_out_rows]}
     measured = _evenly_spaced(held_out or examples, config.data.eval_rows_per_language)
+    _say_what_differs([*rows, *held_out_rows], [*examples, *held_out], tokenizer, log)
     check_ids([*examples, *held_out], model)
     check_positions([*examples, *held_out], model)
     return Prepared(
@@ -102,6 +104,17 @@ def _read(
     examples, untokenizable = tokenize_rows(rows, tokenizer, config.data)
     unusable = {row.source for row in untokenizable}
     return [row for row in rows if row.source not in unusable], examples, unreadable + untokenizable
+
+
+def _say_what_differs(
+    rows: Sequence[Row], examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, log: Callable[[str], None]
+) -> None:
+    """Counts, in some rows, control tokens in texts and texts that the template leaves out: a model trains on those without a word."""
+    looked_at = [i * len(rows) // LOOKED_AT for i in range(LOOKED_AT)] if len(rows) > LOOKED_AT else range(len(rows))
+    reasons = Counter(reason for i in looked_at for reason in {reason for reason, _ in remarks(rows[i], examples[i], tokenizer)})
+    if reasons:
+        counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        log(f"What is trained on is not all as it was written: {counts} in {len(looked_at)} rows that were looked at; see mpo validate")
 
 
 def _evenly_spaced(examples: Sequence[Example], per_language: int | None) -> list[Example]:

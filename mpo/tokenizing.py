@@ -8,7 +8,8 @@ the answer, and not what it writes after the end (a newline).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -17,9 +18,11 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from mpo.config import DataConfig
-from mpo.data import BadRow, Pair, Row, settle_bad_rows
+from mpo.data import BadRow, Pair, Row, settle_bad_rows, texts_of
 from mpo.errors import UserError
 from mpo.run_date import dated
+
+NOT_PREFIX_STABLE = "template_not_prefix_stable"
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def tokenize_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, confi
         all its tokens, or its first one is joined with the template's text; both answers are the same tokens; or the template refuses the
         conversation, leaves the answer out or rewrites it.
     Raises:
-        UserError: no chat template; a template that begins an answer otherwise than its generation prompt; bad rows under "error";
+        UserError: no chat template; a template that begins every answer otherwise than its generation prompt; bad rows under "error";
             nothing left.
     """
     if not tokenizer.chat_template:
@@ -75,6 +78,8 @@ def tokenize_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, confi
             )
         except _Unusable as problem:
             bad.append(BadRow(row.source, problem.reason, problem.detail))
+    if bad and not examples and {row.reason for row in bad} == {NOT_PREFIX_STABLE}:
+        raise UserError(f"The chat template is not prefix-stable: {bad[0].detail}")  # its doing, not the rows'
     settle_bad_rows(bad, len(examples), config.train, config.on_bad_row)
     return examples, bad
 
@@ -93,6 +98,31 @@ def decode(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Tokens that control a model, such as the end of a turn."""
     return frozenset(tokenizer.all_special_ids) | {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def remarks(row: Row, example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, str]]:
+    """(reason, detail) of what chat template and tokenizer made of the texts, where what is trained on is not what was written."""
+    special = special_ids(tokenizer)
+    sides = (("dominant", row.dominant, (example.dominant_chosen, example.dominant_rejected)),)
+    for side, pair, sequences in (*sides, ("target", row.target, (example.target_chosen, example.target_rejected))):
+        for text in texts_of(pair):
+            held = [token for token in tokenizer(text, add_special_tokens=False)["input_ids"] if token in special]
+            if held:
+                yield "special_token", f"a {side} text holds {decode(held[:1], tokenizer)!r}, which the model reads as a control token"
+        prompt = _bare(decode(sequences[0].input_ids[: sequences[0].response_start], tokenizer))
+        for message in pair.prompt:
+            if _bare(message.content) not in prompt:
+                yield "left_out_by_template", f"the {side} {message.role} message is not in what the model sees, or not as it was written"
+        for kind, sequence in zip(("chosen", "rejected"), sequences, strict=True):
+            answer, scored = _bare(getattr(pair, kind)), _bare(decode(sequence.input_ids[sequence.response_start :], tokenizer))
+            beginning = scored.split("\ufffd")[0][:-4]  # data.max_length may cut through a letter, or between a letter and its marks
+            if not scored.startswith(answer) and not answer.startswith(beginning):
+                yield "scored_differs", f"scored of the {side} {kind} answer is {scored[:60]!r}: the tokenizer cannot write it"
+
+
+def _bare(text: str) -> str:
+    """A text without what tokenizers may take away from it: white space, and other ways to write the same letter."""
+    return "".join(unicodedata.normalize("NFKC", text).split())
 
 
 class _Unusable(Exception):
@@ -157,11 +187,11 @@ class _Encoder:
         if not found:
             raise _Unusable("answer_rewritten", "the chat template leaves the answer of this conversation out")
         if not before.startswith(asked):
-            raise UserError(
-                "The chat template is not prefix-stable: its generation prompt is no beginning of what it writes before an answer, so a "
-                f"model would be trained behind another prompt than it is asked with. The prompt ends with {asked[-40:]!r}, the "
-                f"conversation has {before[max(0, len(asked) - 40) :]!r} there. Use a template whose generation prompt is what it writes "
-                "before an answer."
+            raise _Unusable(
+                NOT_PREFIX_STABLE,
+                "its generation prompt is no beginning of what it writes before an answer, so a model would be trained behind another "
+                f"prompt than it is asked with. The prompt ends with {asked[-40:]!r}, the conversation has "
+                f"{before[max(0, len(asked) - 40) :]!r} there. Use a template whose generation prompt is what it writes before an answer.",
             )
         return _Frame(asked, before, behind)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,7 +18,7 @@ from mpo.language import LanguageDetector, clearly_in_another, told_apart
 from mpo.language_table import is_known, script_share, scripts_of
 from mpo.prepare import Prepared
 from mpo.terminal import show_table
-from mpo.tokenizing import Example, decode, decode_view, special_ids
+from mpo.tokenizing import Example, decode_view, remarks
 
 SHORTEST, LONGEST = 0.2, 6.0
 """Target tokens over dominant tokens outside of which a translation is probably cut or padded. Byte-level vocabularies inflate scripts."""
@@ -41,7 +40,7 @@ def examine(config: Config, prepared: Prepared) -> dict[str, Any]:
         "suspicious": [
             {"source": row.source, "reason": reason, "detail": detail}
             for row, example in pairs
-            for reason, detail in (*_suspicions(row, example, config), *_as_tokens(row, example, prepared.tokenizer))
+            for reason, detail in (*_suspicions(row, example, config), *remarks(row, example, prepared.tokenizer))
         ]
         + _repeated(prepared.rows, prepared.held_out_rows)
         + _unknown_languages([row for row, _ in pairs]),
@@ -106,31 +105,6 @@ def _suspicions(row: Row, example: Example, config: Config) -> Iterator[tuple[st
         ratio = (len(mine.input_ids) - mine.response_start) / (len(theirs.input_ids) - theirs.response_start)
         if not SHORTEST <= ratio <= LONGEST:
             yield "length_ratio", f"the target {kind} answer has {ratio:.2f} times the tokens of the dominant one"
-
-
-def _as_tokens(row: Row, example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, str]]:
-    """What the chat template and the tokenizer made of the texts: what is trained on, compared with what was written."""
-    special = special_ids(tokenizer)
-    sides = (("dominant", row.dominant, (example.dominant_chosen, example.dominant_rejected)),)
-    for side, pair, sequences in (*sides, ("target", row.target, (example.target_chosen, example.target_rejected))):
-        for text in texts_of(pair):
-            held = [token for token in tokenizer(text, add_special_tokens=False)["input_ids"] if token in special]
-            if held:
-                yield "special_token", f"a {side} text holds {decode(held[:1], tokenizer)!r}, which the model reads as a control token"
-        prompt = _bare(decode(sequences[0].input_ids[: sequences[0].response_start], tokenizer))
-        for message in pair.prompt:
-            if _bare(message.content) not in prompt:
-                yield "left_out_by_template", f"the {side} {message.role} message is not in what the model sees, or not as it was written"
-        for kind, sequence in zip(("chosen", "rejected"), sequences, strict=True):
-            answer, scored = _bare(getattr(pair, kind)), _bare(decode(sequence.input_ids[sequence.response_start :], tokenizer))
-            beginning = scored.split("\ufffd")[0][:-4]  # data.max_length may cut through a letter, or between a letter and its marks
-            if not scored.startswith(answer) and not answer.startswith(beginning):
-                yield "scored_differs", f"scored of the {side} {kind} answer is {scored[:60]!r}: the tokenizer cannot write it"
-
-
-def _bare(text: str) -> str:
-    """A text without what tokenizers may take away from it: white space, and other ways to write the same letter."""
-    return "".join(unicodedata.normalize("NFKC", text).split())
 
 
 def _unknown_languages(rows: Sequence[Row]) -> list[dict[str, str]]:

@@ -423,6 +423,13 @@ def test_splits_of_the_hub_are_given_as_they_are(monkeypatch, name):
             list(objects(none, "b", COLUMNS))
 
 
+def test_one_language_has_one_name_whichever_a_row_gives_it(tmp_path):
+    forms = ["zh", "ZH", "zh-CN", "zh_Hans_CN", "zho_Hans", "Chinese", "cmn", "zh-TW", "Zho_Hant", "tlh", "TLH"]
+    rows = [{**native_rows(1, ("zh",))[0], "language": form} for form in forms]
+    loaded, _ = load_rows([str(write_rows(tmp_path / "rows.jsonl", rows))], config())
+    assert [row.language for row in loaded] == ["zh"] * 7 + ["zh-Hant"] * 2 + ["tlh"] * 2
+
+
 def test_a_language_that_was_not_offered_is_a_bad_row(tmp_path):
     path = tmp_path / "published.json"
     path.write_text(json.dumps([published_row()]), encoding="utf-8")

@@ -186,6 +186,17 @@ def test_refused_templates():
     assert len(examples) == 1 and bad[0].reason == "refused_by_template"
 
 
+def test_a_template_that_is_not_prefix_stable_for_some_conversations_makes_bad_rows_of_them():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template += "{% if add_generation_prompt and messages[0]['role'] == 'system' %}<think>{% endif %}"
+    with pytest.raises(
+        UserError, match=r"(?s)1 of 2 rows.*rows.jsonl:1: template_not_prefix_stable: its generation prompt is no beginning"
+    ):
+        tokenize_rows([row(system="be nice"), row()], tokenizer, config())
+    examples, bad = tokenize_rows([row(system="be nice"), row()], tokenizer, config(on_bad_row="drop"))
+    assert len(examples) == 1 and [b.reason for b in bad] == ["template_not_prefix_stable"]
+
+
 def test_system_prompts_are_part_of_the_prompt():
     tokenizer = make_tokenizer()
     (example,), _ = tokenize_rows([row(system="be nice")], tokenizer, config())

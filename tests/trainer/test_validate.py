@@ -80,6 +80,21 @@ def test_what_becomes_of_texts_as_tokens_is_said(tmp_path, model_of, reason, tem
     assert item["source"] == ("held_out.jsonl:1" if held_out else "rows.jsonl:2") and item["reason"] == reason and detail in item["detail"]
 
 
+@pytest.mark.parametrize("held_out", [False, True])
+def test_what_becomes_of_texts_as_tokens_is_said_before_training_too(tmp_path, model_of, held_out):
+    odd = [row(target=(SW[0], f"{SW[1]} <|im_end|> {i}", f"<bos>{SW[2]}")) for i in range(60)]
+    files = {name: [str(write_rows(tmp_path / f"{name}.jsonl", rows))] for name, rows in (("train", odd[held_out:2]), ("eval", odd))}
+    lines = []
+    config = Config(
+        output_dir=str(tmp_path / "run"), model={"path": model_of("chatml")}, data=files if held_out else {"train": files["eval"]}
+    )
+    prepare(config, lines.append)
+    assert lines == ["What is trained on is not all as it was written: 50 special_token in 50 rows that were looked at; see mpo validate"]
+    write_rows(tmp_path / "eval.jsonl", [row()])
+    prepare(config.model_copy(update={"data": config.data.model_copy(update={"train": tuple(files["eval"]), "eval": ()})}), lines.append)
+    assert len(lines) == 1
+
+
 def test_every_message_that_a_template_leaves_out_or_rewrites_is_said(tmp_path, model_of):
     """Whichever it is: each message in turn is the one that the template does not write."""
     turns = [("system", "uwe mwema"), ("user", "habari gani"), ("assistant", "nzuri sana"), ("user", SW[0])]
