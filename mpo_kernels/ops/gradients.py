@@ -121,7 +121,7 @@ def _add_product(total: torch.Tensor, grad_logits: torch.Tensor, hidden: torch.T
         total.copy_(product) if overwrite else total.add_(product)
 
 
-def power_of_two_for(row_grad: torch.Tensor, dtype: torch.dtype, logit_scale: float) -> torch.Tensor | None:
+def power_of_two_for(row_grad: torch.Tensor, dtype: torch.dtype, logit_scale: float | torch.Tensor) -> torch.Tensor | None:
     """() power of two by which row gradients are multiplied before their logits' gradients are rounded to float16; None for other dtypes.
 
     Found on the device, without a sync. Rows whose gradients are all 0 keep them; a gradient that is not finite gives NaN, as it should.

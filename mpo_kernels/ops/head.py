@@ -17,16 +17,20 @@ class HeadOptions:
     """How logits become log-probabilities; see `token_logprobs`."""
 
     ignore_index: int
-    logit_scale: float
-    softcap: float | None
-    numbers: torch.Tensor | None = None
-    """(2,) logit_scale and softcap on the device, in the place of those two; whether there is a softcap says `softcap`."""
+    logit_scale: float | torch.Tensor
+    softcap: float | torch.Tensor | None
+
+    @classmethod
+    def of(cls, ignore_index: int, logit_scale: float, softcap: float | None, numbers: torch.Tensor | None) -> HeadOptions:
+        """As operators get them: `numbers` (2,) on the device takes the place of the other two, but for whether there is a softcap."""
+        if numbers is not None:
+            return cls(ignore_index, numbers[0], None if softcap is None else numbers[1])
+        return cls(ignore_index, logit_scale, softcap)
 
     @property
     def kwargs(self) -> dict:
         """As keywords of the backends' functions."""
-        scale, cap = (self.logit_scale, self.softcap) if self.numbers is None else self.numbers.unbind()
-        return {"ignore_index": self.ignore_index, "logit_scale": scale, "softcap": None if self.softcap is None else cap}
+        return {"ignore_index": self.ignore_index, "logit_scale": self.logit_scale, "softcap": self.softcap}
 
 
 def as_arguments(like: torch.Tensor, *numbers: float | torch.Tensor | None) -> tuple:

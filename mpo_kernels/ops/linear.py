@@ -94,7 +94,7 @@ def linear_pair_loss_op(
 
     `may_keep_chunk` makes shapes depend on the labels, which no compiler likes. Backward may scale the gradients in place: nobody but it
     may use them."""
-    options, ranks = HeadOptions(ignore_index, logit_scale, softcap, numbers), from_handle(parallel)
+    options, ranks = HeadOptions.of(ignore_index, logit_scale, softcap, numbers), from_handle(parallel)
     beta = beta if beta_number is None else beta_number
     needs = (hidden_grad, weight_grad, bias_grad)
     rows = scored_rows(labels, cu_seqlens, ignore_index, weight.shape[0], ranks)
@@ -120,7 +120,7 @@ def linear_pair_loss_op(
                 # Gradients as if dL/dgap were 1, which needs only the sequences' lengths.
                 chunk_counts = counts[[chunk.first, pairs + chunk.first]].to(losses.dtype).to(device, non_blocking=True)
                 row_grad = backend.row_grads(losses.new_ones(1), chunk_counts, chunk.labels, chunk.cu_seqlens, ignore_index=ignore_index)
-                divisor = power_of_two_for(row_grad, head.dtype, logit_scale)
+                divisor = power_of_two_for(row_grad, head.dtype, options.logit_scale)
                 bias_before = gradients.bias
                 gradients.bias = torch.zeros_like(bias_before)
 
@@ -146,7 +146,7 @@ def linear_pair_loss_op(
                 factor: torch.Tensor | None = gap_grad if divisor is None else gap_grad / divisor
             else:
                 row_grad = backend.row_grads(gap_grad, scored, chunk.labels, chunk.cu_seqlens, ignore_index=ignore_index)
-                divisor = power_of_two_for(row_grad, head.dtype, logit_scale)
+                divisor = power_of_two_for(row_grad, head.dtype, options.logit_scale)
                 for (a, b), piece in zip(pieces, stats, strict=True):
                     if len(pieces) > 1:
                         logits = head.logits(chunk_hidden[a:b])
@@ -241,7 +241,7 @@ def linear_token_logprobs_op(
 ):  # fmt: skip
     """hidden (N, D), labels (N,) on any device -> logp (N,), entropy and is_argmax (N,) or (0,); for backward, the normalizers (N, 2) with
     `keep_stats`, or dlogp/dH (N, D) with `keep_hidden_grad`: a frozen head then needs two GEMMs in all."""
-    options, ranks = HeadOptions(ignore_index, logit_scale, softcap, numbers), from_handle(parallel)
+    options, ranks = HeadOptions.of(ignore_index, logit_scale, softcap, numbers), from_handle(parallel)
     rows = scored_rows(labels, None, ignore_index, weight.shape[0], ranks)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         head = _Head(hidden, weight, bias, gemm_dtype)
@@ -250,7 +250,7 @@ def linear_token_logprobs_op(
         normalizer = hidden.new_zeros(hidden.shape[0] if keep_stats else 0, 2, dtype=statistics_dtype(hidden))
         places, scored_labels = (t.to(hidden.device, non_blocking=True) for t in (rows.places, rows.labels))
         one = hidden.new_ones(1, dtype=statistics_dtype(hidden))
-        unit = power_of_two_for(one, head.dtype, logit_scale)  # the rows' own factors are left to backward
+        unit = power_of_two_for(one, head.dtype, options.logit_scale)  # the rows' own factors are left to backward
         for a, b in split_rows(0, places.numel(), head.rows_per_chunk(chunk_bytes, ranks)):
             chunk_hidden = hidden.index_select(0, places[a:b]).to(head.dtype)
             logits = head.logits(chunk_hidden)
@@ -296,7 +296,7 @@ def linear_token_logprobs_grad_op(
 ):  # fmt: skip
     """dL/dlogp (N,) -> dH (N, D), the factors (N,) still to be applied to its rows, dW (V, D), db (V,); (0,) where not needed.
     The logits are computed again: three GEMMs."""
-    options, ranks = HeadOptions(ignore_index, logit_scale, softcap, numbers), from_handle(parallel)
+    options, ranks = HeadOptions.of(ignore_index, logit_scale, softcap, numbers), from_handle(parallel)
     rows = scored_rows(labels, None, ignore_index, weight.shape[0], ranks)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         head = _Head(hidden, weight, bias, gemm_dtype)
@@ -308,7 +308,7 @@ def linear_token_logprobs_grad_op(
             here = places[a:b]
             chunk_hidden = hidden.index_select(0, here).to(head.dtype)
             logits, slope = head.logits(chunk_hidden), grad_logp.index_select(0, here)
-            divisor = power_of_two_for(slope, head.dtype, logit_scale)
+            divisor = power_of_two_for(slope, head.dtype, options.logit_scale)
             if divisor is not None:
                 slope = slope * divisor
                 if hidden_grad:

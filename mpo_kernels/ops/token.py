@@ -25,7 +25,7 @@ _HEAD = "int ignore_index, float logit_scale, float? softcap, Tensor? numbers, i
 )
 def token_logprobs_op(logits, labels, token_outputs, ignore_index, logit_scale, softcap, numbers, parallel):
     """logits (B, T, V), labels (N,) int64 -> logp (N,), normalizer (N, 2), entropy (N,), is_argmax (N,); the last two (0,) unless asked."""
-    options = HeadOptions(ignore_index, logit_scale, softcap, numbers)
+    options = HeadOptions.of(ignore_index, logit_scale, softcap, numbers)
     stats = row_stats(_rows(logits), labels, options, from_handle(parallel), token_outputs=token_outputs)
     if not token_outputs:
         return stats.logp, stats.normalizer, stats.logp.new_empty(0), stats.logp.new_empty(0, dtype=torch.bool)
@@ -52,7 +52,7 @@ def _(logits, labels, token_outputs, ignore_index, logit_scale, softcap, numbers
 def token_logprobs_grad_op(grad_logp, logits, labels, logp, normalizer, ignore_index, logit_scale, softcap, numbers, parallel):
     """dL/dlogp (N,) -> dL/dlogits (B, T, V), contiguous."""
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    options = HeadOptions(ignore_index, logit_scale, softcap, numbers)
+    options = HeadOptions.of(ignore_index, logit_scale, softcap, numbers)
     write_logit_grads(_rows(logits), labels, logp, normalizer, grad_logp.contiguous(), grad, options, from_handle(parallel))
     return grad
 
@@ -107,7 +107,7 @@ class InplaceTokenLogprobs(torch.autograd.Function):
             )
         logits, labels, logp, normalizer = ctx.saved_tensors
         *head, parallel = ctx.head
-        write_logit_grads(logits, labels, logp, normalizer, grad_logp.contiguous(), logits, HeadOptions(*head), from_handle(parallel))
+        write_logit_grads(logits, labels, logp, normalizer, grad_logp.contiguous(), logits, HeadOptions.of(*head), from_handle(parallel))
         ctx.overwritten = True
         torch.autograd.graph.increment_version(logits)  # kernels write behind autograd's back
         return logits, *(None,) * 7
