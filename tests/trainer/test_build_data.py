@@ -451,7 +451,8 @@ def test_a_server_that_refuses_everything_stops_the_build(folder, server):
     write_rows(folder / "prefs.jsonl", preferences(18))
     through(server, folder, concurrency=2)
     server.misbehave = lambda text, attempt: (422, "unknown field temperature", {}) if text else None
-    with pytest.raises(UserError, match="refused the first 20 texts: status 422: unknown field temperature"):
+    # Two requests are under way, whose answers may come together.
+    with pytest.raises(UserError, match=r"refused the first 2[01] texts: status 422: unknown field temperature"):
         run(folder)
     assert sum(server.asked.values()) <= 22
 
