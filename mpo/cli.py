@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mpo.config import load_config
+from mpo.config import home, load_config
 from mpo.errors import Status, UserError, mendable, unexpected
 from mpo.files import not_finite, to_json
 from mpo.interruption import SENTENCE, Interrupted, requested
@@ -24,6 +24,7 @@ app.add_typer(data, name="data")
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file of the run, or the name of a shipped recipe.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Fields to set, e.g. loss.beta=1.5 train.max_steps=20.", show_default=False)]
+PICTURES = (".png", ".pdf", ".svg")
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
@@ -139,7 +140,7 @@ def gaps(
 
         prepared = prepare(checked, _note)
         trained = Path(checked.output_dir) / "model"
-        models = [resolve_model(name, _note) for name in model or []] or [
+        models = [resolve_model(home(name), _note) for name in model or []] or [
             prepared.model.path,
             *([str(trained)] if trained.is_dir() else []),
         ]
@@ -160,6 +161,7 @@ def export(
     """
     from mpo.export import export_checkpoint
 
+    to = Path(home(str(to)))
     export_checkpoint(run, checkpoint, to, merge, _note)
     print(f"Model: {to}")
 
@@ -186,8 +188,9 @@ def plot(
     """
     from mpo.report import plot_runs
 
-    plot_runs(runs, to)
-    print(f"Plot: {to}")
+    picture = _new_picture(to)
+    plot_runs(runs, picture)
+    print(f"Plot: {picture}")
 
 
 @data.command("build")
@@ -298,6 +301,20 @@ def _print(report: Any, show: Any, as_json: bool) -> None:
         _print_json(report)
         return
     show(report, console())
+
+
+def _new_picture(to: Path) -> Path:
+    """Where a picture can be written. Raises UserError if it cannot."""
+    to = Path(home(str(to)))
+    if to.suffix.lower() not in PICTURES:
+        raise UserError(f"--to {to}: its name must end in {', '.join(PICTURES)}, which says what kind of picture it is.")
+    if to.is_dir():
+        raise UserError(f"--to {to} is a folder. Name a file in it, such as {to / 'mpo.png'}.")
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--to {to}: its folder cannot be made: {error}. Name another place.") from error
+    return to
 
 
 def _print_json(report: Any) -> None:

@@ -366,7 +366,7 @@ def home(name: str) -> str:
     try:
         return str(Path(name).expanduser())
     except RuntimeError as error:
-        raise UserError(f"{name}: {error} Set HOME, or write the whole path.") from error
+        raise UserError(f"{name}: {error} Set HOME, or write the whole path (for the models of PyPI: set MPO_CACHE).") from error
 
 
 def beside(folder: Path, name: str) -> str:
@@ -434,5 +434,7 @@ def _resolve_paths(config: Config, folder: Path) -> Config:
     data = config.data.model_copy(update={"train": tuple(map(resolve, config.data.train)), "eval": tuple(map(resolve, config.data.eval))})
     model = config.model.model_copy(update={"path": resolve(config.model.path)})
     store = config.reference.store
+    if store is not None and not Path(os.path.abspath(home(store))).name:
+        raise UserError(f"reference.store {store} is the root of the file system. Name a folder of its own, such as {store}stores/first.")
     reference = config.reference if store is None else config.reference.model_copy(update={"store": os.path.abspath(home(store))})
     return config.model_copy(update={"output_dir": home(config.output_dir), "data": data, "model": model, "reference": reference})

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from mpo.config import home
 from mpo.errors import UserError
 from mpo.files import new_folder, sha256_of_files
 
@@ -72,10 +73,16 @@ def resolve_model(path: str, log: Callable[[str], None]) -> str:
 
 
 def cache_folder() -> Path:
-    """MPO_CACHE, else XDG_CACHE_HOME/mpo, else ~/.cache/mpo."""
-    if "MPO_CACHE" in os.environ:
-        return Path(os.environ["MPO_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mpo"
+    """MPO_CACHE, else XDG_CACHE_HOME/mpo, else ~/.cache/mpo.
+
+    Raises:
+        UserError: none of the three is there.
+    """
+    if os.environ.get("MPO_CACHE"):
+        return Path(home(os.environ["MPO_CACHE"]))
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "mpo"
+    return Path(home("~/.cache/mpo"))
 
 
 def _fetch(wheel: _Wheel, scratch: Path, log: Callable[[str], None]) -> Path:

@@ -117,7 +117,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
         UserError: a full disk, no right to write, a file of that name.
     """
-    path = path.resolve()
+    path = Path(os.path.realpath(path))  # of a link to itself too
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file, and a folder is to lie there. Move it away, or name another folder.")
     with writing(path):

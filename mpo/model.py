@@ -7,11 +7,13 @@ loss on its `lm_head` module, so that checkpoint keys stay as they are and ZeRO-
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
+from jinja2.exceptions import TemplateRuntimeError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mpo import attention, lora, quantized, recompute
@@ -66,6 +68,9 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 def _tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.path, revision=config.revision, trust_remote_code=config.trust_remote_code)
+        if tokenizer.chat_template:
+            with contextlib.suppress(TemplateRuntimeError):  # it may refuse a message, but must be a template
+                tokenizer.apply_chat_template([{"role": "user", "content": "Any text"}], tokenize=False)
         known = set(tokenizer("Any text", add_special_tokens=False)["input_ids"]) - {tokenizer.unk_token_id}
     except Exception as error:  # a damaged file makes the libraries raise whatever they happen to trip over
         raise UserError(f"No tokenizer at {config.path}: {first_line(error)}.{damaged(Path(config.path))}") from error
@@ -122,6 +127,8 @@ def check_model(config: ModelConfig) -> None:
 def _check_whole_model(config: ModelConfig) -> PreTrainedModel | None:
     """The model on the meta device where its files lie on this machine."""
     path = Path(config.path)
+    if (path / "metrics.jsonl").is_file():
+        raise UserError(f"{config.path} is the folder of a run. Its model is {path / 'model'}, once it is finished.")
     if path.exists() and not (path / "config.json").is_file():
         raise UserError(
             f"model.path {config.path} is no Hugging Face model folder: it has no config.json. Point model.path at a folder that "

@@ -146,7 +146,7 @@ def open_store(
     Raises:
         UserError: the store is of something else or damaged, or cannot be written; or what `build_values` raises.
     """
-    folder = folder.resolve()
+    folder = Path(os.path.realpath(folder))  # of a link to itself too
 
     def find() -> ReferenceStore | None:
         return load(folder, manifest, examples)

@@ -6,6 +6,7 @@ prints that date again.
 
 from __future__ import annotations
 
+import os
 import re
 import string
 from datetime import datetime
@@ -32,7 +33,7 @@ def with_date(config: Config) -> Config:
 def _kept(config: Config) -> datetime | None:
     places = [Path(config.output_dir) / "config.json"]
     if config.reference.mode == "stored" and config.reference.store is not None:
-        store = Path(config.reference.store).resolve()
+        store = Path(os.path.realpath(config.reference.store))
         places += [folder / "manifest.json" for folder in (store, parts_folder(store))]
     for path in places:
         kept = read_object(path).get("date") if path.is_file() else None

@@ -201,3 +201,10 @@ def test_a_run_does_not_train_random_numbers(models, tmp_path):
     done = mpo_command("train", str(recipe), "zero.stage=3")
     assert done.returncode == 2 and QUERY in done.stderr and "Traceback" not in done.stderr, done.stderr[-2000:]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("template", ["{% for m in messages %}{{ m.role", "{% if %}", "{{ messages | no_such_filter }}", "{% endfor %}"])
+def test_a_broken_chat_template_is_the_models_fault(models, tmp_path, template):
+    folder = damaged(models, "llama", tmp_path, lambda folder: (folder / "chat_template.jinja").write_text(template))
+    with pytest.raises(UserError, match=rf"No tokenizer at {folder}"):
+        load_tokenizer(ModelConfig(path=str(folder)))
