@@ -24,7 +24,6 @@ app.add_typer(data, name="data")
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file of the run, or the name of a shipped recipe.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Fields to set, e.g. loss.beta=1.5 train.max_steps=20.", show_default=False)]
-PICTURES = (".png", ".pdf", ".svg")
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
@@ -304,10 +303,8 @@ def _print(report: Any, show: Any, as_json: bool) -> None:
 
 
 def _new_picture(to: Path) -> Path:
-    """Where a picture can be written. Raises UserError if it cannot."""
+    """A place for a picture, whose folder is made. Raises UserError if it cannot be one."""
     to = Path(home(str(to)))
-    if to.suffix.lower() not in PICTURES:
-        raise UserError(f"--to {to}: its name must end in {', '.join(PICTURES)}, which says what kind of picture it is.")
     if to.is_dir():
         raise UserError(f"--to {to} is a folder. Name a file in it, such as {to / 'mpo.png'}.")
     try:

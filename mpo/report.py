@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ def plot_runs(folders: Sequence[Path], path: Path) -> None:
         UserError: a folder has no metrics, or damaged ones; `path` names no format, or cannot be written.
     """
     picture.check_target(path)
-    different = list({folder.resolve(): folder for folder in folders}.values())
+    different = list({os.path.realpath(folder): folder for folder in folders}.values())
     names = distinct_names([str(folder) for folder in different])
     picture.draw([_run(name, OutputFolder(folder)) for name, folder in zip(names, different, strict=True)], path)
 
