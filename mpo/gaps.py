@@ -59,7 +59,7 @@ def _settings_of(path: str, own: ModelConfig) -> ModelConfig:
 def read_by_each(
     data: DataConfig, rows: Sequence[Row], models: Iterable[ModelConfig], log: Callable[[str], None]
 ) -> dict[str, list[Example]]:
-    """The rows as tokens of each model, by its path: the same rows for all, those that every model can read.
+    """The rows as tokens of each model, by its path: the same rows for all, those that every model can read, on the same date.
 
     Raises:
         UserError: as `compare_models`.

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny import native_rows, save_model, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mpo import checkpoint, export, lora
+from mpo import checkpoint, export, gaps, lora
 from mpo.config import LoraConfig, ModelConfig, load_config
 from mpo.data import Message
 from mpo.data_build.answers import Answerer
@@ -177,6 +177,20 @@ def test_tokens_of_another_model_are_refused_before_weights_are_loaded(folders, 
     monkeypatch.setattr("mpo.gaps.load_model", load)
     with pytest.raises(UserError, match=message.replace(" cannot read the measured rows", "") if as_own else message):
         compare(folders, monkeypatch, "a", *([] if as_own else [name]), overrides=[f"model.path={folders / name}"] if as_own else [])
+
+
+def test_every_model_reads_the_date_of_the_run(folders, tmp_path, monkeypatch):
+    """Not today's: the run that is measured again began on another day."""
+    shutil.copytree(folders / "a", tmp_path / "dated")
+    (tmp_path / "dated" / "chat_template.jinja").write_text("{{ strftime_now('%d %B %Y') }}" + TEMPLATES["chatml"])
+    write_json(tmp_path / "run" / "config.json", {"date": "2001-02-03T04:05:06"})
+    seen, measure = [], gaps.measure_gaps
+    monkeypatch.setattr(
+        gaps, "measure_gaps", lambda model, examples, **options: seen.append(examples) or measure(model, examples, **options)
+    )
+    compare(folders, monkeypatch, "a", tmp_path / "dated", overrides=[f"output_dir={tmp_path / 'run'}"])
+    texts = [load_tokenizer(ModelConfig(path=str(folders / "a"))).decode(examples[0].target_chosen.input_ids) for examples in seen]
+    assert "2001" not in texts[0] and texts[1] == "03 February 2001" + texts[0]
 
 
 def test_a_model_that_answers_prompts_has_its_own_tokens_too(folders):
