@@ -13,6 +13,8 @@ Any group of torch.distributed serves (gloo, nccl). All ranks of a group must ma
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from typing import TYPE_CHECKING
 
 import torch
@@ -55,8 +57,8 @@ class Parallel:
                 raise ValueError(f"vocab_slice is {sizes} on the ranks of vocab_group; each of them needs at least one token.")
             self.vocab_start, self.vocab, self.vocab_slice = sum(sizes[:rank]), sum(sizes), vocab_slice
             self._largest_slice = max(sizes)
-        self.handle = len(_KNOWN)
-        _KNOWN.append(self)
+        self.handle = next(_HANDLES)
+        _KNOWN[self.handle] = self
 
     def local_labels(self, labels: torch.Tensor, ignore_index: int) -> tuple[torch.Tensor, int]:
         """Labels counted from this rank's slice, and what stands for those that are not scored."""
@@ -107,17 +109,27 @@ class Parallel:
         return f"Parallel({vocab}, {'part of the' if self.context_group else 'whole'} context)"
 
 
-_KNOWN: list[Parallel | None] = [None]
+_HANDLES = itertools.count(1)
+_KNOWN: weakref.WeakValueDictionary[int, Parallel] = weakref.WeakValueDictionary()
 
 
 def handle_of(parallel: Parallel | None) -> int:
-    """A number for registered operators, whose arguments cannot be process groups; 0 is None."""
+    """A number for registered operators, whose arguments cannot be process groups; 0 is None. It keeps nothing alive."""
     return 0 if parallel is None else parallel.handle
 
 
 def from_handle(handle: int) -> Parallel | None:
-    """The inverse of `handle_of`."""
-    return _KNOWN[handle]
+    """The inverse of `handle_of`.
+
+    Raises:
+        RuntimeError: the object is gone.
+    """
+    if handle == 0:
+        return None
+    parallel = _KNOWN.get(handle)
+    if parallel is None:
+        raise RuntimeError("The Parallel of this call is gone. Make it once and keep it for as long as calls and their backward run.")
+    return parallel
 
 
 def _device_of(group: ProcessGroup) -> torch.device:

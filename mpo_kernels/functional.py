@@ -17,6 +17,7 @@ import torch
 
 from mpo_kernels import validation as check
 from mpo_kernels.distributed import Parallel, handle_of
+from mpo_kernels.ops import flops as _flops  # noqa: F401, registers formulas
 from mpo_kernels.ops.head import as_arguments
 from mpo_kernels.ops.linear import linear_pair_loss_op, linear_token_logprobs_op
 from mpo_kernels.ops.once import check_mode, has_data, is_wrapped
@@ -146,6 +147,8 @@ def mpo_loss(
     """
     check.check_options(logit_scale, softcap, beta, reduction, like=logits)
     check.check_integers(ignore_index)
+    check.check_tensors(logits=logits, labels=labels, reference_gap=reference_gap, pair_weights=pair_weights, cu_seqlens=cu_seqlens)
+    check.check_parallel(parallel)
     check.check_rows("logits", logits, labels)
     sequences = check.check_layout(logits, cu_seqlens, "logits", pairs=True)
     _check_pair_vectors(reference_gap, pair_weights, sequences // 2, logits.device)
@@ -252,6 +255,7 @@ def linear_mpo_loss(
     check.check_options(logit_scale, softcap, beta, reduction, like=hidden)
     check.check_integers(ignore_index, chunk_bytes)
     gemm_dtype = _check_head(hidden, weight, bias, labels, parallel)
+    check.check_tensors(reference_gap=reference_gap, pair_weights=pair_weights, cu_seqlens=cu_seqlens)
     sequences = check.check_layout(hidden, cu_seqlens, "hidden", pairs=True)
     _check_pair_vectors(reference_gap, pair_weights, sequences // 2, hidden.device)
     if _reads_data(None, hidden, reference_gap, pair_weights):
@@ -306,6 +310,7 @@ def mean_pool(
     Raises:
         ValueError: shapes, dtypes, devices or values do not fit.
     """
+    check.check_tensors(hidden=hidden, mask=mask, cu_seqlens=cu_seqlens)
     check.check_float("hidden", hidden)
     check_mode(hidden)
     sequences = check.check_layout(hidden, cu_seqlens, "hidden", pairs=False)
@@ -345,16 +350,17 @@ def retention_loss(
         ValueError: shapes, dtypes, devices or values do not fit.
     """
     check.check_options(1.0, None, reduction=reduction)
+    check.check_tensors(hidden=hidden, reference=reference, sequence_weights=sequence_weights)
     pooled = mean_pool(hidden, mask=mask, cu_seqlens=cu_seqlens, validate=validate)
     if reference.shape != pooled.shape or reference.dtype not in (torch.float32, torch.float64) or reference.device != pooled.device:
         raise ValueError(
             f"reference is {reference.dtype} {tuple(reference.shape)} on {reference.device}; needed is float32 {tuple(pooled.shape)} on "
             f"{pooled.device}."
         )
-    per_sequence = (pooled - reference).square().mean(-1)  # (S,)
+    per_sequence = (pooled - reference.to(pooled.dtype)).square().mean(-1)  # (S,)
     if sequence_weights is not None:
         check.check_per("sequence_weights", sequence_weights, pooled.shape[0], "sequence", pooled.device)
-        per_sequence = per_sequence * sequence_weights
+        per_sequence = per_sequence * sequence_weights.to(pooled.dtype)
     return _reduced(per_sequence, reduction)
 
 
@@ -380,6 +386,8 @@ def _from_logits(
     validate: bool | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Checks, and logp (N,), normalizer, entropy and is_argmax (N,) or (0,)."""
+    check.check_tensors(logits=logits, labels=labels)
+    check.check_parallel(parallel)
     check.check_rows("logits", logits, labels)
     check_mode(logits)
     check.check_options(logit_scale, softcap, like=logits)
@@ -425,6 +433,8 @@ def _check_head(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor, parallel: Parallel | None
 ) -> torch.dtype | None:
     """Checks, and the dtype of the GEMMs where autocast sets it."""
+    check.check_tensors(hidden=hidden, weight=weight, labels=labels, bias=bias)
+    check.check_parallel(parallel)
     device = hidden.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)  # which there knows no devices but those that compute
     check.check_rows("hidden", hidden, labels, host_labels_ok=True)

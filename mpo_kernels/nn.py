@@ -6,12 +6,19 @@ from typing import Any
 
 import torch
 
-from mpo_kernels.functional import MPOLossOutput, linear_mpo_loss, mpo_loss
+from mpo_kernels import validation as check
+from mpo_kernels.distributed import Parallel
+from mpo_kernels.functional import MPOLossOutput, Number, linear_mpo_loss, mpo_loss
 
 
 class _Options(torch.nn.Module):
     def __init__(self, **options: Any) -> None:
         super().__init__()
+        logit_scale, softcap, beta = (options[name] for name in ("logit_scale", "softcap", "beta"))
+        like = next((number for number in (logit_scale, softcap, beta) if isinstance(number, torch.Tensor)), None)  # any device, so far
+        check.check_options(logit_scale, softcap, beta, options["reduction"], like=like)
+        check.check_integers(options["ignore_index"], options.get("chunk_bytes"))
+        check.check_parallel(options["parallel"])
         self.options = options
 
     def extra_repr(self) -> str:
@@ -19,17 +26,24 @@ class _Options(torch.nn.Module):
 
 
 class MPOLoss(_Options):
-    """`mpo_kernels.mpo_loss` with fixed options."""
+    """`mpo_kernels.mpo_loss` with fixed options, which are checked here.
+
+    Raises:
+        ValueError: an option cannot be.
+    """
 
     def __init__(
         self,
-        beta: float = 1.0,
+        beta: Number = 1.0,
         *,
         ignore_index: int = -100,
-        logit_scale: float = 1.0,
-        softcap: float | None = None,
+        logit_scale: Number = 1.0,
+        softcap: Number | None = None,
         reduction: str = "mean",
         inplace_backward: bool = False,
+        token_outputs: bool = False,
+        parallel: Parallel | None = None,
+        validate: bool | None = None,
     ) -> None:
         super().__init__(
             beta=beta,
@@ -38,6 +52,9 @@ class MPOLoss(_Options):
             softcap=softcap,
             reduction=reduction,
             inplace_backward=inplace_backward,
+            token_outputs=token_outputs,
+            parallel=parallel,
+            validate=validate,
         )
 
     def forward(
@@ -54,17 +71,23 @@ class MPOLoss(_Options):
 
 
 class LinearMPOLoss(_Options):
-    """`mpo_kernels.linear_mpo_loss` with fixed options."""
+    """`mpo_kernels.linear_mpo_loss` with fixed options, which are checked here.
+
+    Raises:
+        ValueError: an option cannot be.
+    """
 
     def __init__(
         self,
-        beta: float = 1.0,
+        beta: Number = 1.0,
         *,
         ignore_index: int = -100,
-        logit_scale: float = 1.0,
-        softcap: float | None = None,
+        logit_scale: Number = 1.0,
+        softcap: Number | None = None,
         reduction: str = "mean",
         chunk_bytes: int | None = None,
+        token_outputs: bool = False,
+        parallel: Parallel | None = None,
     ) -> None:
         super().__init__(
             beta=beta,
@@ -73,6 +96,8 @@ class LinearMPOLoss(_Options):
             softcap=softcap,
             reduction=reduction,
             chunk_bytes=chunk_bytes,
+            token_outputs=token_outputs,
+            parallel=parallel,
         )
 
     def forward(

@@ -7,20 +7,52 @@ CPU tensors, and elsewhere only with validate=True.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from mpo_kernels.distributed import Parallel
+from mpo_kernels.distributed import Parallel
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+OPTIONAL = ("bias", "pair_weights", "cu_seqlens", "mask", "sequence_weights")
+"""Tensors that need not be given."""
+
+
+def check_tensors(**tensors: torch.Tensor | None) -> None:
+    """Refuses lists, arrays and tensors that are divided over ranks, under the names of the arguments that they are."""
+    for name, tensor in tensors.items():
+        if tensor is None and name in OPTIONAL:
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{name} must be a tensor, not {type(tensor).__name__}; torch.as_tensor({name}) makes one.")
+        if type(tensor).__name__ == "DTensor":
+            if name in ("weight", "bias"):
+                raise ValueError(_partitioned(name, "a DTensor"))
+            raise ValueError(
+                f"{name} is a DTensor, divided over ranks. Give {name}.to_local() and say with `parallel` how the work is divided, or give "
+                f"{name}.full_tensor()."
+            )
+
+
+def _partitioned(name: str, kind: str) -> str:
+    return (
+        f"{name} is {kind}: its data are partitioned (ZeRO-3, FSDP). Call the loss inside the head module's forward, where the hooks have "
+        "gathered the weight."
+    )
+
+
+def check_parallel(parallel: Parallel | None) -> None:
+    """Refuses what is no `Parallel`: a process group, say."""
+    if parallel is not None and not isinstance(parallel, Parallel):
+        raise ValueError(
+            f"parallel is {type(parallel).__name__}; needed is a mpo_kernels.Parallel, made once on all ranks of its groups, or None."
+        )
+
+
 def check_float(name: str, tensor: torch.Tensor) -> None:
     """Refuses dtypes that the kernels do not compute with."""
-    if not isinstance(tensor, torch.Tensor):
-        raise ValueError(f"{name} must be a tensor, not {type(tensor).__name__}.")
     if tensor.dtype not in FLOATS:
         raise ValueError(f"{name} has dtype {tensor.dtype}; needed is one of float32, bfloat16, float16 (float64 on the torch backend).")
 
@@ -88,12 +120,8 @@ def check_rows(name: str, rows: torch.Tensor, labels: torch.Tensor, *, host_labe
 def check_head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, any_dtype: bool = False) -> None:
     """hidden (..., D), weight (V, D), bias (V,) fit together; `any_dtype`: their dtypes may differ (autocast)."""
     check_float("weight", weight)
-    if type(weight).__name__ == "DTensor" or weight.numel() == 0:
-        kind = "a DTensor" if type(weight).__name__ == "DTensor" else f"of shape {tuple(weight.shape)}"
-        raise ValueError(
-            f"weight is {kind}: its data are partitioned (ZeRO-3, FSDP). Call the loss inside the head module's forward, where the hooks "
-            "have gathered the weight."
-        )
+    if weight.numel() == 0:
+        raise ValueError(_partitioned("weight", f"of shape {tuple(weight.shape)}"))
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; needed is (V, {hidden.shape[-1]}) for hidden {tuple(hidden.shape)}.")
     if bias is not None and bias.shape != (weight.shape[0],):
@@ -139,9 +167,10 @@ def check_layout(rows: torch.Tensor, cu_seqlens: torch.Tensor | None, what: str,
 
 def check_per(name: str, tensor: torch.Tensor, count: int, unit: str, device: torch.device) -> None:
     """A vector with one float per pair or sequence."""
-    if not isinstance(tensor, torch.Tensor) or tensor.shape != (count,) or not tensor.is_floating_point():
-        given = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-        raise ValueError(f"{name} is {given}; needed is a float tensor of shape ({count},), one value per {unit}.")
+    if tensor.shape != (count,) or not tensor.is_floating_point():
+        raise ValueError(
+            f"{name} is {tensor.dtype} {tuple(tensor.shape)}; needed is a float tensor of shape ({count},), one value per {unit}."
+        )
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}; move it to {device}.")
 

@@ -338,6 +338,7 @@ def _(
 
 def _save_token_logprobs(ctx: Any, inputs: tuple, output: tuple) -> None:
     hidden, weight, bias, labels, ctx.keep_stats, ctx.keep_hidden_grad, *ctx.head = inputs
+    ctx.parallel = from_handle(ctx.head[-1])  # lives until backward has run
     logp, *others = output
     *_, normalizer, hidden_grad = others
     ctx.set_materialize_grads(False)

@@ -65,6 +65,7 @@ def _(grad_logp, logits, labels, logp, normalizer, ignore_index, logit_scale, so
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     logits, labels, _, *ctx.head = inputs
     logp, normalizer, *others = output
+    ctx.parallel = from_handle(ctx.head[-1])  # lives until backward has run
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(normalizer, *others)
     ctx.save_for_backward(logits, labels, logp, normalizer)

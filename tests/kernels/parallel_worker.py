@@ -6,6 +6,7 @@ part in ends the others after two minutes.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import sys
@@ -189,6 +190,23 @@ def check_by_hand(rank: int) -> None:
         torch.testing.assert_close(logp.exp(), torch.tensor([0.3]))
 
 
+def check_lifetime(vocab: slice) -> None:
+    """A Parallel that its caller does not keep lives until backward has run."""
+    data = problem(torch.float32, -100)
+    mine = trained({**data, "weight": data["weight"][vocab], "bias": data["bias"][vocab]})
+    hidden, weight, labels = (mine[name] for name in ("hidden", "weight", "labels"))
+    for call in (
+        lambda parallel: mpo_kernels.linear_token_logprobs(hidden, weight, labels, parallel=parallel),
+        lambda parallel: mpo_kernels.linear_token_logprobs(hidden, weight.detach(), labels, parallel=parallel),
+        lambda parallel: mpo_kernels.linear_mpo_loss(hidden, weight, labels, data["gap"], parallel=parallel).loss,
+        lambda parallel: mpo_kernels.token_logprobs(hidden @ weight.T, labels, parallel=parallel),
+        lambda parallel: mpo_kernels.token_logprobs(hidden @ weight.T, labels, inplace_backward=True, parallel=parallel),
+    ):
+        value = call(Parallel(vocab_group=dist.group.WORLD, vocab_slice=vocab.stop - vocab.start))
+        gc.collect()
+        value.sum().backward()
+
+
 def check_refusals(rank: int, parallel: Parallel) -> None:
     """A slice that is not what Parallel was made for; a slice of nothing on one rank, which all ranks refuse."""
     with pytest.raises(ValueError, match="vocab_slice"):
@@ -239,6 +257,7 @@ def main(rank: int, ranks: int, rendezvous: str) -> None:
     if ranks == 2:
         check_by_hand(rank)
     check_unknown_label(layouts["vocab"].parallel)
+    check_lifetime(layouts["vocab"].vocab)
     check_refusals(rank, layouts["vocab"].parallel)
     dist.barrier()
     dist.destroy_process_group()

@@ -1,14 +1,17 @@
 """Vocabulary-parallel and context-parallel heads on real gloo processes against one process."""
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 from cases import INTERPRETED
 
 from mpo_kernels import Parallel
+from mpo_kernels.distributed import from_handle
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
 
@@ -51,3 +54,15 @@ def test_groups_and_slices_go_together():
         Parallel(vocab_slice=7)
     with pytest.raises(ValueError, match="needs a vocab_group, a context_group or both"):
         Parallel()
+
+
+def test_nothing_but_its_owner_keeps_a_parallel():
+    parallel = Parallel(context_group=object())
+    handle, gone = parallel.handle, weakref.ref(parallel)
+    assert from_handle(handle) is parallel
+    del parallel
+    gc.collect()
+    assert gone() is None
+    with pytest.raises(RuntimeError, match="The Parallel of this call is gone"):
+        from_handle(handle)
+    assert Parallel(context_group=object()).handle != handle

@@ -1,9 +1,11 @@
 """Every refused call and what its caller is told."""
 
+import inspect
 import itertools
 
 import pytest
 import torch
+from test_strides import CALLS, TENSORS, results
 
 import mpo_kernels
 from mpo_kernels import Parallel, linear_mpo_loss, linear_token_logprobs, mean_pool, mpo_loss, retention_loss, token_logprobs
@@ -13,6 +15,7 @@ LABELS = torch.ones(4, 3, dtype=torch.int64)
 GAP = torch.zeros(2)
 HIDDEN, WEIGHT = torch.zeros(4, 3, 5), torch.zeros(7, 5)
 PACKED = torch.tensor([0, 3, 6, 9, 12], dtype=torch.int32)
+SIDES = ("reference_gap", "pair_weights", "reference", "sequence_weights")
 EMPTY = LABELS.clone().index_fill_(0, torch.tensor([2]), -100)
 
 
@@ -51,7 +54,8 @@ REFUSED = [
     (lambda: mpo_loss(LOGITS[:0], LABELS[:0], GAP), "holds no sequence"),
     (lambda: mpo_loss(LOGITS[0], LABELS[0], GAP), "For packed rows"),
     (lambda: mpo_loss(LOGITS, LABELS, torch.zeros(3)), r"reference_gap is torch.float32 \(3,\); needed is a float tensor of shape \(2,\)"),
-    (lambda: mpo_loss(LOGITS, LABELS, 0.5), "reference_gap is float; needed"),
+    (lambda: mpo_loss(LOGITS, LABELS, 0.5), "reference_gap must be a tensor, not float"),
+    (lambda: mpo_loss(LOGITS, LABELS, None), "reference_gap must be a tensor, not NoneType"),
     (lambda: mpo_loss(LOGITS, LABELS, torch.tensor([0.0, float("nan")])), r"reference_gap\[1\] is nan"),
     (lambda: mpo_loss(LOGITS, LABELS, GAP, pair_weights=torch.ones(4)), "pair_weights is"),
     (lambda: mpo_loss(LOGITS, LABELS, GAP, pair_weights=torch.tensor([1.0, float("inf")])), r"pair_weights\[1\] is inf"),
@@ -65,6 +69,10 @@ REFUSED = [
     (lambda: linear_mpo_loss(HIDDEN, WEIGHT.bfloat16(), LABELS, GAP), "weight is torch.bfloat16 on cpu and hidden torch.float32"),
     (lambda: linear_mpo_loss(HIDDEN, WEIGHT, LABELS, GAP, bias=torch.zeros(6)), r"bias has shape \(6,\); needed is \(7,\)"),
     (lambda: linear_mpo_loss(HIDDEN, WEIGHT, EMPTY, GAP), "has no scored position"),
+    (lambda: linear_mpo_loss(HIDDEN, WEIGHT, LABELS, torch.tensor([float("nan"), 0.0])), r"reference_gap\[0\] is nan"),
+    (lambda: linear_mpo_loss(HIDDEN, WEIGHT, LABELS, GAP, pair_weights=torch.tensor([1.0, -float("inf")])), r"pair_weights\[1\] is -inf"),
+    (lambda: linear_mpo_loss(HIDDEN, WEIGHT, LABELS, GAP, parallel=object()), "parallel is object; needed is a mpo_kernels.Parallel"),
+    (lambda: token_logprobs(LOGITS, LABELS, parallel="world"), "parallel is str; needed is a mpo_kernels.Parallel"),
     (lambda: linear_mpo_loss(HIDDEN, WEIGHT, bad_label(9), GAP), r"labels\[5\] is 9"),
     (lambda: linear_token_logprobs(HIDDEN, WEIGHT, bad_label(9)), r"labels\[5\] is 9"),
     (lambda: linear_mpo_loss(HIDDEN, WEIGHT, LABELS, GAP, chunk_bytes=0), "chunk_bytes is 0; it must be a positive int, or None"),
@@ -172,20 +180,48 @@ def test_memory_that_several_logits_share_is_not_overwritten():
     assert refused > 100
 
 
-def test_partitioned_weight():
-    """A DTensor over two ranks; the process group is torch's fake one, which starts no thread and sends nothing."""
+@pytest.fixture(scope="module")
+def divided():
+    """Makes a DTensor over two ranks; the process group is torch's fake one, which starts no thread and sends nothing."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    try:
-        weight = distribute_tensor(torch.zeros(8, 4), init_device_mesh("cpu", (2,)), [Shard(0)])
-        with pytest.raises(ValueError, match=r"weight is a DTensor: its data are partitioned .* Call the loss inside the head"):
-            linear_token_logprobs(torch.zeros(1, 4), weight, torch.tensor([1]))
-    finally:
-        dist.destroy_process_group()
+    mesh = init_device_mesh("cpu", (2,))
+    yield lambda tensor: distribute_tensor(tensor, mesh, [Shard(0)])
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("call", "name"), TENSORS, ids=[f"{call}: {name}" for call, name in TENSORS])
+def test_what_is_no_plain_tensor(call, name, divided):
+    """Each tensor of each function as a list, as an array, and divided over ranks."""
+    arguments = {n: a for n, a in CALLS[call].items() if n != "frozen"}
+    tensor, function = arguments[name], getattr(mpo_kernels, call.split(",")[0].split()[0])
+    for other in (tensor.tolist(), tensor.numpy()):
+        with pytest.raises(ValueError, match=f"^{name} must be a tensor, not {type(other).__name__}; torch.as_tensor"):
+            function(**arguments | {name: other})
+    how = "Call the loss inside the head" if name in ("weight", "bias") else f"Give {name}.to_local\\(\\) and say with `parallel`"
+    with pytest.raises(ValueError, match=f"^{name} is a DTensor.*{how}"):
+        function(**arguments | {name: divided(tensor)})
+
+
+@pytest.mark.parametrize(("call", "name"), [(c, n) for c, n in TENSORS if n in SIDES], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_side_inputs_of_another_precision_do_not_change_the_results_dtype(call, name, dtype):
+    """The problem's own dtype says in what is computed."""
+    tensors = {n: t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() else t for n, t in CALLS[call].items()}
+    other = torch.float32 if dtype == torch.float64 else torch.float64
+    want, got = results(call, tensors), results(call, tensors | {name: tensors[name].to(other)})
+    assert [t.dtype for t in got] == [t.dtype for t in want]
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+def test_float64_is_not_computed_by_another_backend_than_the_one_forced(monkeypatch):
+    monkeypatch.setenv("MPO_KERNELS_BACKEND", "triton")
+    with pytest.raises(ValueError, match="MPO_KERNELS_BACKEND is triton, but the kernels do not compute in float64"):
+        token_logprobs(LOGITS.double(), LABELS)
 
 
 def test_unknown_backend(monkeypatch):
@@ -194,12 +230,67 @@ def test_unknown_backend(monkeypatch):
         token_logprobs(LOGITS, LABELS)
 
 
-def test_modules_hold_their_options():
-    loss = mpo_kernels.MPOLoss(beta=1.5, softcap=30.0)
-    assert "beta=1.5" in repr(loss) and "softcap=30.0" in repr(loss)
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(4, 3, 7, generator=generator)
-    torch.testing.assert_close(loss(logits, LABELS, GAP)[:4], mpo_loss(logits, LABELS, GAP, beta=1.5, softcap=30.0)[:4])
-    hidden, weight = torch.randn(4, 3, 5, generator=generator), torch.randn(7, 5, generator=generator)
-    linear = mpo_kernels.LinearMPOLoss(beta=0.5)
-    torch.testing.assert_close(linear(hidden, weight, LABELS, GAP)[:4], linear_mpo_loss(hidden, weight, LABELS, GAP, beta=0.5)[:4])
+GENERATOR = torch.Generator().manual_seed(0)
+GIVEN = {
+    "logits": torch.randn(12, 7, generator=GENERATOR),
+    "hidden": torch.randn(12, 5, generator=GENERATOR),
+    "weight": torch.randn(7, 5, generator=GENERATOR),
+    "labels": torch.randint(1, 7, (12,), generator=GENERATOR).index_fill_(0, torch.tensor([4]), 0),
+    "reference_gap": torch.tensor([0.3, -0.2]),
+    "bias": torch.randn(7, generator=GENERATOR),
+    "pair_weights": torch.tensor([0.3, 2.0]),
+    "cu_seqlens": torch.tensor([0, 2, 5, 6, 12], dtype=torch.int32),
+}
+OPTIONS = {
+    "beta": 1.5,
+    "ignore_index": 0,
+    "logit_scale": 0.7,
+    "softcap": 3.0,
+    "reduction": "sum",
+    "token_outputs": True,
+    "inplace_backward": True,
+    "validate": False,
+    "chunk_bytes": 1,
+    "parallel": Parallel(context_group=object()),
+}
+"""None at its default."""
+
+
+@pytest.mark.parametrize(("module", "function"), [(mpo_kernels.MPOLoss, mpo_loss), (mpo_kernels.LinearMPOLoss, linear_mpo_loss)])
+def test_every_argument_of_a_module_reaches_its_function(module, function, monkeypatch):
+    names = inspect.signature(function).parameters
+    tensors = {name: tensor for name, tensor in GIVEN.items() if name in names}
+    options = {name: value for name, value in OPTIONS.items() if name in names}
+    assert set(names) == {*tensors, *options}
+    for name, value in options.items():
+        assert value != names[name].default
+        assert f"{name}={value!r}" in repr(module(**{name: value}))
+    seen = {}
+    monkeypatch.setattr(
+        f"mpo_kernels.nn.{function.__name__}", lambda *a, **k: seen.update(inspect.signature(function).bind(*a, **k).arguments)
+    )
+    module(**options)(**tensors)
+    assert seen == tensors | options
+    monkeypatch.undo()
+    del options["parallel"]  # of no process group
+    if "logits" in tensors:  # without a gradient none is written
+        options["inplace_backward"] = False
+    got, want = module(**options)(**tensors), function(**tensors, **options)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    for name in ("pair_weights", "cu_seqlens", "bias"):  # and they matter
+        if name in tensors and name != "cu_seqlens":
+            assert not torch.equal(module(**options)(**{n: t for n, t in tensors.items() if n != name}).loss, want.loss)
+
+
+@pytest.mark.parametrize("module", [mpo_kernels.MPOLoss, mpo_kernels.LinearMPOLoss])
+@pytest.mark.parametrize(
+    "option",
+    [{"beta": "1"}, {"beta": float("nan")}, {"softcap": -1.0}, {"logit_scale": None}, {"reduction": "max"}, {"ignore_index": 1.0},
+     {"chunk_bytes": 0}, {"parallel": "world"}],
+    ids=str,
+)  # fmt: skip
+def test_modules_refuse_their_options_when_they_are_made(module, option):
+    if "chunk_bytes" in option and module is mpo_kernels.MPOLoss:
+        pytest.skip("an option of the other")
+    with pytest.raises(ValueError, match=f"{next(iter(option))} (must be|is)"):
+        module(**option)

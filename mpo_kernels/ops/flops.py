@@ -1,0 +1,56 @@
+"""What torch.utils.flop_counter counts for the linear operators, into which it cannot look: 2 x rows x D x V for each of their products.
+
+Rows are the scored ones; of tensors without data, all.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+import mpo_kernels.ops.linear  # noqa: F401, the operators
+from mpo_kernels.distributed import from_handle
+from mpo_kernels.planning import rows_per_chunk
+
+_operators = torch.ops.mpo_kernels
+
+
+@register_flop_formula(_operators.linear_pair_loss, get_raw=True)
+def _(
+    hidden, weight, bias, labels, cu_seqlens, reference_gap, pair_weights, beta, beta_number, hidden_grad, weight_grad, bias_grad,
+    may_keep_chunk, ignore_index, logit_scale, softcap, numbers, chunk_bytes, gemm_dtype, token_outputs, parallel, out_val,
+):  # fmt: skip
+    *_, kept_logits, _ = out_val
+    if not _has_data(labels):
+        return _products(labels.numel(), weight, 1 + hidden_grad + weight_grad)
+    counted = torch.cat([labels.new_zeros(1), (labels != ignore_index).cumsum(0)]).cpu()
+    chosen, rejected = counted[cu_seqlens.cpu().long()].diff().chunk(2)
+    waits = kept_logits.shape[0] > 0  # the weight's product is made in backward, where it is seen
+    ranks, columns = from_handle(parallel), weight.shape[0]
+    budget = rows_per_chunk(columns if ranks is None else ranks.chunk_vocab(columns), (gemm_dtype or hidden.dtype).itemsize, chunk_bytes)
+    large = (chosen + rejected)[chosen + rejected > budget]
+    computed_again = int(large[1:].sum()) if weight_grad else 0
+    rows = int(counted[-1])
+    return _products(rows, weight, 1 + hidden_grad + (weight_grad and not waits)) + _products(computed_again, weight, 1)
+
+
+@register_flop_formula(_operators.linear_token_logprobs, get_raw=True)
+def _(hidden, weight, bias, labels, keep_stats, keep_hidden_grad, ignore_index, *_, out_val):
+    return _products(_scored(labels, ignore_index), weight, 1 + keep_hidden_grad)
+
+
+@register_flop_formula(_operators.linear_token_logprobs_grad, get_raw=True)
+def _(grad_logp, logp, normalizer, hidden, weight, bias, labels, hidden_grad, weight_grad, bias_grad, ignore_index, *_, out_val):
+    return _products(_scored(labels, ignore_index), weight, 1 + hidden_grad + weight_grad)
+
+
+def _products(rows: int, weight: torch.Tensor, count: int) -> int:
+    return 2 * rows * weight.numel() * count
+
+
+def _scored(labels: torch.Tensor, ignore_index: int) -> int:
+    return int((labels != ignore_index).sum()) if _has_data(labels) else labels.numel()
+
+
+def _has_data(tensor: torch.Tensor) -> bool:
+    return type(tensor) is torch.Tensor and tensor.device.type != "meta"
