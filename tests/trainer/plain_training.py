@@ -1,21 +1,41 @@
 """MPO training as one would write it first: one sequence at a time through the model's own eager forward, torch's AdamW, no DeepSpeed.
 
-What the trainer's many ways of computing a run are compared with; slow, and short enough to be checked by eye.
+What the trainer's many ways of computing a run are compared with; slow, and short enough to be checked by eye. Of the package it takes the
+tokens of the rows; which rows a step has, its rate, and all arithmetic are written here once more.
 """
 
 from __future__ import annotations
 
+import math
+from decimal import Decimal
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from mpo.batching import order_of_rows
 from mpo.config import Config
-from mpo.engine import learning_rate
 from mpo.prepare import prepare
 from mpo.tokenizing import TokenizedResponse
-from mpo.train import schedule_of
+
+
+def rows_of_steps(config: Config, rows: int) -> list[list[int]]:
+    """Of each step the indices of its rows: one random order an epoch, the epochs one after the other, cut into equal pieces."""
+    train = config.train
+    assert train.max_steps is None and not train.group_by_dominant and not train.overfit_batch
+    total = int(Decimal(rows) * Decimal(str(train.epochs)))
+    order: list[int] = []
+    while len(order) < total:
+        generator = torch.Generator().manual_seed(1_000_003 * train.seed + len(order) // rows)
+        order += torch.randperm(rows, generator=generator).tolist()
+    return [order[:total][i : i + train.pairs_per_step] for i in range(0, total, train.pairs_per_step)]
+
+
+def rates(config: Config, steps: int) -> list[float]:
+    """The learning rate of each step: in equal strides up to the peak, then down to what would be 0 a step after the last."""
+    train, up = config.train, math.ceil(Decimal(str(config.train.warmup_ratio)) * steps)
+    down = [i / (steps - up) for i in range(steps - up)]
+    shape = {"constant": lambda x: 1.0, "linear": lambda x: 1 - x, "cosine": lambda x: math.cos(math.pi * x / 2) ** 2}[train.schedule]
+    return [train.learning_rate * share for share in [(i + 1) / up for i in range(up)] + [shape(x) for x in down]]
 
 
 def train_plainly(config: Config) -> tuple[list[dict[str, float]], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -33,14 +53,10 @@ def train_plainly(config: Config) -> tuple[list[dict[str, float]], dict[str, tor
         reference = {s: mean_logp_and_pool(s) for e in examples for s in (e.dominant_chosen, e.dominant_rejected)}
     options: dict[str, Any] = {"betas": config.train.adam_betas, "weight_decay": config.train.weight_decay}
     optimizer = torch.optim.AdamW(model.parameters(), **options)
-    schedule = schedule_of(config, len(examples))
-    steps = []
-    for step in range(schedule.steps):
-        optimizer.param_groups[0]["lr"] = learning_rate(config.train, step, schedule.steps)
-        rows = []
-        for position in schedule.positions(step):
-            epoch, place = divmod(position, len(examples))
-            rows.append(examples[order_of_rows(examples, epoch, config.train.seed, config.train.group_by_dominant)[place]])
+    order, steps = rows_of_steps(config, len(examples)), []
+    for indices, rate in zip(order, rates(config, len(order)), strict=True):
+        optimizer.param_groups[0]["lr"] = rate
+        rows = [examples[i] for i in indices]
         l1 = l2 = torch.zeros(())
         for row in rows:
             gap = mean_logp_and_pool(row.target_chosen)[0] - mean_logp_and_pool(row.target_rejected)[0]

@@ -58,6 +58,15 @@ def save_model(folder: Path, tokenizer, architecture: str = "llama") -> Path:
     return folder
 
 
+def apart(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], start: dict[str, torch.Tensor]) -> float:
+    """Distance of two trained models, as a share of how far training moved `theirs` from `start`: 1 if `ours` did not move."""
+
+    def distance(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
+        return sum(float((one[name].double() - two.get(name, torch.zeros(()))).square().sum()) for name in one) ** 0.5
+
+    return distance(ours, theirs) / distance(theirs, start)
+
+
 def native_rows(dominants: int = 3, languages: tuple[str, ...] = ("sw", "zh")) -> list[dict]:
     """Rows in the native format: each dominant pair once per language."""
 
