@@ -166,7 +166,7 @@ def own_rows(chosen: Iterable[Variant], targets: Sequence[str]) -> Iterator[Row]
                 kernel=variant.name.removesuffix(f" {vocabulary}"),
                 vocabulary=vocabulary,
                 target=target,
-                does=DOES.get(variant.tiled_as or "", ""),
+                does=DOES.get((variant.tiled_as or "").removeprefix("wide "), ""),
                 block=variant.tile(target).block if variant.tiled_as else None,
                 code=Code.of(variant.compiled(target)),
             )

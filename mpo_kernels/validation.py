@@ -76,6 +76,8 @@ def check_options(
             raise ValueError(f"{name} must be a finite Python number, not {value!r}.")
     if softcap is not None and not isinstance(softcap, torch.Tensor) and softcap <= 0:
         raise ValueError(f"softcap is {softcap}; it must be positive, or None for no cap.")
+    if softcap is not None and not isinstance(softcap, torch.Tensor) and not 1e-30 <= softcap <= 1e30:
+        raise ValueError(f"softcap is {softcap}; it must lie between 1e-30 and 1e30, where float32 holds it and its reciprocal.")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is {reduction!r}; it can be 'mean', 'sum' or 'none'.")
 

@@ -77,12 +77,13 @@ def variants() -> Iterator[Variant]:
     """Every kernel of the package, those that touch logits in all their forms."""
     for aligned in (True, False):
         place = "aligned" if aligned else "odd"
-        for cap in (False, True):
-            head = {"ARE_STORED": False, "HAS_SCALE": False, "HAS_SOFTCAP": cap}
-            kind = "softcap" if cap else "plain"
+        for kind in ("plain", "softcap", "wide softcap"):
+            is_wide = kind == "wide softcap"
+            head = {"ARE_STORED": False, "HAS_SCALE": False, "HAS_SOFTCAP": kind != "plain", "IS_WIDE_CAP": is_wide}
+            tile = "wide stats" if is_wide else "stats"
             for form, flags in (("", {}), (" split", {"IS_PARTIAL": True}), (" token outputs", {"HAS_TOKEN_OUTPUTS": True})):
                 constants = {**head, "HAS_TOKEN_OUTPUTS": False, "IS_PARTIAL": False, "IS_SLICE": False, **flags}
-                yield Variant(f"stats{form} {kind} {place}", _logprob_stats_kernel, constants, aligned, "stats")
+                yield Variant(f"stats{form} {kind} {place}", _logprob_stats_kernel, constants, aligned, tile)
             yield Variant(f"grad {kind} {place}", _logprob_grad_kernel, head, aligned, "grad")
         yield Variant(f"pool {place}", _pool_kernel, {"HAS_MASK": True, "ROWS": POOL_ROWS, "BLOCK": POOL_BLOCK}, aligned)
         yield Variant(f"unpool {place}", _unpool_kernel, {"HAS_MASK": True, "BLOCK": UNPOOL_BLOCK}, aligned)

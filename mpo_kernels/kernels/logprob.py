@@ -32,6 +32,9 @@ COMBINE_BLOCK = 128
 """Rows that one program of `combine` handles."""
 
 
+WIDE_CAP = 32.0
+"""The largest softcap, times fp32 rounding, that a final logit may be off by. Larger ones take a tanh of more instructions."""
+
 LOG2E = tl.constexpr(1.4426950408889634)
 """exp(x) = 2^(x * LOG2E)."""
 
@@ -43,17 +46,37 @@ def _exp(x):
 
 
 @triton.jit
-def _tanh(x):
-    # 1 - 2 / (exp(2x) + 1): right at both infinities, and exact to fp32 rounding relative to 1, which scaled by the cap is what z needs.
-    return 1.0 - 2.0 / (_exp(2.0 * x) + 1.0)
+def _tanh_near_0(x, far):
+    # tanh(x) to full relative precision: `far`, a value that is exact relative to 1, but for |x| < 0.6, where a polynomial is (fitted
+    # to the least relative error, 3e-9).
+    q = x * x
+    series = -0.00589516
+    series = series * q + 0.02079597
+    series = series * q - 0.05378383
+    series = series * q + 0.13331924
+    series = series * q - 0.33333298
+    return tl.where(q < 0.36, x + x * (q * series), far)
 
 
 @triton.jit
-def _tanh_and_slope(x):
+def _tanh(x, IS_WIDE_CAP: tl.constexpr):
+    # 1 - 2 / (exp(2x) + 1): right at both infinities, and exact to fp32 rounding relative to 1, which scaled by the cap is what z needs,
+    # unless the cap is much larger than the logits.
+    t = 1.0 - 2.0 / (_exp(2.0 * x) + 1.0)
+    if IS_WIDE_CAP:
+        t = _tanh_near_0(x, t)
+    return t
+
+
+@triton.jit
+def _tanh_and_slope(x, IS_WIDE_CAP: tl.constexpr):
     # The same, and 1 - tanh(x)^2 without the cancellation that saturated logits would suffer.
     e = _exp(tl.minimum(2.0 * x, 80.0))  # finite, so that the slope is 0 and not NaN far out
     q = 1.0 / (e + 1.0)
-    return 1.0 - 2.0 * q, 4.0 * q * (q * e)
+    t = 1.0 - 2.0 * q
+    if IS_WIDE_CAP:
+        t = _tanh_near_0(x, t)
+    return t, 4.0 * q * (q * e)
 
 
 @triton.jit
@@ -86,12 +109,12 @@ def _one_minus_exp(x):
 
 
 @triton.jit
-def _final_logit(u, logit_scale, softcap, inverse_softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+def _final_logit(u, logit_scale, softcap, inverse_softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, IS_WIDE_CAP: tl.constexpr):
     """Equation (6)."""
     if HAS_SCALE:
         u = u * logit_scale
     if HAS_SOFTCAP:
-        u = softcap * _tanh(u * inverse_softcap)
+        u = softcap * _tanh(u * inverse_softcap, IS_WIDE_CAP)
     return u
 
 
@@ -185,6 +208,7 @@ def _logprob_stats_kernel(
     ARE_STORED: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    IS_WIDE_CAP: tl.constexpr,
     HAS_TOKEN_OUTPUTS: tl.constexpr,
     IS_PARTIAL: tl.constexpr,
     IS_SLICE: tl.constexpr,  # of a vocabulary-parallel head: a label outside of [0, V) is another rank's
@@ -222,7 +246,7 @@ def _logprob_stats_kernel(
         for i in range(0, tl.where(label_block < full, full - 1, full)):
             start = tl.where(i < label_block, i, i + 1) * BLOCK
             u = tl.load(share_ptr + start + lanes).to(tl.float32)  # (BLOCK,)
-            z = _final_logit(u, logit_scale, softcap, inverse_softcap, HAS_SCALE, HAS_SOFTCAP)
+            z = _final_logit(u, logit_scale, softcap, inverse_softcap, HAS_SCALE, HAS_SOFTCAP, IS_WIDE_CAP)
             peak, total, weighted = _absorb(peak, total, weighted, z, HAS_TOKEN_OUTPUTS)
         for i in range(0, tl.where((label_block < full) & (full * BLOCK < share_columns), 2, 1)):
             start = tl.where(i == 0, label_block, full) * BLOCK
@@ -230,11 +254,11 @@ def _logprob_stats_kernel(
             # Not `columns < share_columns`: that V divides by 16 would be lost in the minimum.
             inside = columns < tl.where(start < share_columns, V - first, 0)
             u = tl.load(share_ptr + columns, mask=inside, other=-float("inf")).to(tl.float32)
-            z = _final_logit(u, logit_scale, softcap, inverse_softcap, HAS_SCALE, HAS_SOFTCAP)
+            z = _final_logit(u, logit_scale, softcap, inverse_softcap, HAS_SCALE, HAS_SOFTCAP, IS_WIDE_CAP)
             z = tl.where(inside & (columns != share_label), z, -float("inf"))  # after the cap, or padding would become -cap
             peak, total, weighted = _absorb(peak, total, weighted, z, HAS_TOKEN_OUTPUTS)
         z_label = tl.load(share_ptr + share_label, mask=here, other=-float("inf")).to(tl.float32)
-        z_label = _final_logit(z_label, logit_scale, softcap, inverse_softcap, HAS_SCALE, HAS_SOFTCAP)
+        z_label = _final_logit(z_label, logit_scale, softcap, inverse_softcap, HAS_SCALE, HAS_SOFTCAP, IS_WIDE_CAP)
         z_label = tl.where(here, z_label, -float("inf"))
         if not IS_SLICE:
             z_label = tl.where(known, z_label, float("nan"))
@@ -311,6 +335,7 @@ def _logprob_grad_kernel(
     ARE_STORED: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    IS_WIDE_CAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Equation (5). One program per block of one row: every block is independent, so few rows still fill the GPU."""
@@ -339,7 +364,7 @@ def _logprob_grad_kernel(
             u = u * logit_scale
         z = u
         if HAS_SOFTCAP:
-            t, capped_slope = _tanh_and_slope(u * inverse_softcap)
+            t, capped_slope = _tanh_and_slope(u * inverse_softcap, IS_WIDE_CAP)
             z = softcap * t
         grad = _exp(z - peak) * at_others
         if label_column // BLOCK == program % blocks:  # the other blocks need no comparison per element
@@ -361,7 +386,7 @@ def logprob_stats(
     """logits (B, T, V), labels (N,) int64 -> logp (N,), normalizer (N, 2) (peak, total), and with `token_outputs` entropy (N,) float32
     and is_argmax (N,) bool, else None. Few rows are split over programs, whose partials a second kernel combines."""
     rows, V = labels.numel(), logits.shape[-1]
-    tile = tile_for("stats", V, logits.device)
+    tile = tile_for(_stats_name(softcap), V, logits.device)
     splits = splits_for(rows, V, tile.block, logits.device) if rows else 1
     if splits > 1:
         partials = torch.empty(splits, rows, 4, dtype=torch.float32, device=logits.device)
@@ -443,7 +468,7 @@ def _launch_stats(
     is_slice: bool,
 ) -> None:
     B, T, V = logits.shape
-    tile = tile_for("stats", V, logits.device)
+    tile = tile_for(_stats_name(softcap), V, logits.device)
     if B * T:
         launch(
             _logprob_stats_kernel, B * T * splits,
@@ -470,12 +495,22 @@ def _as_bool(outputs: tuple[torch.Tensor | None, ...]) -> tuple:
     return *numbers, None if is_argmax is None else is_argmax.view(torch.bool)
 
 
+def _is_wide(softcap: float | torch.Tensor | None) -> bool:
+    """A cap that only the device knows may be."""
+    return isinstance(softcap, torch.Tensor) or (softcap is not None and softcap > WIDE_CAP)
+
+
+def _stats_name(softcap: float | torch.Tensor | None) -> str:
+    """Among the tiles."""
+    return "wide stats" if _is_wide(softcap) else "stats"
+
+
 def _softcap_arguments(logit_scale: float | torch.Tensor, softcap: float | torch.Tensor | None) -> tuple:
-    """(logit_scale, softcap, 1 / softcap, ARE_STORED, HAS_SCALE, HAS_SOFTCAP): reciprocals instead of a division per element.
+    """(logit_scale, softcap, 1 / softcap, ARE_STORED, HAS_SCALE, HAS_SOFTCAP, IS_WIDE_CAP): reciprocals instead of a division per element.
 
     Both are numbers, or () float32 on the device."""
     if isinstance(logit_scale, torch.Tensor):
         cap_ptr = logit_scale if softcap is None else softcap
-        return logit_scale, cap_ptr, cap_ptr, True, True, softcap is not None
+        return logit_scale, cap_ptr, cap_ptr, True, True, softcap is not None, _is_wide(softcap)
     cap = 1.0 if softcap is None else float(softcap)
-    return float(logit_scale), cap, 1.0 / cap, False, logit_scale != 1.0, softcap is not None
+    return float(logit_scale), cap, 1.0 / cap, False, logit_scale != 1.0, softcap is not None, _is_wide(softcap)

@@ -27,6 +27,8 @@ TILES: dict[str, dict[str, Tile]] = {
     # 32 elements a thread: four 128-bit loads of bf16 in flight, in at most 64 registers. On CDNA, whose warps are 64 threads, half of
     # that keeps odd vocabularies free of spills, and four warps reduce a block in half the instructions of eight.
     "stats": {"default": Tile(8192, 8), "gfx942": Tile(4096, 4)},
+    # A wide softcap's tanh keeps more numbers at once: half the elements a thread, without spills in odd vocabularies too.
+    "wide stats": {"default": Tile(4096, 8), "gfx942": Tile(4096, 4)},
     # As many elements a thread, in programs of half the size: a program's fixed work is shared by more elements than with 8 warps.
     "grad": {"default": Tile(4096, 4)},
 }
@@ -43,9 +45,9 @@ _overrides: dict[str, Tile] = {}
 
 
 def tile_for(kernel: str, vocab: int, device: torch.device) -> Tile:
-    """The tile of `stats` or `grad`, no wider than the vocabulary needs."""
+    """The tile of a kernel of TILES, no wider than the vocabulary needs."""
     architectures = TILES[kernel]
-    tile = _overrides.get(kernel) or architectures.get(_architecture(device), architectures["default"])
+    tile = _overrides.get(kernel.removeprefix("wide ")) or architectures.get(_architecture(device), architectures["default"])
     if vocab >= tile.block:
         return tile
     block = triton.next_power_of_2(vocab)

@@ -130,7 +130,7 @@ def power_of_two_for(row_grad: torch.Tensor, dtype: torch.dtype, logit_scale: fl
         return None
     if row_grad.numel() == 0:  # a rank of a context that has none of these rows
         return row_grad.new_ones(())
-    ratio = FP16_PEAK / (row_grad.abs().amax() * abs(logit_scale)).clamp_min(1e-30)
+    ratio = FP16_PEAK / (row_grad.abs().amax() * logit_scale).abs().clamp_min(1e-30)
     mantissa, _ = torch.frexp(ratio)
     return ratio / mantissa
 

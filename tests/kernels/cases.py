@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import mpo_kernels
+from mpo_kernels import reference
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -62,6 +66,34 @@ def infinities(vocab: int) -> dict[str, tuple[torch.Tensor, int]]:
         label,
     )
     return found
+
+
+SOFTCAPS = (1e-6, 0.05, 1.0, 5.0, 30.0, 32.0, 33.0, 50.0, 1e3, 1e4, 1e6, 1e30)
+
+
+def check_softcap(softcap: float, logit_scale: float, size: float, run: contextlib.AbstractContextManager) -> None:
+    """Log-probabilities and gradients of final logits of about `size` before the cap, inside `run`, are the oracle's to a few roundings of
+    the final logits. Up to 32 the cap's own rounding may show instead of theirs."""
+    labels = labels_of((1, 6), 60, mask="none")
+    u = (torch.linspace(-1.5, 1.5, 360).view(1, 6, 60).roll(7, -1) * (size / logit_scale)).float()
+    ours, theirs = u.clone().requires_grad_(), u.double().requires_grad_()
+    options = {"softcap": softcap, "logit_scale": logit_scale}
+    with run:
+        got = mpo_kernels.token_logprobs(ours, labels, **options)
+        got.sum().backward()
+    want = reference.token_logprobs(theirs, labels, **options)
+    want.sum().backward()
+    got, want = got.detach(), want.detach()
+    z = reference.final_logits(theirs.detach(), **options)
+    rounding = 2.0**-23 * (1 + 3 * max(float(z.abs().max()), min(softcap, 32.0)))
+    at = f"softcap {softcap:g}, logit_scale {logit_scale:g}, size {size:g}"
+    assert float((got.double() - want).abs().max()) <= rounding + 2.0**-22 * float(want.abs().max()), at
+    # Far out the slope has the error of exp(2x), and the oracle's 1 - tanh^2 only rounding.
+    assert torch.isfinite(ours.grad).all(), at
+    if rounding < 0.1:
+        torch.testing.assert_close(
+            ours.grad.double(), theirs.grad, rtol=2e-5 + 2 * rounding, atol=1e-14 * logit_scale, msg=lambda text: f"{at}: {text}"
+        )
 
 
 def labels_of(shape: tuple[int, ...], vocab: int, seed: int = 0, mask: str = "some") -> torch.Tensor:

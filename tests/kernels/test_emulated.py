@@ -6,7 +6,7 @@ on any.
 
 import pytest
 import torch
-from cases import INTERPRETED, REGIMES, infinities, labels_of, regime, relative_error
+from cases import INTERPRETED, REGIMES, check_softcap, infinities, labels_of, regime, relative_error
 
 if INTERPRETED:
     pytest.skip("compiles kernels, which the interpreter does not", allow_module_level=True)
@@ -28,7 +28,7 @@ def _launches_kernels(monkeypatch):
 
 
 def tiles_of(target):
-    return {name: tiles.get(target, tiles["default"]) for name, tiles in TILES.items()}
+    return {name: TILES[name].get(target, TILES[name]["default"]) for name in ("stats", "grad")}
 
 
 def check(target, logits, labels, tiles, inplace=False, **options):
@@ -107,6 +107,14 @@ def test_regimes(name):
     expected.backward(upstream.double())
     torch.testing.assert_close(logp.detach().double(), expected.detach(), rtol=1e-5, atol=1e-5)
     assert relative_error(ours.grad, theirs.grad) < ERROR[torch.float32]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("softcap", [5.0, 30.0, 1e4])
+def test_softcap_below_at_and_beyond_it(target, softcap):
+    """A small vocabulary; compiled code may fuse multiplications and additions."""
+    for size in (1.0, softcap, 100 * softcap):
+        check_softcap(softcap, 1.0, size, gpu_on_cpu(target))
 
 
 @pytest.mark.parametrize(("target", "softcap"), [("sm_80", None), ("sm_90", 5.0), ("sm_100", None)])

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mpo_kernels
 from mpo_kernels import planning, reference
 from mpo_kernels.ops import gradients
+from mpo_kernels.ops.linear import linear_token_logprobs_op
 
 P, T, D, V = 2, 6, 8, 211
 GAP = torch.tensor([0.3, -0.2])
@@ -63,6 +64,21 @@ def test_tokens(factor, value, frozen):
     upstream = torch.linspace(-1, 2, labels.numel()).view(labels.shape)
     loss = (mpo_kernels.linear_token_logprobs(*ours, labels, **options) * upstream).sum()
     wanted = (reference.linear_token_logprobs(*exact, labels, **options) * upstream.double()).sum()
+    count = 1 if frozen else 2
+    check(ours[:count], loss, exact[:count], wanted, 1e-3)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable head", "frozen head"])
+def test_a_scale_that_only_the_device_knows(frozen):
+    """The operators get it as a tensor; a 0-d one on the CPU would be read there."""
+    hidden, weight, labels = inputs(1.0)
+    numbers = torch.tensor([1e4, 1.0])
+    options = (-100, 1.0, None, numbers, None, None, False, 0)
+    rows, flat = hidden.view(-1, D), labels.view(-1)
+    ours = [rows.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)]
+    exact = [rows.double().requires_grad_(), weight.double().requires_grad_()]
+    wanted = reference.linear_token_logprobs(*exact, flat, logit_scale=1e4).sum()
+    loss = linear_token_logprobs_op(*ours, None, flat, not frozen, frozen, *options)[0].sum()
     count = 1 if frozen else 2
     check(ours[:count], loss, exact[:count], wanted, 1e-3)
 

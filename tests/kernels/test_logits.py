@@ -1,8 +1,11 @@
 """token_logprobs and mpo_loss from logits, against the float64 oracle."""
 
+import contextlib
+import itertools
+
 import pytest
 import torch
-from cases import INTERPRETED, REGIMES, labels_of, regime, relative_error, rounded
+from cases import INTERPRETED, REGIMES, SOFTCAPS, check_softcap, labels_of, regime, relative_error, rounded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -69,6 +72,19 @@ def test_regimes(name, dtype):
 def test_options(options, dtype):
     labels = labels_of((2 * P, T), 257)
     check(regime("normal", (2 * P, T, 257), labels).to(dtype), labels, torch.tensor([0.3, -0.2]), beta=1.5, **options)
+
+
+@pytest.mark.parametrize(("softcap", "logit_scale"), zip(SOFTCAPS, itertools.cycle([1.0, 1e-3, 250.0])))
+def test_softcap_over_its_whole_range(softcap, logit_scale):
+    """Logits far below the cap, at it and beyond it."""
+    for size in (1e-3, 1.0, 0.3 * softcap, softcap, 100 * softcap):
+        check_softcap(softcap, logit_scale, size, contextlib.nullcontext())
+
+
+def test_a_softcap_that_float32_does_not_hold_is_refused():
+    for softcap in (1e-31, 1e31):
+        with pytest.raises(ValueError, match="it must lie between 1e-30 and 1e30, where float32 holds it"):
+            mpo_kernels.token_logprobs(torch.zeros(1, 2), torch.tensor([0]), softcap=softcap)
 
 
 @pytest.mark.parametrize("mask", ["none", "some", "all_but_one"])
