@@ -83,7 +83,7 @@ def distinct_names(paths: Sequence[str]) -> list[str]:
     """As much of the end of each path as tells it from the others: `a/model` and `b/model`."""
     parts = [Path(path).parts for path in paths]
     for count in range(1, max(map(len, parts), default=0) + 1):
-        names = ["/".join(part[-count:]) for part in parts]
+        names = [str(Path(*part[-count:])) for part in parts]
         if len(set(names)) == len(names):
             return names
     return list(paths)

@@ -134,6 +134,7 @@ def test_names_are_as_short_as_they_can_be():
     assert report.distinct_names(["runs/a", "other/b"]) == ["a", "b"]
     assert report.distinct_names(["x/run", "x/run/model"]) == ["run", "model"]
     assert report.distinct_names(["only/one"]) == ["one"]
+    assert report.distinct_names(["/r/x", "r/x"]) == ["/r/x", "r/x"]
 
 
 def results():
