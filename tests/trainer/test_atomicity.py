@@ -11,11 +11,14 @@ import os
 import resource
 import shutil
 import sys
+import time
 
 import pytest
 import torch
 import yaml
 from conftest import make_tokenizer
+from test_resume import begin
+from test_train import project  # noqa: F401  (a fixture)
 from tiny import native_rows, save_model, write_rows
 
 from mpo import checkpoint, reference
@@ -379,5 +382,26 @@ def test_a_damaged_later_checkpoint_does_not_push_out_the_new_one(tmp_path, one_
     assert save(tmp_path, 2) is None and save(tmp_path, 9) is None
     (tmp_path / "checkpoints" / "step-00000009" / "model_states.pt").write_text("half")
     (tmp_path / "checkpoints" / "step-00000009.portable").mkdir()
+    said = []
+    assert checkpoint.newest(tmp_path / "checkpoints", said.append).step == 2 and "model_states.pt has 4 bytes" in said[0]
     assert save(tmp_path, 3, keep=1) is None
     assert steps_in(tmp_path) == ["step-00000003"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_real_ranks_of_which_one_has_a_full_disk(project, stage):  # noqa: F811
+    """From some step on no file of rank 1 may grow beyond 20 kB. Both go through the collectives together and train on."""
+    out = project / f"one-full-{stage}"
+    options = [f"zero.stage={stage}", "checkpoint.every=2", "checkpoint.export=false", "train.max_steps=60"]
+    options += ["zero.deepspeed={zero_optimization: {stage3_param_persistence_threshold: 0}}"] if stage == 3 else []
+    ranks = begin(project, out, options, 2)
+    while not (out / "metrics.jsonl").exists() and ranks[1].poll() is None:
+        time.sleep(0.01)
+    resource.prlimit(ranks[1].pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
+    assert [process.wait(240) for process in ranks] == [0, 0]
+    text = out.with_name(f"{out.name}-rank0.log").read_text()
+    assert "The checkpoint after step 60 could not be written" in text, text[-3000:]
+    assert len(read_metrics(out / "metrics.jsonl")) == 60 and not list((out / "checkpoints").glob("*.incomplete"))
+    found = checkpoint.newest(out / "checkpoints", pytest.fail)
+    assert found is None or found.step < 60

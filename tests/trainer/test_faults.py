@@ -230,3 +230,23 @@ def test_checkpoints_and_exports(folder, tmp_path):
     (tmp_path / "checkpoints" / "step-00000004").mkdir(parents=True)
     with pytest.raises(UserError, match=r"Every checkpoint in .* is damaged: step-00000004 \(state.json is missing\)"):
         checkpoint.newest(tmp_path / "checkpoints")
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["all weights", "adapters"])
+def test_an_export_wants_every_trained_weight_and_no_other(folder, tmp_path, monkeypatch, adapters):
+    if adapters:
+        pytest.importorskip("peft")
+    options = ["model.dtype=float32", *(["model.lora.rank=2"] if adapters else [])]
+    config = load_config(folder / "run.yaml", options)
+    write_json(tmp_path / "config.json", {"config": config.model_dump(mode="json")})
+    monkeypatch.setattr(export.checkpoints, "newest", lambda *_: checkpoint.Checkpoint(tmp_path / "step-00000004", 4, 1, 2))
+    trained = {name: p.detach() for name, p in load_model(config.model).named_parameters() if p.requires_grad}
+    for name in (min(trained), max(trained)):
+        for state in ({key: value for key, value in trained.items() if key != name}, {**trained, "other.weight": trained[name]}):
+            monkeypatch.setattr(export, "_weights", lambda found, state=state: state)
+            with pytest.raises(UserError, match=f"step-00000004 does not fit the model .*(other.weight|{name})"):
+                export.export_checkpoint(tmp_path, None, tmp_path / "out", False, print)
+            assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(export, "_weights", lambda found: trained)
+    export.export_checkpoint(tmp_path, None, tmp_path / "out", False, print)
+    assert list((tmp_path / "out").glob("*.safetensors"))
