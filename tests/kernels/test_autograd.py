@@ -305,26 +305,25 @@ def described(result):
 @pytest.mark.parametrize("call", calls(), ids=repr)
 def test_shapes_without_data(call, kind):
     """Results and gradients have the shapes, dtypes and strides that they have with data."""
-    validate = {} if call.function.startswith("linear") else {"validate": True}
-    for options in ({}, validate):
-        for names in [(), *trained(call)]:
-            with_data, without = copy.copy(call), copy.copy(call)
-            with_data.options = without.options = {**call.options, **options}
-            convert, mode = WITHOUT_DATA[kind]()
-            for name, value in vars(call).items():
-                if isinstance(value, torch.Tensor):
-                    setattr(without, name, convert(value))
-            without.layout = {name: convert(value) for name, value in call.layout.items()}
-            without.tensors = {name: convert(value) for name, value in call.tensors.items()}
-            found = []
-            for one, within in ((with_data, contextlib.nullcontext()), (without, mode)):
-                with within:
-                    leaves = {name: one.tensors[name].detach().requires_grad_() for name in names}
-                    result = one.ours(**leaves)
-                    value = result if isinstance(result, torch.Tensor) else result[0]
-                    grads = torch.autograd.grad(value.sum(), list(leaves.values())) if names else ()
-                    found.append((described(result), described(grads)))
-            assert found[0] == found[1]
+    validated = [] if call.function.startswith("linear") else [((), {"validate": True})]
+    for names, options in [((), {}), *((names, {}) for names in trained(call)), *validated]:
+        with_data, without = copy.copy(call), copy.copy(call)
+        with_data.options = without.options = {**call.options, **options}
+        convert, mode = WITHOUT_DATA[kind]()
+        for name, value in vars(call).items():
+            if isinstance(value, torch.Tensor):
+                setattr(without, name, convert(value))
+        without.layout = {name: convert(value) for name, value in call.layout.items()}
+        without.tensors = {name: convert(value) for name, value in call.tensors.items()}
+        found = []
+        for one, within in ((with_data, contextlib.nullcontext()), (without, mode)):
+            with within:
+                leaves = {name: one.tensors[name].detach().requires_grad_() for name in names}
+                result = one.ours(**leaves)
+                value = result if isinstance(result, torch.Tensor) else result[0]
+                grads = torch.autograd.grad(value.sum(), list(leaves.values())) if names else ()
+                found.append((described(result), described(grads)))
+        assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("call", calls(), ids=repr)
