@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 import mpo_kernels
 from benchmarks.instruments.launch import TARGETS, gpu_on_cpu
-from mpo_kernels import reference
+from mpo_kernels import kernels, reference
 from mpo_kernels.kernels.tiles import TILES, Tile, use_tiles
 
 GAP = torch.tensor([0.3, -0.2])
@@ -187,6 +187,39 @@ def test_addresses_beyond_two_to_the_31(row_stride):
     with gpu_on_cpu("sm_90"), use_tiles(**SMALL):
         logp = mpo_kernels.token_logprobs(far, labels)
     torch.testing.assert_close(logp.double(), reference.token_logprobs(far.double(), labels), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("positions_are_far", [False, True], ids=["far batches", "far positions"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_gradients_beyond_two_to_the_31(positions_are_far, inplace):
+    """Logits are read and their gradient is written where 32 bits do not reach."""
+    vocab, far = 70, 2**30 + 32
+    shape, stride = ((1, 4, vocab), (16, far, 1)) if positions_are_far else ((4, 1, vocab), (far, 16, 1))
+
+    def reserved():
+        return torch.empty(3 * far + vocab, dtype=torch.bfloat16).as_strided(shape, stride)
+
+    labels = torch.tensor([5, 69, 0, 64])
+    logits = reserved()
+    logits.copy_(regime("normal", shape, labels.view(shape[:2])))
+    theirs = logits.double().requires_grad_()
+    reference.token_logprobs(theirs, labels.view(shape[:2])).sum().backward()
+    out = logits if inplace else reserved()
+    options = {"ignore_index": -100, "logit_scale": 1.0, "softcap": None}
+    with gpu_on_cpu("sm_90"), use_tiles(**SMALL):
+        logp, normalizer, *_ = kernels.logprob_stats(logits, labels, **options)
+        kernels.logprob_grad(logits, labels, logp, normalizer, torch.ones(4), out, **options)
+    assert relative_error(out, theirs.grad) < ERROR[torch.bfloat16]
+
+
+def test_pool_beyond_two_to_the_31():
+    size, far = 40, 2**30 + 32
+    hidden = torch.empty(3 * far + size, dtype=torch.bfloat16).as_strided((4, size), (far, 1))
+    hidden.copy_(torch.randn(4, size, generator=torch.Generator().manual_seed(0)))
+    offsets = torch.tensor([0, 1, 4], dtype=torch.int32)
+    with gpu_on_cpu("sm_90"):
+        pooled = mpo_kernels.mean_pool(hidden, cu_seqlens=offsets)
+    torch.testing.assert_close(pooled.double(), reference.mean_pool(hidden.double(), cu_seqlens=offsets), rtol=1e-5, atol=1e-5)
 
 
 def test_more_rows_than_a_second_grid_axis_holds():

@@ -83,6 +83,22 @@ def test_a_scale_that_only_the_device_knows(frozen):
     check(ours[:count], loss, exact[:count], wanted, 1e-3)
 
 
+@pytest.mark.parametrize("divisor", [None, torch.tensor(64.0)], ids=["as they are", "times 64"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_no_chunk_of_the_gradients_is_rounded_to_half(dtype, divisor):
+    """Sums of products of half-precision numbers over chunks, exact to float32's rounding."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, grads = (torch.randn(24, size, generator=generator).to(dtype) for size in (D, V))
+    head = torch.randn(V, D, generator=generator).to(dtype)
+    sums = gradients.HeadGradients(hidden, head, head[:, 0], head, (True, True, True), scaled_later=True)
+    for rows in torch.arange(24).split(5):
+        sums.add(rows, grads[rows], hidden[rows], divisor)
+    factor = 1.0 if divisor is None else 64.0
+    assert relative_error(sums.weight, grads.double().T @ hidden.double() / factor) < 1e-6
+    assert relative_error(sums.bias, grads.double().sum(0) / factor) < 1e-6
+    assert relative_error(sums.hidden, grads.double() @ head.double()) < 1e-6
+
+
 class Products(TorchDispatchMode):
     """The dtypes of the results of matrix products inside."""
 

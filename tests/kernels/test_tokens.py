@@ -29,7 +29,7 @@ def check(logits, labels, **options):
     got = mpo_kernels.token_statistics(ours, labels, **options)
     logp = reference.token_logprobs(theirs, labels, **options)
     torch.testing.assert_close(got.logprobs.double(), logp, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(got.entropy.double(), reference.token_entropy(logits.double(), labels, **options), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got.entropy.double(), reference.token_entropy(logits.double(), labels, **options), rtol=1e-5, atol=2e-6)
     assert torch.equal(got.is_argmax, reference.token_is_argmax(logits.float(), labels, **options))
     assert not got.entropy.requires_grad and got.is_argmax.dtype == torch.bool
     upstream = torch.linspace(-1, 2, labels.numel()).view(labels.shape)
@@ -117,6 +117,23 @@ def test_infinities_reach_the_losses():
     for bias in (torch.full((9,), float("-inf")), torch.zeros(9).index_fill(0, torch.tensor([7]), float("inf"))):
         logp = mpo_kernels.linear_token_logprobs(torch.ones(2, 3), torch.ones(9, 3), labels[0], bias=bias)
         assert logp.isnan().all()
+
+
+@pytest.mark.parametrize("others", [1, 40])
+def test_digits_of_a_likely_label(others):
+    """1 - p of the label's gradient, and the entropy, to a few roundings, for p from a half to nearly 1."""
+    gaps = torch.linspace(0, 14, 60)[None]
+    logits = torch.zeros(1, 60, 1 + others)
+    logits[..., 0] = gaps + torch.tensor(float(others)).log()
+    logits[..., 1:] += torch.linspace(-1, 1, others)
+    labels = torch.zeros(1, 60, dtype=torch.int64)
+    ours, theirs = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    got = mpo_kernels.token_statistics(ours, labels)
+    got.logprobs.sum().backward()
+    reference.token_logprobs(theirs, labels).sum().backward()
+    entropy = reference.token_entropy(theirs.detach(), labels)
+    assert float((ours.grad.double() / theirs.grad - 1)[..., 0].abs().max()) < 1.5e-6  # others have the error of their exp
+    assert float((got.entropy.double() / entropy - 1).abs().max()) < 1.5e-6
 
 
 @settings(max_examples=20, deadline=None)
