@@ -15,7 +15,7 @@ from mpo.config import LoraConfig, ModelConfig, load_config
 from mpo.errors import UserError
 from mpo.export import export_checkpoint
 from mpo.model import check_model, load_model
-from mpo.reference import identity
+from mpo.reference import identity, model_identity
 
 KINDS = ["nf4", "int8"]
 LAYER = "model.layers.0.self_attn.v_proj"
@@ -186,9 +186,8 @@ def test_a_merged_model_is_what_was_trained_on_quantized_weights(folder, tmp_pat
 
 
 def test_a_reference_store_knows_how_its_weights_were_quantized(folder, tokenizer):
-    needs_bitsandbytes()
     stores = [
-        identity(load_model(ModelConfig(path=str(folder), dtype="float32", quantize=kind)), tokenizer, str(folder), [], "response")
+        identity(model_identity(ModelConfig(path=str(folder), dtype="float32", quantize=kind), tokenizer), [], "response")
         for kind in (None, *KINDS)
     ]
     assert [store["quantized"] for store in stores] == [None, *KINDS]

@@ -242,7 +242,8 @@ def test_an_exploding_run_stops_with_finite_weights(project, stage):
         project,
         f"explode{stage}",
         f"zero.stage={stage}",
-        "train.learning_rate=1e30",
+        "train.learning_rate=10",
+        "train.weight_decay=100",  # which multiplies the weights by -999 at each step
         "train.epochs=20",
         "train.schedule=constant",
         expect=2,
