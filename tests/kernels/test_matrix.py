@@ -8,9 +8,10 @@ import itertools
 import statistics
 
 import pytest
+import torch
 from cases import INTERPRETED
 
-from benchmarks.instruments.numerics import AXES, check, covering, ratios
+from benchmarks.instruments.numerics import AXES, EXTREMES, check, covering, ratios
 
 if INTERPRETED:
     pytest.skip("the matrix is of real sizes; the interpreter runs small ones in the other files", allow_module_level=True)
@@ -26,6 +27,13 @@ def name(case):
     return "-".join(str(value).removeprefix("torch.").replace(" ", "_") for value in case.values())
 
 
+EXTREME = [
+    {"dtype": dtype, "vocab": vocab, "hidden": 64, "pairs": 2, "mask": "prompt", "option": option, "regime": regime}
+    for dtype, vocab in ((torch.float32, 127), (torch.bfloat16, 127), (torch.float16, 32000))
+    for option in EXTREMES
+    for regime in ("flat", "unlikely", "minus infinity", "equal")
+]
+
 RATIOS: list[float] = []
 
 
@@ -39,6 +47,11 @@ def test_on_average_no_worse_than_plain_autograd():
     if len(RATIOS) < 40:
         pytest.skip("needs the sample to have run in this process")
     assert statistics.geometric_mean(RATIOS) < 1.05
+
+
+@pytest.mark.parametrize("case", EXTREME, ids=name)
+def test_options_at_their_extremes(case):
+    check(case)
 
 
 @pytest.mark.slow
