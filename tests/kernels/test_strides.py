@@ -75,8 +75,12 @@ def same(got, want):
 TENSORS = [(call, name) for call, arguments in CALLS.items() for name, a in arguments.items() if isinstance(a, torch.Tensor)]
 
 
+SAME_KERNELS = ("token_statistics", "linear_token_statistics", "linear_mpo_loss packed", "retention_loss", "retention_loss packed")
+TRIED = [(call, name) for call, name in TENSORS if not INTERPRETED or call not in SAME_KERNELS]  # the interpreter is slow
+
+
 @pytest.mark.parametrize("layout", ["gaps", "expanded"])
-@pytest.mark.parametrize(("call", "name"), TENSORS, ids=[f"{call}: {name}" for call, name in TENSORS])
+@pytest.mark.parametrize(("call", "name"), TRIED, ids=[f"{call}: {name}" for call, name in TRIED])
 def test_each_tensor_of_each_function(call, name, layout):
     if (name, layout) == ("cu_seqlens", "expanded") or ("in place" in call and name == "logits"):
         pytest.skip("offsets rise, and what is overwritten has a last stride of 1")
@@ -87,7 +91,7 @@ def test_each_tensor_of_each_function(call, name, layout):
 
 
 @pytest.mark.parametrize("layout", ["transposed", "offset"][: 1 if INTERPRETED else 2])
-@pytest.mark.parametrize("call", [call for call in CALLS if "in place" not in call])
+@pytest.mark.parametrize("call", [call for call in dict(TRIED) if "in place" not in call])
 def test_all_tensors_at_once(call, layout):
     strided = {n: laid_out(a, layout) if isinstance(a, torch.Tensor) else a for n, a in CALLS[call].items()}
     same(results(call, strided), expected(call))
@@ -114,7 +118,7 @@ def test_each_tensor_of_each_operator(layout):
     assert seen == {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("mpo_kernels::")}
 
 
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", dict(TRIED))
 def test_an_expanded_or_strided_upstream_gradient(call):
     def constant(grad):
         return torch.tensor(0.7).expand_as(grad)
