@@ -145,7 +145,7 @@ def test_a_rank_whose_launcher_was_killed_ends_with_a_checkpoint(project):  # no
     launcher = f"""
 import os, subprocess, sys
 place = {{"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}}
-options = ["train", {str(project / "run.yaml")!r}, "output_dir={out}", "train.epochs=2000"]
+options = ["train", {str(project / "run.yaml")!r}, "output_dir={out}", "train.epochs=300"]
 subprocess.run([sys.executable, "-u", "-m", "mpo", *options], env={{**os.environ, **place}})
 """
     process = subprocess.Popen([sys.executable, "-c", launcher], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -157,7 +157,7 @@ subprocess.run([sys.executable, "-u", "-m", "mpo", *options], env={{**os.environ
     process.wait()
     assert process.returncode == -signal.SIGKILL and "The same command goes on from" in shown[-1], shown[-5:]
     steps = [row["step"] for row in read_metrics(out / "metrics.jsonl")]
-    assert (out / "checkpoints" / f"step-{steps[-1]:08d}").is_dir() and len(steps) < 5333
+    assert (out / "checkpoints" / f"step-{steps[-1]:08d}").is_dir() and len(steps) < 800
 
 
 def test_ctrl_c_under_the_launcher_of_deepspeed_leaves_a_checkpoint(project):  # noqa: F811
@@ -173,7 +173,7 @@ def test_ctrl_c_under_the_launcher_of_deepspeed_leaves_a_checkpoint(project):  #
         str(project / "run.yaml"),
         f"output_dir={out}",
         "zero.stage=2",
-        "train.epochs=2000",
+        "train.epochs=300",
     ]
     command = [sys.executable, "-u", "-c", script, *run]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
