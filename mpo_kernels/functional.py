@@ -17,7 +17,7 @@ import torch
 
 from mpo_kernels import validation as check
 from mpo_kernels.distributed import Parallel, handle_of
-from mpo_kernels.ops import flops as _flops  # noqa: F401, registers formulas
+from mpo_kernels.ops.flops import tell_counters
 from mpo_kernels.ops.head import as_arguments
 from mpo_kernels.ops.linear import linear_pair_loss_op, linear_token_logprobs_op
 from mpo_kernels.ops.once import check_mode, has_data, is_wrapped
@@ -440,6 +440,8 @@ def _check_head(
     check.check_rows("hidden", hidden, labels, host_labels_ok=True)
     check.check_head(hidden, weight, bias, any_dtype=autocast)
     check_mode(hidden, weight, bias)
+    if not torch.compiler.is_compiling():
+        tell_counters()
     check.check_slice("weight", weight.shape[0], parallel)
     return torch.get_autocast_dtype(device) if autocast and hidden.dtype != torch.float64 else None
 

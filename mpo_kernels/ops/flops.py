@@ -5,18 +5,36 @@ Rows are the scored ones; of tensors without data, all.
 
 from __future__ import annotations
 
-import torch
-from torch.utils.flop_counter import register_flop_formula
+import sys
 
-import mpo_kernels.ops.linear  # noqa: F401, the operators
+import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
 from mpo_kernels.distributed import from_handle
 from mpo_kernels.planning import rows_per_chunk
 
-_operators = torch.ops.mpo_kernels
+
+def tell_counters() -> None:
+    """Tells torch's counter the formulas: for counters to come, and those that count this call and took their copy before.
+
+    Not on import, which would import triton with the counter, and warn where there is none.
+    """
+    module = sys.modules.get("torch.utils.flop_counter")
+    if module is None:  # nobody counts
+        return
+    operators = torch.ops.mpo_kernels
+    formulas = {
+        operators.linear_pair_loss: _pair_loss,
+        operators.linear_token_logprobs: _token_logprobs,
+        operators.linear_token_logprobs_grad: _token_logprobs_grad,
+    }
+    module.flop_registry.update(formulas)
+    for mode in _get_current_dispatch_mode_stack():
+        if isinstance(mode, module._FlopCounterMode):
+            mode.counter.flop_registry.update(formulas)
 
 
-@register_flop_formula(_operators.linear_pair_loss, get_raw=True)
-def _(
+def _pair_loss(
     hidden, weight, bias, labels, cu_seqlens, reference_gap, pair_weights, beta, beta_number, hidden_grad, weight_grad, bias_grad,
     may_keep_chunk, ignore_index, logit_scale, softcap, numbers, chunk_bytes, gemm_dtype, token_outputs, parallel, out_val,
 ):  # fmt: skip
@@ -34,13 +52,13 @@ def _(
     return _products(rows, weight, 1 + hidden_grad + (weight_grad and not waits)) + _products(computed_again, weight, 1)
 
 
-@register_flop_formula(_operators.linear_token_logprobs, get_raw=True)
-def _(hidden, weight, bias, labels, keep_stats, keep_hidden_grad, ignore_index, *_, out_val):
+def _token_logprobs(hidden, weight, bias, labels, keep_stats, keep_hidden_grad, ignore_index, *_, out_val):
     return _products(_scored(labels, ignore_index), weight, 1 + keep_hidden_grad)
 
 
-@register_flop_formula(_operators.linear_token_logprobs_grad, get_raw=True)
-def _(grad_logp, logp, normalizer, hidden, weight, bias, labels, hidden_grad, weight_grad, bias_grad, ignore_index, *_, out_val):
+def _token_logprobs_grad(
+    grad_logp, logp, normalizer, hidden, weight, bias, labels, hidden_grad, weight_grad, bias_grad, ignore_index, *_, out_val
+):
     return _products(_scored(labels, ignore_index), weight, 1 + hidden_grad + weight_grad)
 
 
