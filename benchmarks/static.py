@@ -57,7 +57,7 @@ class Body(BaseModel):
 
 
 class Code(BaseModel):
-    """One kernel compiled for one GPU. The first five are those of tests/kernels/compiled.json."""
+    """One kernel compiled for one GPU. The first five are those of tests/kernels/compiled/*.json."""
 
     registers: int
     spilled: int

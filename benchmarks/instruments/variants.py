@@ -1,6 +1,7 @@
 """The package's kernels as they are launched: argument types, alignment and tiles, for whoever compiles them without launching them.
 
-`python -m benchmarks.instruments.variants tests/kernels/compiled.json` writes the table that the tests hold the kernels to.
+`python -m benchmarks.instruments.variants tests/kernels/compiled` writes the table that the tests hold the kernels to, one for each version
+of triton: other compilers, other registers.
 
 `aligned` variants stand for every vocabulary that divides by 16 (128256, 151936, 152064, 256000, 262144: triton specialises on nothing
 else), `odd` ones for the others (50257, 128257).
@@ -111,14 +112,13 @@ def table() -> dict[str, dict[str, dict[str, int | float]]]:
     return {variant.name: {target: facts(variant.compiled(target)) for target in TARGETS} for variant in variants()}
 
 
-def _write(path: Path) -> None:
-    """One line per variant and target, so that a change shows as one in a diff."""
+def _write(folder: Path) -> None:
+    """`<triton's version>.json`: one line per variant and target, so that a change shows as one in a diff."""
     lines = []
     for name, targets in table().items():
         rows = ",\n    ".join(f"{json.dumps(target)}: {json.dumps(values)}" for target, values in targets.items())
         lines.append(f"  {json.dumps(name)}: {{\n    {rows}\n  }}")
-    head = f'  "triton": {json.dumps(triton.__version__)}'
-    path.write_text("{\n" + ",\n".join([head, *lines]) + "\n}\n", encoding="utf-8")
+    (folder / f"{triton.__version__}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from benchmarks.instruments.variants import variants  # noqa: E402
 from benchmarks.output import Machine  # noqa: E402
 from mpo_kernels.kernels.logprob import logprob_grad, logprob_stats  # noqa: E402
 
-BARS = json.loads((Path(__file__).parents[1] / "kernels" / "compiled.json").read_text())
+TABLE = Path(__file__).parents[1] / "kernels" / "compiled" / f"{triton.__version__}.json"
 OURS = [variant for variant in variants() if variant.name in ("stats plain aligned", "grad plain aligned", "grad plain odd")]
 
 
@@ -56,10 +56,11 @@ def rows(result, library):
     return [row for row in result.kernels if row.library == library]
 
 
-@pytest.mark.skipif(BARS["triton"] != triton.__version__, reason="other compilers, other code")
+@pytest.mark.skipif(not TABLE.is_file(), reason="other compilers, other code")
 def test_our_numbers_are_those_of_the_bars(result):
+    table = json.loads(TABLE.read_text())
     for row in rows(result, "mpo_kernels"):
-        bars = BARS[f"{row.kernel} {row.vocabulary}"][row.target]
+        bars = table[f"{row.kernel} {row.vocabulary}"][row.target]
         assert {name: getattr(row.code, name) for name in bars} == bars
 
 
