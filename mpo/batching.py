@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from fractions import Fraction
 from typing import Any, Literal
 
 import torch
 
 from mpo.attention import Document
+from mpo.config import as_written
 from mpo.tokenizing import Example, TokenizedResponse
 
 Pool = Literal["response", "all"]
@@ -226,11 +226,6 @@ def order_of_rows(examples: Sequence[Example], epoch: int, seed: int, group_by_d
     for index, example in enumerate(examples):
         groups.setdefault((example.dominant_chosen, example.dominant_rejected), []).append(index)
     return [index for group in shuffled(list(groups.values())) for index in shuffled(group)]
-
-
-def as_written(value: float) -> Fraction:
-    """The decimal number that a configuration's float stands for: 1.1 x 100 rows are 110, where floats make it a little more."""
-    return Fraction(str(value))
 
 
 @dataclass(frozen=True)

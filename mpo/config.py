@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import os
 from datetime import datetime
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -353,6 +354,11 @@ def read_config(path: Path, overrides: list[str] | None, kind: type[Checked]) ->
 def _words(error: Exception) -> str:
     """An exception's own words in one line, or its kind."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def as_written(value: float) -> Fraction:
+    """The decimal number that a configuration's float stands for: 1.1 x 100 rows are 110, where floats make it a little more."""
+    return Fraction(str(value))
 
 
 def home(name: str) -> str:

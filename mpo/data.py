@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
-from mpo.config import DataConfig
+from mpo.config import DataConfig, as_written
 from mpo.errors import UserError
 from mpo.language import LanguageDetector, clearly_in_another
 from mpo.language_table import canonical, script_share
@@ -151,8 +151,8 @@ def settle_bad_rows(
 
 
 def weighted(rows: Sequence[Row], weight: float) -> list[Row]:
-    """Each row floor(weight) times, and for the rest of the weight evenly spaced rows once more. weight 1 is the rows as they are."""
-    whole, count = int(weight), round((weight - int(weight)) * len(rows))
+    """weight x rows, to the nearest: all of them as often as that takes, and evenly spaced ones once more."""
+    whole, count = divmod(round(as_written(weight) * len(rows)), max(1, len(rows)))
     return list(rows) * whole + [rows[i * len(rows) // count] for i in range(count)]
 
 

@@ -16,8 +16,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 from transformers import PreTrainedModel
 
-from mpo.batching import as_written
-from mpo.config import Config, TrainConfig
+from mpo.config import Config, TrainConfig, as_written
 from mpo.errors import UserError
 
 

@@ -20,7 +20,7 @@ from mpo.model import bind_mpo_forward, check_model, load_model, load_tokenizer
 from mpo.prepare import Prepared, check_ids, check_positions
 from mpo.progress import Progress
 from mpo.report import distinct_names
-from mpo.scoring import Gaps, distinct_sequences, measure_gaps
+from mpo.scoring import Gaps, distinct_sequences, measure_gaps, sign_accuracy
 from mpo.terminal import show_table
 from mpo.tokenizing import Example, tokenize_rows
 
@@ -102,7 +102,7 @@ def summarise(examples: Sequence[Example], measured: dict[str, Gaps], beta: floa
             "dominant_gap": float(gaps.dominant[places].mean()),
             "distance": float(distance.mean()),
             "distance_interval": bootstrap_interval(distance),
-            "sign_accuracy": float((target > 0).float().mean()),
+            "sign_accuracy": sign_accuracy(target),
         }
 
     places = {language: [i for i, e in enumerate(examples) if e.language == language] for language in languages}

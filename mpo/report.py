@@ -14,7 +14,7 @@ from mpo import picture
 from mpo.errors import UserError
 from mpo.files import read_object
 from mpo.output_folder import OutputFolder, read_metrics
-from mpo.scoring import Gaps
+from mpo.scoring import Gaps, sign_accuracy
 from mpo.terminal import show_table
 from mpo.tokenizing import Example
 
@@ -41,7 +41,7 @@ def summarise(examples: Sequence[Example], before: Gaps, after: Gaps, beta: floa
             "target_gap": pair(lambda g: g.target[places].mean()),
             "dominant_gap": pair(lambda g: g.dominant[places].mean()),
             "distance": pair(lambda g: (beta * g.target[places] - before.dominant[places]).abs().mean()),
-            "sign_accuracy": pair(lambda g: (g.target[places] > 0).float().mean()),
+            "sign_accuracy": pair(lambda g: sign_accuracy(g.target[places])),
         }
 
     change = (after.pooled - before.pooled).square().mean()

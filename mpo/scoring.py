@@ -62,6 +62,11 @@ class Gaps:
     pooled: torch.Tensor  # (R, 2, D) float32: dominant chosen, dominant rejected
 
 
+def sign_accuracy(gaps: torch.Tensor) -> float:
+    """Share of gaps (R,) above 0; NaN where one is NaN, which is neither."""
+    return float(torch.where(gaps.isnan(), gaps, (gaps > 0).to(gaps.dtype)).mean())
+
+
 def measure_gaps(
     engine: torch.nn.Module,
     examples: Sequence[Example],

@@ -269,7 +269,7 @@ def test_sources_that_cannot_be_read_are_named(tmp_path):
             load_rows([str(tmp_path / name)], config())
 
 
-@pytest.mark.parametrize(("weight", "count"), [(1, 10), (2, 20), (0.5, 5), (1.3, 13), (0.01, 0)])
+@pytest.mark.parametrize(("weight", "count"), [(1, 10), (2, 20), (0.5, 5), (1.3, 13), (0.01, 0), (2.15, 22), (0.35, 4), (0.25, 2)])
 def test_weights_repeat_or_thin_rows_evenly(tmp_path, weight, count):
     rows = native_rows(dominants=5)
     path = str(write_rows(tmp_path / "rows.jsonl", rows))

@@ -1,6 +1,8 @@
 """The tables that a run and `mpo gaps` print, on numbers made by hand."""
 
+import dataclasses
 import io
+import math
 
 import numpy
 import pytest
@@ -59,6 +61,15 @@ def test_the_result_of_a_run():
     assert ["sw", "2", "+0.250 → +0.750", "+0.875 → +1.000", "0.375 → 0.625", "50% → 100%"] in lines
     assert ["all", "4", "+0.312 → +0.250", "+0.938 → +1.062", "0.562 → 1.312", "50% → 75%"] in lines
     assert ["Dominant representation: L2 2.50e-01, 6.25% of its mean square."] in lines
+
+
+def test_a_gap_that_is_no_number_makes_no_number():
+    broken = dataclasses.replace(BEFORE, target=torch.tensor([0.5, math.nan, 0.0, 1.0]))
+    row = gaps.summarise(EXAMPLES, {"one": broken}, BETA)["models"]["one"]
+    result = report.summarise(EXAMPLES, broken, AFTER, BETA)["languages"]
+    for quantity in ("target_gap", "distance", "sign_accuracy"):
+        assert math.isnan(row["zh"][quantity]) and math.isnan(row["all"][quantity]) and math.isfinite(row["sw"][quantity])
+        assert math.isnan(result["zh"][quantity]["before"]) and math.isfinite(result["zh"][quantity]["after"])
 
 
 def test_the_report_of_models_side_by_side():
