@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -95,6 +97,14 @@ class Parallel:
         device = _device_of(self.context_group)
         return _gathered(lengths.to(device), self.context_group).sum(0).cpu()
 
+    def refused_elsewhere(self, refused: bool) -> list[int]:
+        """The other ranks of the context that refused their part of the data. All of them have to ask."""
+        if self.context_group is None:
+            return []
+        here = torch.distributed.get_rank(self.context_group)
+        flags = _gathered(torch.tensor([refused], dtype=torch.uint8, device=_device_of(self.context_group)), self.context_group)
+        return [rank for rank, (flag,) in enumerate(flags.tolist()) if flag and rank != here]
+
     def add_hidden_grads(self, grad: torch.Tensor) -> None:
         """Adds up, in place, the shares of dL/dhidden that the slices of the vocabulary contribute."""
         if self.vocab_group is not None:
@@ -107,6 +117,21 @@ class Parallel:
             else "whole vocabulary"
         )
         return f"Parallel({vocab}, {'part of the' if self.context_group else 'whole'} context)"
+
+
+@contextmanager
+def refused_together(parallel: Parallel | None) -> Iterator[None]:
+    """Round checks of data of which each rank of a context has its own part: a rank that raised alone would leave the others waiting."""
+    refusal: ValueError | None = None
+    try:
+        yield
+    except ValueError as error:
+        refusal = error
+    others = [] if parallel is None else parallel.refused_elsewhere(refusal is not None)
+    if refusal is not None:
+        raise refusal
+    if others:
+        raise ValueError(f"The labels or cu_seqlens of rank(s) {others} of context_group were refused; their own errors say why.")
 
 
 _HANDLES = itertools.count(1)

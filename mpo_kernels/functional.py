@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from mpo_kernels import validation as check
-from mpo_kernels.distributed import Parallel, handle_of
+from mpo_kernels.distributed import Parallel, handle_of, refused_together
 from mpo_kernels.ops.flops import tell_counters
 from mpo_kernels.ops.head import as_arguments
 from mpo_kernels.ops.linear import linear_pair_loss_op, linear_token_logprobs_op
@@ -153,9 +153,9 @@ def mpo_loss(
     sequences = check.check_layout(logits, cu_seqlens, "logits", pairs=True)
     _check_pair_vectors(reference_gap, pair_weights, sequences // 2, logits.device)
     if _reads_data(validate, logits, labels, reference_gap, pair_weights, cu_seqlens):
-        _check_pair_data(labels, cu_seqlens, reference_gap, pair_weights, sequences, ignore_index, parallel)
+        _check_pair_data(labels, cu_seqlens, reference_gap, pair_weights, sequences, ignore_index, logits.shape[-1], parallel)
     logp, _, entropy, is_argmax = _from_logits(
-        logits, labels, token_outputs, ignore_index, logit_scale, softcap, inplace_backward, parallel, validate
+        logits, labels, token_outputs, ignore_index, logit_scale, softcap, inplace_backward, parallel, validate=False
     )
     offsets = _offsets(cu_seqlens, sequences, labels.numel(), labels)
     tokens = _shaped(labels.shape, logp.detach().clone(), entropy, is_argmax) if token_outputs else None
@@ -264,9 +264,10 @@ def linear_mpo_loss(
     host = torch.device("cpu")  # where offsets that are not given are wanted
     offsets = _offsets(cu_seqlens, sequences, labels.numel(), labels, host if cu_seqlens is None else cu_seqlens.device)
     if reduction == "none":
-        logp, entropy, is_argmax, *_ = _from_hidden(
-            hidden, weight, bias, labels, token_outputs, ignore_index, logit_scale, softcap, chunk_bytes, parallel
-        )
+        with refused_together(None if torch.compiler.is_compiling() else parallel):
+            logp, entropy, is_argmax, *_ = _from_hidden(
+                hidden, weight, bias, labels, token_outputs, ignore_index, logit_scale, softcap, chunk_bytes, parallel
+            )
         tokens = _shaped(labels.shape, logp.detach().clone(), entropy, is_argmax) if token_outputs else None
         device = hidden.device
         return _pair_output(
@@ -543,11 +544,14 @@ def _check_pair_data(
     pair_weights: torch.Tensor | None,
     sequences: int,
     ignore_index: int,
+    vocab: int,
     parallel: Parallel | None,
 ) -> None:
-    """Checks that read data, on whatever device it is."""
+    """Checks that read data, on whatever device it is; `vocab` tokens are here."""
     offsets = _offsets(cu_seqlens, sequences, labels.numel(), labels)
-    check.check_cu_seqlens_values(offsets, labels.numel())
+    with refused_together(parallel):
+        check.check_label_values(labels, _vocab(vocab, parallel), ignore_index)
+        check.check_cu_seqlens_values(offsets, labels.numel())
     counts = _counts(labels.reshape(-1).long() != ignore_index, offsets)
     check.check_no_empty_sequence(counts if parallel is None else parallel.total(counts.cpu()), pairs=True)
     _check_pair_values(reference_gap, pair_weights)

@@ -207,6 +207,22 @@ def check_lifetime(vocab: slice) -> None:
         value.sum().backward()
 
 
+def check_refused_together(layout: Layout, rank: int) -> None:
+    """What is wrong with the part of one rank of a context is refused by all ranks: none is left waiting for it."""
+    data = layout.share(problem(torch.float32, -100))
+    if rank == 1:
+        data["labels"][0, 0] = V + 5
+    message = rf"labels.* is {V + 5}" if rank == 1 else r"rank\(s\) \[1\] of context_group"
+    for reduction in ("mean", "none"):
+        with pytest.raises(ValueError, match=message):
+            mpo_kernels.linear_mpo_loss(
+                *(data[name] for name in ("hidden", "weight", "labels", "gap")), reduction=reduction, parallel=layout.parallel
+            )
+    logits = data["hidden"] @ data["weight"].T
+    with pytest.raises(ValueError, match=message):
+        mpo_kernels.mpo_loss(logits, data["labels"], data["gap"], parallel=layout.parallel)
+
+
 def check_refusals(rank: int, parallel: Parallel) -> None:
     """A slice that is not what Parallel was made for; a slice of nothing on one rank, which all ranks refuse."""
     with pytest.raises(ValueError, match="vocab_slice"):
@@ -258,6 +274,7 @@ def main(rank: int, ranks: int, rendezvous: str) -> None:
         check_by_hand(rank)
     check_unknown_label(layouts["vocab"].parallel)
     check_lifetime(layouts["vocab"].vocab)
+    check_refused_together(layouts["context"], rank)
     check_refusals(rank, layouts["vocab"].parallel)
     dist.barrier()
     dist.destroy_process_group()
