@@ -19,6 +19,10 @@ def main() -> None:
     except KeyboardInterrupt:
         print(SENTENCE, file=sys.stderr)
         sys.exit(Status.INTERRUPTED)
+    except SystemExit as done:
+        if group := sys.modules.get("mpo.distributed"):
+            group.end(done.code)
+        raise
     finally:
         interruption.ending = True
 

@@ -227,7 +227,8 @@ def run() -> None:
     lost = streams.lost()
     if lost is not None:
         _complain(f"Error: standard output could not be written ({lost}): part of it is lost. Files that were named are whole.")
-    sys.exit(status if lost is None else status or Status.MENDABLE)
+        status = status or Status.MENDABLE
+    sys.exit(status)
 
 
 def status_of(arguments: list[str] | None = None) -> int:

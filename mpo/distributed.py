@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import socket
@@ -23,7 +24,9 @@ T = TypeVar("T")
 
 def start() -> torch.device:
     """Joins the process group of the launcher, or makes one of a single process. Returns this rank's device."""
+    global _has_started
     _check_launcher()
+    _has_started = True
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed's calls, not the user's
     if not (is_main() and sys.stderr.isatty()):
@@ -70,6 +73,7 @@ def _check_launcher() -> None:
         )
 
 
+_has_started = False
 _launcher = os.getppid() if {"TORCHELASTIC_RUN_ID", "CROSS_RANK"} & os.environ.keys() else None
 """The process of torch's or DeepSpeed's launcher that started this rank."""
 
@@ -80,9 +84,23 @@ def launcher_is_gone() -> bool:
 
 
 def leave() -> None:
-    """Ends the process group where there is one. Left to the interpreter's exit, gloo's threads now and then abort a run that succeeded."""
+    """Ends the process group where there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def end(status: int) -> None:
+    """Ends a process that has been in a process group; in any other it does nothing.
+
+    At once, past the interpreter's own end: threads of gloo that are still there by then now and then abort a run that succeeded, which
+    its launcher takes for a failure. What is to be done at exit, such as a tracker's last upload, is done first.
+    """
+    if _has_started:
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+        os._exit(status)
 
 
 def is_main() -> bool:

@@ -225,3 +225,29 @@ def test_there_is_one_kind_of_console_and_none_of_its_texts_is_markup():
                 assert name not in ("from_markup", "render"), path
                 if name == "TextColumn":
                     assert any(k.arg == "markup" and ast.unparse(k.value) == "False" for k in node.keywords), path
+
+
+AT_THE_END = """
+import atexit, sys, time
+from mpo import __main__, cli, distributed
+
+class Waits:
+    def __del__(self):
+        print("torn down")
+
+kept = Waits()
+atexit.register(print, "at exit")
+def command(*_):
+    distributed.start()
+    print("done", end=" ")
+    sys.exit({status})
+cli.app = command
+__main__.main()
+"""
+
+
+@pytest.mark.parametrize("status", [0, 2])
+def test_a_rank_ends_without_what_its_librarys_threads_make_of_the_interpreters_end(status):
+    """Its output is whole, what was registered for the exit is done, and the status is its own; nothing is torn down."""
+    result = subprocess.run([sys.executable, "-c", AT_THE_END.format(status=status)], capture_output=True, text=True, check=False)
+    assert result.returncode == status and result.stdout.endswith("done at exit\n"), result.stdout + result.stderr
