@@ -7,8 +7,11 @@ threads changes the order of a CPU's sums, and so the last bits of a run. What a
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
+PYTHON = ("python", "deepspeed", "torchrun", "mpo", "pytest")
+"""How the names of programs begin that run it."""
 FIXED = {
     "OMP_NUM_THREADS": "1",
     "COLUMNS": "100",
@@ -35,8 +38,11 @@ def settle() -> None:
 
 
 def refuse_another(event: str, arguments: tuple[Any, ...]) -> None:
-    """Audits every process that a test starts: it may set these variables otherwise, but not leave them to the machine."""
-    if event == "subprocess.Popen":
+    """Audits every process that runs Python for a test: it may set these variables otherwise, but not leave them to the machine.
+
+    Libraries start tools in environments of their own (torch 2.15 looks for libdl by ldconfig), which is theirs to know.
+    """
+    if event == "subprocess.Popen" and Path(os.fsdecode(arguments[0])).name.startswith(PYTHON):
         environment = arguments[3]
         missing = [name for name in FIXED if name not in (os.environ if environment is None else environment)]
         assert not missing, f"{arguments[1]} is started without {', '.join(missing)}: pass env={{**os.environ, ...}}"

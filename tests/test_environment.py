@@ -39,3 +39,7 @@ def test_threads_time_and_width_are_the_environments():
 def test_a_process_that_would_take_the_machines_own_environment_is_refused():
     with pytest.raises(AssertionError, match="without OMP_NUM_THREADS"):
         subprocess.run([sys.executable, "-c", ""], env={"PATH": os.environ["PATH"]}, check=True)
+
+
+def test_the_tools_of_libraries_have_environments_of_their_own():
+    subprocess.run(["true"], env={"PATH": os.environ["PATH"]}, check=True)
