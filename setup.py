@@ -48,7 +48,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["mpo", "mpo.*", "mpo_kernels", "mpo_kernels.*"]),
     package_data={"mpo": ["py.typed", "recipes/*.yaml", "recipes/demo/*"], "mpo_kernels": ["py.typed"]},
-    # The oldest that the kernels' tests have run on; torch 2.10 pins triton 3.6. tests/kernels/compiled has a table of each triton.
+    # The oldest that was run: torch 2.10 pins triton 3.6. tests/kernels/compiled has a table of each triton.
     install_requires=["torch>=2.10", "triton>=3.6; platform_system == 'Linux'"],
     extras_require={"train": TRAIN, "qlora": QLORA, "test": TEST, "bench": BENCH},
     entry_points={"console_scripts": ["mpo=mpo.__main__:main"]},
