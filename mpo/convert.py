@@ -107,8 +107,6 @@ def _check_portable(folder: Path, shapes: dict[str, torch.Size]) -> int:
 def _make_states(optimizer: Any, zero_stage: int, step: int, parameters: list[torch.nn.Parameter]) -> None:
     """AdamW makes its moments in its first step; here they are needed before it."""
     if zero_stage == 0:
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise UserError("A converted checkpoint cannot be taken up by zero.stage=0 with model.dtype=bfloat16. Use zero.stage=1.")
         flats: list[torch.Tensor] = list(parameters)
     else:
         flats = optimizer.fp32_partitioned_groups_flat if zero_stage == 3 else optimizer.single_partition_of_fp32_groups
