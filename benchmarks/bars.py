@@ -1,6 +1,8 @@
-"""What this package promises of itself, each with the value measured now: `python -m benchmarks.bars [--quick]`.
+"""What this package promises of itself, each with the value measured now: `python -m
+benchmarks.bars [--quick]`.
 
-Exits with status 1 if one is missed. Bars of the whole training step are read from the newest `step.json` of `benchmarks.step`.
+Exits with status 1 if one is missed. Bars of the whole training step are read from the newest
+`step.json` of `benchmarks.step`.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ import torch
 import typer
 from rich.table import Table
 
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # triton's default until 3.10; it decides about instruction counts
+# triton's default until 3.10; it decides about instruction counts
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import mpo_kernels
 from benchmarks.candidates import from_hidden
@@ -50,7 +53,12 @@ def main(quick: Quick = False, threads: Threads = 2) -> None:
     for section in (accuracy, traffic, work, memory, compiled, emulated, peers, step):
         with console.status(section.__name__):
             for bar in section(quick):
-                table.add_row(bar.what, bar.promised, bar.measured, {True: "holds", False: "[red]MISSED[/]", None: "-"}[bar.holds])
+                table.add_row(
+                    bar.what,
+                    bar.promised,
+                    bar.measured,
+                    {True: "holds", False: "[red]MISSED[/]", None: "-"}[bar.holds],
+                )
                 missed += bar.holds is False
     console.print(table)
     raise typer.Exit(1 if missed else 0)
@@ -72,11 +80,20 @@ def accuracy(quick: bool) -> Iterator[Bar]:
         else:
             ratios += numerics.ratios(errors)
     mean, rare = statistics.geometric_mean(ratios), statistics.quantiles(ratios, n=20)[-1]
-    text = f"geometric mean {mean:.3f}x, 95th percentile {rare:.2f}x of {len(ratios)}; {len(missed)} results beyond their bar"
-    yield Bar("bf16, fp16: error / error of plain autograd", "<= 1.25", text, not missed and mean < 1.05)
+    text = (
+        f"geometric mean {mean:.3f}x, 95th percentile {rare:.2f}x of {len(ratios)}; {len(missed)}"
+        " results beyond their bar"
+    )
+    yield Bar(
+        "bf16, fp16: error / error of plain autograd", "<= 1.25", text, not missed and mean < 1.05
+    )
     within = sum(error <= numerics.FP32_BAR for error in single)
-    # Beyond 1e-5 a result may be only where plain autograd is too, or where the error is the difference of two nearly equal numbers.
-    text = f"{within} of {len(single)} results, median {statistics.median(single):.1e}; the others are held to plain autograd's error"
+    # Beyond 1e-5 a result may be only where plain autograd is too, or where the error is the
+    # difference of two nearly equal numbers.
+    text = (
+        f"{within} of {len(single)} results, median {statistics.median(single):.1e}; the others are"
+        " held to plain autograd's error"
+    )
     yield Bar("fp32: relative error", "<= 1e-5", text, not missed)
 
 
@@ -102,10 +119,19 @@ def work(quick: bool) -> Iterator[Bar]:
         workload = FromHidden(2, 64, 64, 1000, trainable=trainable)
         inputs = workload.inputs()
         with Flops() as counter:
-            mpo_kernels.linear_mpo_loss(inputs["hidden"], inputs["weight"], workload.labels, workload.gap).loss.backward()
-        times = counter.total / (2 * int((workload.labels != -100).sum()) * workload.hidden * workload.vocab)
+            mpo_kernels.linear_mpo_loss(
+                inputs["hidden"], inputs["weight"], workload.labels, workload.gap
+            ).loss.backward()
+        times = counter.total / (
+            2 * int((workload.labels != -100).sum()) * workload.hidden * workload.vocab
+        )
         kind = "trainable" if trainable else "frozen"
-        yield Bar(f"head FLOPs / (2 x scored x D x V), {kind} head", f"<= {gemms}", f"{times:g}", times <= gemms)
+        yield Bar(
+            f"head FLOPs / (2 x scored x D x V), {kind} head",
+            f"<= {gemms}",
+            f"{times:g}",
+            times <= gemms,
+        )
 
 
 def memory(quick: bool) -> Iterator[Bar]:
@@ -122,7 +148,12 @@ def memory(quick: bool) -> Iterator[Bar]:
         peak = peak_bytes(workload, loss)
         named = budget + 4 * vocab * hidden + 4 * 8 * tokens * hidden
         rest = (peak - named) / named
-        yield Bar(f"peak / (budget + dW + dH), {8 * tokens} tokens from hidden states", "<= 1.1", f"{1 + rest:.2f}", rest <= 0.1)
+        yield Bar(
+            f"peak / (budget + dW + dH), {8 * tokens} tokens from hidden states",
+            "<= 1.1",
+            f"{1 + rest:.2f}",
+            rest <= 0.1,
+        )
 
 
 def compiled(quick: bool) -> Iterator[Bar]:
@@ -133,13 +164,23 @@ def compiled(quick: bool) -> Iterator[Bar]:
     for target in ("sm_90",) if quick else TARGETS:
         made = [(variant, facts(variant.compiled(target))) for variant in variants()]
         spilled = sum(values["spilled"] for _, values in made)
-        widths = {values["widest_bits"] for variant, values in made if variant.tiled_as is not None and variant.aligned}
+        widths = {
+            values["widest_bits"]
+            for variant, values in made
+            if variant.tiled_as is not None and variant.aligned
+        }
         stats = next(values for variant, values in made if variant.name == "stats plain aligned")
         text = (
-            f"{spilled} spills in {len(made)} variants; {min(widths)}-bit; statistics {stats['registers']} registers, "
-            f"{stats['instructions_per_element']} instructions per element"
+            f"{spilled} spills in {len(made)} variants; {min(widths)}-bit; statistics"
+            f" {stats['registers']} registers, {stats['instructions_per_element']} instructions per"
+            " element"
         )
-        yield Bar(f"compiled for {target}", "no spills; 128-bit where aligned", text, spilled == 0 and widths == {128})
+        yield Bar(
+            f"compiled for {target}",
+            "no spills; 128-bit where aligned",
+            text,
+            spilled == 0 and widths == {128},
+        )
 
 
 def emulated(quick: bool) -> Iterator[Bar]:
@@ -160,8 +201,15 @@ def emulated(quick: bool) -> Iterator[Bar]:
                 mpo_kernels.mpo_loss(logits, labels, gap).loss.backward()
             error = numerics.relative_error(logits.grad, wide.grad)  # type: ignore[arg-type]
             findings = sum(not launch.findings.clean for launch in launches)
-            text = f"gradient off by {error:.1e}; findings in {findings} of {len(launches)} launches"
-            yield Bar(f"PTX for {target} emulated", "the oracle; no race, no bad access", text, error < 4e-3 and findings == 0)
+            text = (
+                f"gradient off by {error:.1e}; findings in {findings} of {len(launches)} launches"
+            )
+            yield Bar(
+                f"PTX for {target} emulated",
+                "the oracle; no race, no bad access",
+                text,
+                error < 4e-3 and findings == 0,
+            )
     finally:
         os.environ.pop("MPO_KERNELS_BACKEND")
 
@@ -169,31 +217,61 @@ def emulated(quick: bool) -> Iterator[Bar]:
 def peers(quick: bool) -> Iterator[Bar]:
     """CPU, beside plain PyTorch, Liger and TRL, at 62.5 % scored rows."""
     candidates = [c for c in from_hidden() if c.name in PEERS or c.name == "mpo_kernels"]
-    result: Comparison = compare(FromHidden(1, 256, 576, 49152), candidates, repetitions=3 if quick else 12)
+    result: Comparison = compare(
+        FromHidden(1, 256, 576, 49152), candidates, repetitions=3 if quick else 12
+    )
     ours, theirs = result.fastest(ours=True), result.fastest(ours=False)
     absent = [row.candidate for row in result.rows if row.status == "absent"]
     if ours is None or theirs is None or ours.both is None or theirs.both is None:
-        yield Bar("CPU time / fastest of plain, Liger, TRL", "<= 0.65", f"nothing right to compare with; absent: {absent}", False)
+        yield Bar(
+            "CPU time / fastest of plain, Liger, TRL",
+            "<= 0.65",
+            f"nothing right to compare with; absent: {absent}",
+            False,
+        )
         return
     ratio = ours.both.median / theirs.both.median
-    text = f"{ratio:.2f} of {theirs.candidate}" + (f"; absent: {', '.join(absent)}" if absent else "")
+    text = f"{ratio:.2f} of {theirs.candidate}" + (
+        f"; absent: {', '.join(absent)}" if absent else ""
+    )
     yield Bar("CPU time / fastest of plain, Liger, TRL", "<= 0.65", text, ratio <= 0.65)
-    smallest = min((row for row in result.rows if row.status == "ok" and not row.ours), key=lambda row: row.peak_bytes or 0)
+    smallest = min(
+        (row for row in result.rows if row.status == "ok" and not row.ours),
+        key=lambda row: row.peak_bytes or 0,
+    )
     share = (ours.peak_bytes or 0) / (smallest.peak_bytes or 1)
-    yield Bar("CPU peak memory / leanest of them", "< 1", f"{share:.2f} of {smallest.candidate}", share < 1)
+    yield Bar(
+        "CPU peak memory / leanest of them",
+        "< 1",
+        f"{share:.2f} of {smallest.candidate}",
+        share < 1,
+    )
 
 
 def step(quick: bool) -> Iterator[Bar]:
     """The whole step, from what `benchmarks.step` wrote last at full size."""
-    paths = sorted([*RESULTS.glob("*/step.json"), *Path("runs/benchmarks").glob("*/step.json")], key=lambda path: path.stat().st_mtime)
-    results = [(path.parent.name, StepResult.model_validate_json(path.read_text(encoding="utf-8"))) for path in paths]
+    paths = sorted(
+        [*RESULTS.glob("*/step.json"), *Path("runs/benchmarks").glob("*/step.json")],
+        key=lambda path: path.stat().st_mtime,
+    )
+    results = [
+        (path.parent.name, StepResult.model_validate_json(path.read_text(encoding="utf-8")))
+        for path in paths
+    ]
     full = [(machine, result) for machine, result in results if not result.quick]
     if not full:
-        yield Bar("whole training step", "1.8x; 0.55 of the memory", "run python -m benchmarks.step", None)
+        yield Bar(
+            "whole training step", "1.8x; 0.55 of the memory", "run python -m benchmarks.step", None
+        )
         return
     machine, result = full[-1]
     for bar in result.bars:
-        yield Bar(f"step, {bar.what}, {bar.side} ({machine})", bar.promised, f"{bar.measured:.2f}", bar.holds)
+        yield Bar(
+            f"step, {bar.what}, {bar.side} ({machine})",
+            bar.promised,
+            f"{bar.measured:.2f}",
+            bar.holds,
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""What is compared: this package, plain PyTorch, and the libraries that a user would pick instead, each called as its documentation says.
+"""What is compared: this package, plain PyTorch, and the libraries that a user would pick instead,
+each called as its documentation says.
 
-Peers give per-token or per-sequence log-probabilities; `mpo_of` makes the same loss of them for all.
+Peers give per-token or per-sequence log-probabilities; `mpo_of` makes the same loss of them for
+all.
 """
 
 from __future__ import annotations
@@ -60,7 +62,10 @@ def _trl_loop(workload: FromLogits) -> Loss:
     def loss(inputs: Inputs) -> torch.Tensor:
         utils._supports_trl_loss_kernel = lambda *_: False
         try:
-            return mpo_of(utils.selective_log_softmax(inputs["logits"], workload.labels.clamp_min(0)), workload.labels)
+            return mpo_of(
+                utils.selective_log_softmax(inputs["logits"], workload.labels.clamp_min(0)),
+                workload.labels,
+            )
         finally:
             utils._supports_trl_loss_kernel = supported
 
@@ -72,7 +77,10 @@ def _trl_kernel(workload: FromLogits) -> Loss:
     from trl.trainer.utils import selective_log_softmax
 
     mask = workload.labels != -100
-    return lambda inputs: mpo_of(selective_log_softmax(inputs["logits"], workload.labels.clamp_min(0), row_mask=mask), workload.labels)
+    return lambda inputs: mpo_of(
+        selective_log_softmax(inputs["logits"], workload.labels.clamp_min(0), row_mask=mask),
+        workload.labels,
+    )
 
 
 def _liger_logits(workload: FromLogits) -> Loss:
@@ -81,7 +89,9 @@ def _liger_logits(workload: FromLogits) -> Loss:
 
     nll = LigerCrossEntropyLoss(reduction="none")
     shape = workload.labels.shape
-    return lambda inputs: mpo_of(-nll(inputs["logits"].flatten(0, 1), workload.labels.flatten()).view(shape), workload.labels)
+    return lambda inputs: mpo_of(
+        -nll(inputs["logits"].flatten(0, 1), workload.labels.flatten()).view(shape), workload.labels
+    )
 
 
 def _quack(workload: FromLogits) -> Loss:
@@ -90,13 +100,23 @@ def _quack(workload: FromLogits) -> Loss:
 
     shape = workload.labels.shape
     return lambda inputs: mpo_of(
-        -cross_entropy(inputs["logits"].flatten(0, 1), workload.labels.flatten(), reduction="none").view(shape), workload.labels
+        -cross_entropy(
+            inputs["logits"].flatten(0, 1), workload.labels.flatten(), reduction="none"
+        ).view(shape),
+        workload.labels,
     )
 
 
 def _ours_logits(workload: FromLogits, inplace: bool) -> Loss:
     return lambda inputs: (
-        mpo_kernels.mpo_loss(inputs["logits"], workload.labels, workload.gap, beta=BETA, inplace_backward=inplace, validate=False).loss
+        mpo_kernels.mpo_loss(
+            inputs["logits"],
+            workload.labels,
+            workload.gap,
+            beta=BETA,
+            inplace_backward=inplace,
+            validate=False,
+        ).loss
     )
 
 
@@ -131,14 +151,18 @@ def _compiled_hidden(workload: FromHidden) -> Loss:
 
 
 def _scored_rows(workload: FromHidden) -> Loss:
-    """Plain PyTorch by someone who drops the prompt before the head: the best that a page of code does."""
+    """Plain PyTorch by someone who drops the prompt before the head: the best that a page of code
+    does."""
     scored = workload.labels != -100
     labels = workload.labels[scored]
 
     def loss(inputs: Inputs) -> torch.Tensor:
         logits = F.linear(inputs["hidden"][scored], inputs["weight"]).float()
         logps = logits.log_softmax(-1).gather(-1, labels[:, None])[:, 0]
-        return mpo_of(torch.zeros(scored.shape, device=logps.device).masked_scatter(scored, logps), workload.labels)
+        return mpo_of(
+            torch.zeros(scored.shape, device=logps.device).masked_scatter(scored, logps),
+            workload.labels,
+        )
 
     return loss
 
@@ -149,12 +173,25 @@ def _liger_hidden(workload: FromHidden, chunk: int) -> Loss:
     class LigerMPO(LigerFusedLinearPreferenceBase):
         @staticmethod
         def preference_loss_fn(chosen_logps, rejected_logps, full_target, beta=BETA):
-            return ((beta * (chosen_logps - rejected_logps) - GAP) ** 2).sum() / (full_target.shape[0] // 2), chosen_logps, rejected_logps
+            return (
+                ((beta * (chosen_logps - rejected_logps) - GAP) ** 2).sum()
+                / (full_target.shape[0] // 2),
+                chosen_logps,
+                rejected_logps,
+            )
 
         @classmethod
         def forward(cls, ctx, hidden, weight, labels):
             return super().forward(
-                cls, ctx, hidden, weight, labels, chunk_size=chunk, beta=BETA, compute_nll_loss=False, average_log_prob=True
+                cls,
+                ctx,
+                hidden,
+                weight,
+                labels,
+                chunk_size=chunk,
+                beta=BETA,
+                compute_nll_loss=False,
+                average_log_prob=True,
             )
 
         @staticmethod
@@ -169,12 +206,16 @@ def _trl_hidden(workload: FromHidden) -> Loss:
     from trl.kernels import ChunkedLogProbFunction
 
     compact = workload.device.type == "cuda"
-    scored = workload.labels != -100 if compact else torch.ones_like(workload.labels, dtype=torch.bool)
+    scored = (
+        workload.labels != -100 if compact else torch.ones_like(workload.labels, dtype=torch.bool)
+    )
     targets = workload.labels[scored].clamp_min(0)
 
     def loss(inputs: Inputs) -> torch.Tensor:
         rows = inputs["hidden"][scored] if compact else inputs["hidden"].flatten(0, 1)
-        logps = ChunkedLogProbFunction.apply(rows, inputs["weight"], None, targets, 1.0, TRL_CHUNK, None, 1.0, ())[0]
+        logps = ChunkedLogProbFunction.apply(
+            rows, inputs["weight"], None, targets, 1.0, TRL_CHUNK, None, 1.0, ()
+        )[0]
         return mpo_of(logps.new_zeros(scored.shape).masked_scatter(scored, logps), workload.labels)
 
     return loss
@@ -184,21 +225,31 @@ def _cut_cross_entropy(workload: FromHidden) -> Loss:
     from cut_cross_entropy import linear_cross_entropy
 
     # filter_eps drops small gradients to be faster; None computes what everyone else here computes.
-    impl = {"impl": "cce", "filter_eps": None} if workload.device.type == "cuda" else {"impl": "torch_compile"}
+    impl = (
+        {"impl": "cce", "filter_eps": None}
+        if workload.device.type == "cuda"
+        else {"impl": "torch_compile"}
+    )
     return lambda inputs: mpo_of(
-        -linear_cross_entropy(inputs["hidden"], inputs["weight"], workload.labels, reduction="none", **impl), workload.labels
+        -linear_cross_entropy(
+            inputs["hidden"], inputs["weight"], workload.labels, reduction="none", **impl
+        ),
+        workload.labels,
     )
 
 
 def _torch_linear_cross_entropy(workload: FromHidden) -> Loss:
-    """Its chunked form gives one sum a call, so it is called once a sequence, with the chunks that torch tuned."""
+    """Its chunked form gives one sum a call, so it is called once a sequence, with the chunks that
+    torch tuned."""
     if not hasattr(F, "linear_cross_entropy"):
         raise Absent("torch has it from 2.13 on")
     options = torch.nn.LinearCrossEntropyOptions()
 
     def loss(inputs: Inputs) -> torch.Tensor:
         means = [
-            -F.linear_cross_entropy(h, inputs["weight"], y, reduction="mean", ignore_index=-100, options=options)
+            -F.linear_cross_entropy(
+                h, inputs["weight"], y, reduction="mean", ignore_index=-100, options=options
+            )
             for h, y in zip(inputs["hidden"], workload.labels, strict=True)
         ]
         return _of_means(torch.stack(means))
@@ -209,13 +260,21 @@ def _torch_linear_cross_entropy(workload: FromHidden) -> Loss:
 def _ours_hidden(workload: FromHidden, chunk_bytes: int | None = None) -> Loss:
     return lambda inputs: (
         mpo_kernels.linear_mpo_loss(
-            inputs["hidden"], inputs["weight"], workload.labels, workload.gap, beta=BETA, chunk_bytes=chunk_bytes
+            inputs["hidden"],
+            inputs["weight"],
+            workload.labels,
+            workload.gap,
+            beta=BETA,
+            chunk_bytes=chunk_bytes,
         ).loss
     )
 
 
 def _ours_tokens(workload: FromHidden) -> Loss:
-    return lambda inputs: mpo_of(mpo_kernels.linear_token_logprobs(inputs["hidden"], inputs["weight"], workload.labels), workload.labels)
+    return lambda inputs: mpo_of(
+        mpo_kernels.linear_token_logprobs(inputs["hidden"], inputs["weight"], workload.labels),
+        workload.labels,
+    )
 
 
 def from_hidden() -> list[Candidate[FromHidden]]:
@@ -230,7 +289,11 @@ def from_hidden() -> list[Candidate[FromHidden]]:
         Candidate("cut-cross-entropy", _cut_cross_entropy),
         Candidate("torch linear_cross_entropy", _torch_linear_cross_entropy),
         Candidate("mpo_kernels", _ours_hidden, ours=True),
-        Candidate("mpo_kernels, 32 MiB chunks", functools.partial(_ours_hidden, chunk_bytes=32 << 20), ours=True),
+        Candidate(
+            "mpo_kernels, 32 MiB chunks",
+            functools.partial(_ours_hidden, chunk_bytes=32 << 20),
+            ours=True,
+        ),
         Candidate("mpo_kernels token log-probs", _ours_tokens, ours=True),
     ]
 

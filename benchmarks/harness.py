@@ -1,7 +1,9 @@
-"""Runs every candidate on the same inputs, in one process, interleaved; checks each against float64 before it is timed.
+"""Runs every candidate on the same inputs, in one process, interleaved; checks each against float64
+before it is timed.
 
-A workload gives fresh inputs and the exact results; a candidate turns inputs into a scalar loss. A candidate whose loss or gradient is
-wrong keeps its times but is marked `wrong` and ranks after all right ones; one that cannot be imported or needs another device is `absent`.
+A workload gives fresh inputs and the exact results; a candidate turns inputs into a scalar loss. A
+candidate whose loss or gradient is wrong keeps its times but is marked `wrong` and ranks after all
+right ones; one that cannot be imported or needs another device is `absent`.
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ import torch
 from pydantic import BaseModel
 from torch.profiler import ProfilerActivity, profile
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler would write lines of its own between the tables
+# torch's profiler would write lines of its own between the tables
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 UPSTREAM = 1.7
 """Gradient of the loss in every backward; not 1, for which some implementations have a shortcut."""
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-2}
-"""Largest relative L2 error against float64 of a right answer; rounding the logits to bf16 alone costs up to 1e-2."""
+"""Largest relative L2 error against float64 of a right answer; rounding the logits to bf16 alone
+costs up to 1e-2."""
 
 Inputs = Mapping[str, torch.Tensor]
 Loss = Callable[[Inputs], torch.Tensor]
@@ -49,7 +53,8 @@ class Workload(Protocol):
         """New leaves; made outside the timing."""
 
     def exact(self) -> dict[str, torch.Tensor]:
-        """`loss` and the gradient of each input that is trained, float64, for the upstream gradient UPSTREAM."""
+        """`loss` and the gradient of each input that is trained, float64, for the upstream gradient
+        UPSTREAM."""
 
     def gradients(self, inputs: Inputs) -> dict[str, torch.Tensor]:
         """What a backward left in `inputs`."""
@@ -80,7 +85,8 @@ class Timing(BaseModel):
 
 
 class Row(BaseModel):
-    """One candidate in one comparison. `peak_bytes` is above the inputs and includes the gradients."""
+    """One candidate in one comparison. `peak_bytes` is above the inputs and includes the
+    gradients."""
 
     candidate: str
     status: Literal["ok", "wrong", "absent", "failed", "bound"]
@@ -106,21 +112,33 @@ class Comparison(BaseModel):
         return next(row for row in self.rows if row.candidate == candidate)
 
     def limit_share(self, row: Row) -> float | None:
-        """Time of the least work over time of this row, forward and backward: its share of `limit`."""
+        """Time of the least work over time of this row, forward and backward: its share of
+        `limit`."""
         least = next((r.both for r in self.rows if r.status == "bound"), None)
-        return None if least is None or row.both is None or row.status == "bound" else least.median / row.both.median
+        return (
+            None
+            if least is None or row.both is None or row.status == "bound"
+            else least.median / row.both.median
+        )
 
     def fastest(self, ours: bool) -> Row | None:
         """The right row with the smallest time, of ours or of the others."""
-        return min((r for r in self.rows if r.status == "ok" and r.ours == ours), key=_both, default=None)
+        return min(
+            (r for r in self.rows if r.status == "ok" and r.ours == ours), key=_both, default=None
+        )
 
 
-def compare(workload: W, candidates: Sequence[Candidate[W]], repetitions: int = 20, seconds: float = 5.0) -> Comparison:
-    """Each candidate is built, checked, its memory counted, and then timed: `repetitions` rounds, or fewer where one takes `seconds`.
+def compare(
+    workload: W, candidates: Sequence[Candidate[W]], repetitions: int = 20, seconds: float = 5.0
+) -> Comparison:
+    """Each candidate is built, checked, its memory counted, and then timed: `repetitions` rounds,
+    or fewer where one takes `seconds`.
 
-    Every round runs all candidates in the same order, so that a machine that slows down does so for all.
+    Every round runs all candidates in the same order, so that a machine that slows down does so for
+    all.
     """
-    torch.compiler.reset()  # compiled candidates stop compiling after so many workloads of other sizes
+    # compiled candidates stop compiling after so many workloads of other sizes
+    torch.compiler.reset()
     exact = workload.exact()
     rows, losses = [], {}
     for candidate in candidates:
@@ -148,14 +166,25 @@ def compare(workload: W, candidates: Sequence[Candidate[W]], repetitions: int = 
             row.forward, row.backward, row.both = _timings(times[row.candidate])
     if bound:
         forward_time, backward_time, both_time = _timings(bound)
-        rows.append(Row(candidate="least work", status="bound", forward=forward_time, backward=backward_time, both=both_time))
+        rows.append(
+            Row(
+                candidate="least work",
+                status="bound",
+                forward=forward_time,
+                backward=backward_time,
+                both=both_time,
+            )
+        )
     order = {"bound": 0, "ok": 1, "wrong": 2, "failed": 3, "absent": 4}
     rows.sort(key=lambda row: (order[row.status], _both(row)))
-    return Comparison(workload=workload.name, limit=workload.limit, settings=workload.settings(), rows=rows)
+    return Comparison(
+        workload=workload.name, limit=workload.limit, settings=workload.settings(), rows=rows
+    )
 
 
 def peak_bytes(workload: Workload, loss: Loss) -> int:
-    """Most bytes that one forward and backward hold at once above its inputs, the gradients included."""
+    """Most bytes that one forward and backward hold at once above its inputs, the gradients
+    included."""
     inputs = workload.inputs()
     gc.collect()
     if workload.device.type == "cuda":
@@ -169,11 +198,16 @@ def peak_bytes(workload: Workload, loss: Loss) -> int:
 
 
 def allocations(work: Callable[[], object]) -> int:
-    """Most bytes that PyTorch's CPU allocator has handed out at once while `work` runs, above what it had before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+    """Most bytes that PyTorch's CPU allocator has handed out at once while `work` runs, above what
+    it had before."""
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiler:
         work()
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = [
+        event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
     alive = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         alive += event.nbytes()
@@ -200,7 +234,10 @@ def _check(workload: W, candidate: Candidate[W], exact: Inputs) -> tuple[Row, Lo
         row.errors[name] = _relative_error(found[name], want) if name in found else float("inf")
     worst = max(row.errors, key=lambda name: row.errors[name])
     if not row.errors[worst] <= bar:
-        row.status, row.reason = "wrong", f"{worst} is off by {row.errors[worst]:.1e}, more than {bar:.0e}"
+        row.status, row.reason = (
+            "wrong",
+            f"{worst} is off by {row.errors[worst]:.1e}, more than {bar:.0e}",
+        )
     return row, loss
 
 
@@ -219,7 +256,8 @@ def _once(workload: Workload, loss: Loss, clock: _Clock) -> tuple[float, float]:
 
 
 class _Clock:
-    """Seconds that a call takes, and its result. On a GPU by events, after the L2 cache was overwritten."""
+    """Seconds that a call takes, and its result. On a GPU by events, after the L2 cache was
+    overwritten."""
 
     def __init__(self, device: torch.device) -> None:
         self._gpu = device.type == "cuda"
@@ -240,7 +278,11 @@ class _Clock:
 
 
 def _timings(times: list[tuple[float, float]]) -> tuple[Timing, Timing, Timing]:
-    forward, backward, both = [f for f, _ in times], [b for _, b in times], [f + b for f, b in times]
+    forward, backward, both = (
+        [f for f, _ in times],
+        [b for _, b in times],
+        [f + b for f, b in times],
+    )
     return timing(forward), timing(backward), timing(both)
 
 
@@ -249,13 +291,17 @@ def timing(seconds: list[float]) -> Timing:
     if len(seconds) < 2:
         return Timing(median=seconds[0], p20=seconds[0], p80=seconds[0], repetitions=1)
     fifths = statistics.quantiles(seconds, n=5, method="inclusive")
-    return Timing(median=statistics.median(seconds), p20=fifths[0], p80=fifths[3], repetitions=len(seconds))
+    return Timing(
+        median=statistics.median(seconds), p20=fifths[0], p80=fifths[3], repetitions=len(seconds)
+    )
 
 
 def _relative_error(found: torch.Tensor, want: torch.Tensor) -> float:
     if found.shape != want.shape:
         return float("inf")
-    error = float((found.detach().to(want.device).double() - want).norm() / want.norm().clamp_min(1e-30))
+    error = float(
+        (found.detach().to(want.device).double() - want).norm() / want.norm().clamp_min(1e-30)
+    )
     return error if error == error else float("inf")
 
 

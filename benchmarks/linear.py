@@ -18,24 +18,51 @@ def workloads(device: torch.device, quick: bool) -> list[FromHidden]:
     """The centre with a trainable and with a frozen head, then one size changed at a time."""
     if device.type == "cuda":
         centre = FromHidden(4, 2048, 4096, 128256, dtype=torch.bfloat16, device=device)
-        changes: list[dict] = [{"tokens": 512}, {"tokens": 8192}, {"vocab": 256000}, {"hidden": 2048}, {"scored": 0.25}, {"scored": 1.0}]
+        changes: list[dict] = [
+            {"tokens": 512},
+            {"tokens": 8192},
+            {"vocab": 256000},
+            {"hidden": 2048},
+            {"scored": 0.25},
+            {"scored": 1.0},
+        ]
     elif quick:
         return [FromHidden(1, 64, 192, 32000), FromHidden(1, 64, 192, 32000, trainable=False)]
     else:
         # SmolLM2-135M's head, 160 of 256 tokens scored in each of two sequences.
         centre = FromHidden(1, 256, 576, 49152)
-        changes = [{"tokens": 64}, {"tokens": 1024}, {"vocab": 128256}, {"hidden": 1536}, {"scored": 0.25}, {"scored": 1.0}]
-    return [centre, replace(centre, trainable=False), *(replace(centre, **change) for change in ([] if quick else changes))]
+        changes = [
+            {"tokens": 64},
+            {"tokens": 1024},
+            {"vocab": 128256},
+            {"hidden": 1536},
+            {"scored": 0.25},
+            {"scored": 1.0},
+        ]
+    return [
+        centre,
+        replace(centre, trainable=False),
+        *(replace(centre, **change) for change in ([] if quick else changes)),
+    ]
 
 
-def main(quick: Quick = False, repetitions: Repetitions = 20, threads: Threads = 2, out: Out = None) -> None:
-    """Forward and backward from hidden states: plain PyTorch, torch.compile, Liger, TRL, cut-cross-entropy, torch's own, and ours."""
+def main(
+    quick: Quick = False, repetitions: Repetitions = 20, threads: Threads = 2, out: Out = None
+) -> None:
+    """Forward and backward from hidden states: plain PyTorch, torch.compile, Liger, TRL,
+    cut-cross-entropy, torch's own, and ours."""
     device, machine, folder, console = set_up(threads, out)
     comparisons = []
     for workload in announced(workloads(device, quick), console):
-        comparisons.append(compare(workload, from_hidden(), 5 if quick else repetitions, 2.0 if quick else 5.0))
+        comparisons.append(
+            compare(workload, from_hidden(), 5 if quick else repetitions, 2.0 if quick else 5.0)
+        )
         show(comparisons[-1], console)
-    save(Result(benchmark="linear", machine=machine, quick=quick, comparisons=comparisons), folder, console)
+    save(
+        Result(benchmark="linear", machine=machine, quick=quick, comparisons=comparisons),
+        folder,
+        console,
+    )
 
 
 if __name__ == "__main__":

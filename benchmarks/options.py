@@ -13,10 +13,17 @@ from benchmarks.output import Machine
 
 RESULTS = Path(__file__).parent / "results"
 
-Quick = Annotated[bool, typer.Option("--quick", help="Small sizes and few repetitions: under two minutes.")]
+Quick = Annotated[
+    bool, typer.Option("--quick", help="Small sizes and few repetitions: under two minutes.")
+]
 Threads = Annotated[int, typer.Option(help="CPU threads.")]
-Out = Annotated[Path | None, typer.Option(help="Folder for JSON and pictures; by default runs/benchmarks/<machine>.")]
-Repetitions = Annotated[int, typer.Option(help="Rounds of all candidates; a candidate stops after 5 s.", min=1)]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="Folder for JSON and pictures; by default runs/benchmarks/<machine>."),
+]
+Repetitions = Annotated[
+    int, typer.Option(help="Rounds of all candidates; a candidate stops after 5 s.", min=1)
+]
 
 
 def wide_console() -> Console:
@@ -28,11 +35,16 @@ def wide_console() -> Console:
 
 
 def set_up(threads: int, out: Path | None) -> tuple[torch.device, Machine, Path, Console]:
-    """The GPU where there is one; threads fixed; where results go; and a line that says where this runs."""
+    """The GPU where there is one; threads fixed; where results go; and a line that says where this
+    runs."""
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     machine, console = Machine.here(device), wide_console()
-    console.print(f"[bold]{machine.device}[/], {machine.threads} threads, torch {machine.versions['torch']}")
+    console.print(
+        f"[bold]{machine.device}[/], {machine.threads} threads, torch {machine.versions['torch']}"
+    )
     if device.type == "cpu":
-        console.print("No GPU here: sizes that fit a laptop, and rows of candidates that need one say absent.")
+        console.print(
+            "No GPU here: sizes that fit a laptop, and rows of candidates that need one say absent."
+        )
     return device, machine, out or Path("runs/benchmarks") / machine.folder, console

@@ -1,4 +1,5 @@
-"""Where results go: a table on the terminal, JSON with everything needed to judge them, and pictures."""
+"""Where results go: a table on the terminal, JSON with everything needed to judge them, and
+pictures."""
 
 from __future__ import annotations
 
@@ -19,7 +20,16 @@ from rich.table import Table
 from benchmarks.harness import Comparison, Row, Timing, W
 from benchmarks.workloads import SEED
 
-PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "trl", "cut-cross-entropy", "quack-kernels", "mpo-kernels")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "liger-kernel",
+    "trl",
+    "cut-cross-entropy",
+    "quack-kernels",
+    "mpo-kernels",
+)
 COLORS = {"ok": "#8fa3b8", "wrong": "#c0392b", "bound": "#d9d9d9"}
 OURS = "#1f77b4"
 
@@ -66,13 +76,19 @@ class Result(BaseModel):
 def announced(workloads: Sequence[W], console: Console) -> Iterator[W]:
     """Hands on each workload after a line that says which of how many it is."""
     for number, workload in enumerate(workloads, 1):
-        console.print(f"{number} of {len(workloads)}: {workload.name}, {_listed(workload.settings())}", style="dim")
+        console.print(
+            f"{number} of {len(workloads)}: {workload.name}, {_listed(workload.settings())}",
+            style="dim",
+        )
         yield workload
 
 
 def show(comparison: Comparison, console: Console) -> None:
-    """A table: times with their 20th and 80th percentile, memory, worst error, and time beside the least work's and the best peer's."""
-    table = Table(title=f"{comparison.workload}: {_listed(comparison.settings)}", title_justify="left")
+    """A table: times with their 20th and 80th percentile, memory, worst error, and time beside the
+    least work's and the best peer's."""
+    table = Table(
+        title=f"{comparison.workload}: {_listed(comparison.settings)}", title_justify="left"
+    )
     for column in (
         "",
         "forward ms",
@@ -95,15 +111,30 @@ def show(comparison: Comparison, console: Console) -> None:
             "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f}",
             f"{max(row.errors.values()):.1e}" if row.errors else "",
             "" if (share := comparison.limit_share(row)) is None else f"{share:.0%}",
-            "" if row.both is None or _is_missing(peer) else f"{row.both.median / _seconds(peer):.2f}",
+            (
+                ""
+                if row.both is None or _is_missing(peer)
+                else f"{row.both.median / _seconds(peer):.2f}"
+            ),
             row.status if row.status in ("ok", "bound") else f"{row.status}: {row.reason}",
-            style="bold" if row.ours else "red" if row.status in ("wrong", "failed") else "dim" if row.status != "ok" else None,
+            style=(
+                "bold"
+                if row.ours
+                else (
+                    "red"
+                    if row.status in ("wrong", "failed")
+                    else "dim"
+                    if row.status != "ok"
+                    else None
+                )
+            ),
         )
     console.print(table)
 
 
 def save(result: Result, folder: Path, console: Console, bars_too: bool = True) -> Path:
-    """`<folder>/<benchmark>.json` and, unless the caller draws one of its own, a picture of bars; returns the JSON's path."""
+    """`<folder>/<benchmark>.json` and, unless the caller draws one of its own, a picture of bars;
+    returns the JSON's path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{result.benchmark}.json"
     path.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
@@ -118,7 +149,15 @@ def bars(result: Result, path: Path) -> None:
     lines = []
     for comparison in result.comparisons:
         rows = [row for row in comparison.rows if row.both is not None]
-        drawn = [Bars(marked(r.candidate, r.status), OURS if r.ours else COLORS[r.status], _timing(r), r.peak_bytes or 0) for r in rows]
+        drawn = [
+            Bars(
+                marked(r.candidate, r.status),
+                OURS if r.ours else COLORS[r.status],
+                _timing(r),
+                r.peak_bytes or 0,
+            )
+            for r in rows
+        ]
         lines.append((f"{comparison.workload}: {_listed(comparison.settings)}", drawn))
     bar_panels(
         f"{result.benchmark} on {result.machine.device}, {result.machine.threads} threads",
@@ -139,8 +178,17 @@ class Bars(NamedTuple):
     peak_bytes: int
 
 
-def bar_panels(title: str, lines: Sequence[tuple[str, Sequence[Bars]]], path: Path, *, time: str, milliseconds: bool, memory: str) -> None:
-    """A picture of horizontal bars: a line of two panels, time and memory, for each titled group, its first on top."""
+def bar_panels(
+    title: str,
+    lines: Sequence[tuple[str, Sequence[Bars]]],
+    path: Path,
+    *,
+    time: str,
+    milliseconds: bool,
+    memory: str,
+) -> None:
+    """A picture of horizontal bars: a line of two panels, time and memory, for each titled group,
+    its first on top."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -148,7 +196,14 @@ def bar_panels(title: str, lines: Sequence[tuple[str, Sequence[Bars]]], path: Pa
 
     unit = 1e3 if milliseconds else 1.0
     heights = [0.75 + 0.22 * len(group) for _, group in lines]
-    figure, axes = plt.subplots(len(lines), 2, figsize=(12, 0.6 + sum(heights)), height_ratios=heights, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        len(lines),
+        2,
+        figsize=(12, 0.6 + sum(heights)),
+        height_ratios=heights,
+        squeeze=False,
+        layout="constrained",
+    )
     figure.suptitle(title, fontsize=10)
     for (left, right), (name, group) in zip(axes, lines, strict=True):
         rows = list(reversed(group))
@@ -157,13 +212,22 @@ def bar_panels(title: str, lines: Sequence[tuple[str, Sequence[Bars]]], path: Pa
         low = [(row.seconds.median - row.seconds.p20) * unit for row in rows]
         high = [(row.seconds.p80 - row.seconds.median) * unit for row in rows]
         left.barh(names, times, xerr=[low, high], color=colors, capsize=2)
-        # One candidate that is far slower must not squeeze the others: its bar is cut and its time written.
+        # One candidate that is far slower must not squeeze the others: its bar is cut and its time
+        # written.
         limit = 3 * statistics.median(times)
         if max(times) > limit:
             left.set_xlim(0, limit)
             for place, value in enumerate(times):
                 if value > limit:
-                    left.text(limit, place, f"{value:.0f} ", ha="right", va="center", fontsize=8, color="white")
+                    left.text(
+                        limit,
+                        place,
+                        f"{value:.0f} ",
+                        ha="right",
+                        va="center",
+                        fontsize=8,
+                        color="white",
+                    )
         left.set_xlabel(f"{time} (bars from the 20th to the 80th percentile)", fontsize=8)
         left.set_title(name, fontsize=8, loc="left")
         right.barh(names, [row.peak_bytes / 2**20 for row in rows], color=colors)
@@ -203,7 +267,11 @@ def _median(timing: Timing | None) -> str:
 
 
 def _spread(timing: Timing | None) -> str:
-    return "" if timing is None else f"{timing.median * 1e3:.2f} ({timing.p20 * 1e3:.2f}-{timing.p80 * 1e3:.2f})"
+    return (
+        ""
+        if timing is None
+        else f"{timing.median * 1e3:.2f} ({timing.p20 * 1e3:.2f}-{timing.p80 * 1e3:.2f})"
+    )
 
 
 def _version(name: str) -> str:
@@ -218,4 +286,7 @@ def _cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor() or "unknown"
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )

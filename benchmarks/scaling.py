@@ -1,6 +1,7 @@
 """How time and memory grow: `python -m benchmarks.scaling [--quick]`.
 
-Tokens, vocabulary and pairs are doubled one at a time; the exponent of each is fitted by least squares on logarithms: 1 is linear.
+Tokens, vocabulary and pairs are doubled one at a time; the exponent of each is fitted by least
+squares on logarithms: 1 is linear.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ CANDIDATES = (
 )
 
 
-def main(quick: Quick = False, repetitions: Repetitions = 20, threads: Threads = 2, out: Out = None) -> None:
+def main(
+    quick: Quick = False, repetitions: Repetitions = 20, threads: Threads = 2, out: Out = None
+) -> None:
     """Time and memory against tokens, vocabulary and pairs, with fitted exponents."""
     device, machine, folder, console = set_up(threads, out)
     centre = (
@@ -47,7 +50,8 @@ def main(quick: Quick = False, repetitions: Repetitions = 20, threads: Threads =
         sizes = [getattr(centre, axis) * factor for factor in ((1, 2) if quick else (1, 2, 4, 8))]
         workloads = [replace(centre, **{axis: size}) for size in sizes]
         sweeps[axis] = [
-            compare(workload, candidates, 3 if quick else repetitions, 1.0 if quick else 5.0) for workload in announced(workloads, console)
+            compare(workload, candidates, 3 if quick else repetitions, 1.0 if quick else 5.0)
+            for workload in announced(workloads, console)
         ]
         comparisons += sweeps[axis]
         _show(axis, sweeps[axis], console)
@@ -60,17 +64,28 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
     """Slope of log(values) over log(sizes) by least squares."""
     x, y = [math.log(size) for size in sizes], [math.log(value) for value in values]
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
+    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum(
+        (a - mean_x) ** 2 for a in x
+    )
 
 
-def points(sweep: Sequence[Comparison], axis: str) -> dict[str, tuple[list[float], list[float], list[float]]]:
+def points(
+    sweep: Sequence[Comparison], axis: str
+) -> dict[str, tuple[list[float], list[float], list[float]]]:
     """Sizes, seconds and bytes of each candidate that is right at every size."""
     found = {}
     for name in [row.candidate for row in sweep[0].rows if row.status == "ok"]:
-        rows = [next((r for r in c.rows if r.candidate == name and r.status == "ok"), None) for c in sweep]
+        rows = [
+            next((r for r in c.rows if r.candidate == name and r.status == "ok"), None)
+            for c in sweep
+        ]
         if all(row is not None for row in rows):
             sizes = [float(comparison.settings[axis]) for comparison in sweep]
-            found[name] = sizes, [row.both.median for row in rows if row and row.both], [float(row.peak_bytes or 1) for row in rows if row]
+            found[name] = (
+                sizes,
+                [row.both.median for row in rows if row and row.both],
+                [float(row.peak_bytes or 1) for row in rows if row],
+            )
     return found
 
 
@@ -82,18 +97,39 @@ def curves(sweeps: dict[str, list[Comparison]], path: Path, machine: str) -> Non
     import matplotlib.pyplot as plt
     from matplotlib.ticker import NullLocator
 
-    figure, axes = plt.subplots(2, len(sweeps), figsize=(5 * len(sweeps), 7.5), layout="constrained")
+    figure, axes = plt.subplots(
+        2, len(sweeps), figsize=(5 * len(sweeps), 7.5), layout="constrained"
+    )
     figure.suptitle(f"from hidden states on {machine}", fontsize=10)
     for column, (axis, sweep) in enumerate(sweeps.items()):
         for name, (sizes, seconds, memory) in points(sweep, axis).items():
             ours = name.startswith("mpo")
-            color = OURS if ours else f"C{CANDIDATES.index(name) + 1}"  # one candidate's in all panels
-            line = {"linewidth": 2.2 if ours else 1.2, "linestyle": "--" if "chunks" in name else "-"}
+            # one candidate's in all panels
+            color = OURS if ours else f"C{CANDIDATES.index(name) + 1}"
+            line = {
+                "linewidth": 2.2 if ours else 1.2,
+                "linestyle": "--" if "chunks" in name else "-",
+            }
             style = {"color": color, "marker": "o", "markersize": 3, **line}
-            axes[0][column].loglog(sizes, [s * 1e3 for s in seconds], label=f"{name} ({exponent(sizes, seconds):.2f})", **style)
-            axes[1][column].loglog(sizes, [m / 2**20 for m in memory], label=f"{name} ({exponent(sizes, memory):.2f})", **style)
+            axes[0][column].loglog(
+                sizes,
+                [s * 1e3 for s in seconds],
+                label=f"{name} ({exponent(sizes, seconds):.2f})",
+                **style,
+            )
+            axes[1][column].loglog(
+                sizes,
+                [m / 2**20 for m in memory],
+                label=f"{name} ({exponent(sizes, memory):.2f})",
+                **style,
+            )
         for row, label in ((0, "forward and backward, ms"), (1, "peak above the inputs, MiB")):
-            axes[row][column].set(xlabel=axis, ylabel=label, xticks=sizes, xticklabels=[f"{size:.0f}" for size in sizes])
+            axes[row][column].set(
+                xlabel=axis,
+                ylabel=label,
+                xticks=sizes,
+                xticklabels=[f"{size:.0f}" for size in sizes],
+            )
             axes[row][column].xaxis.set_minor_locator(NullLocator())
             axes[row][column].legend(fontsize=7, title="(fitted exponent)", title_fontsize=7)
     figure.savefig(path, dpi=110)
@@ -105,7 +141,9 @@ def _show(axis: str, sweep: Sequence[Comparison], console: Console) -> None:
     for column in ("", *(str(c.settings[axis]) for c in sweep), "time ~", "memory ~"):
         table.add_column(column, justify="right" if column else "left")
     for name, (sizes, seconds, memory) in points(sweep, axis).items():
-        cells = [f"{s * 1e3:.1f} ms, {m / 2**20:.0f} MiB" for s, m in zip(seconds, memory, strict=True)]
+        cells = [
+            f"{s * 1e3:.1f} ms, {m / 2**20:.0f} MiB" for s, m in zip(seconds, memory, strict=True)
+        ]
         powers = [f"{axis}^{exponent(sizes, values):.2f}" for values in (seconds, memory)]
         table.add_row(name, *cells, *powers, style="bold" if name.startswith("mpo") else None)
     console.print(table)

@@ -1,10 +1,11 @@
 """What can be known without a GPU: `python -m benchmarks.static [--quick]`.
 
-Bytes per logit from Triton's interpreter, FLOPs and peak allocations of the linear loss, and for each GPU what the compiler makes of every
-kernel of this package and of its peers: registers, spills, access width, instructions per logit, occupancy. No times: none is modelled.
+Bytes per logit from Triton's interpreter, FLOPs and peak allocations of the linear loss, and for
+each GPU what the compiler makes of every kernel of this package and of its peers: registers,
+spills, access width, instructions per logit, occupancy. No times: none is modelled.
 
-Peers are compiled as their own launch code specialises them, and read by the same report. One that is missing, that changed or that does
-not compile is shown as absent with the reason.
+Peers are compiled as their own launch code specialises them, and read by the same report. One that
+is missing, that changed or that does not compile is shown as absent with the reason.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # triton's default until 3.10; it decides about instruction counts
+# triton's default until 3.10; it decides about instruction counts
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 from benchmarks import bars
 from benchmarks.instruments import moved_bytes, peer_bytes
@@ -34,16 +36,28 @@ Vocabulary = Literal["aligned", "odd"]
 VOCABULARIES: dict[Vocabulary, int] = {"aligned": 128256, "odd": 50257}
 """Triton specialises on nothing but whether 16 divides the vocabulary."""
 DOES = {
-    "stats": "one read: log-probability, peak and sum; in all blocks of a row but the label's and an incomplete last one, which are masked",
+    "stats": (
+        "one read: log-probability, peak and sum; in all blocks of a row but the label's and an"
+        " incomplete last one, which are masked"
+    ),
     "grad": "one read, one write: gradient for any upstream gradient",
 }
 """What one launch of our kernels does, by their entry in TILES."""
 CANDIDATES = {
     "mpo_kernels": ("mpo_kernels", ("stats plain", "grad plain")),
     "mpo_kernels with entropy": ("mpo_kernels", ("stats token outputs plain", "grad plain")),
-    **{name: (name, None) for name in ("Liger cross-entropy", "Liger GRPO", "TRL selective log-softmax", "TRL chunked log-probs")},
+    **{
+        name: (name, None)
+        for name in (
+            "Liger cross-entropy",
+            "Liger GRPO",
+            "TRL selective log-softmax",
+            "TRL chunked log-probs",
+        )
+    },
 }
-"""Kernels that make log-probabilities and their gradient together, by library and name; None: all of the peer's."""
+"""Kernels that make log-probabilities and their gradient together, by library and name; None: all
+of the peer's."""
 COLORS = (OURS, "#7fb2d9", "#c8553d", "#e0a458", "#588157", "#a3b18a")
 
 
@@ -53,17 +67,20 @@ class Body(BaseModel):
     access: Literal["read", "write", "read and write"]
     instructions_per_element: float
     main_path_per_element: float
-    """Without the branches for ignored rows and for the block with the label, which a loop's count has outside of it."""
+    """Without the branches for ignored rows and for the block with the label, which a loop's count
+    has outside of it."""
 
 
 class Code(BaseModel):
-    """One kernel compiled for one GPU. The first five are those of tests/kernels/compiled/*.json."""
+    """One kernel compiled for one GPU. The first five are those of
+    tests/kernels/compiled/*.json."""
 
     registers: int
     spilled: int
     widest_bits: int
     instructions_per_element: float | None
-    """Of the body with the least work per logit that reads; None where the kernel does not read logits."""
+    """Of the body with the least work per logit that reads; None where the kernel does not read
+    logits."""
     programs_per_multiprocessor: int
     num_warps: int
     spilled_bytes: int
@@ -78,7 +95,13 @@ class Code(BaseModel):
         """From the report on a kernel; `has_logits` false leaves out what is counted per logit."""
         bodies = [
             Body(
-                access="read and write" if body.bytes_loaded and body.bytes_stored else "read" if body.bytes_loaded else "write",
+                access=(
+                    "read and write"
+                    if body.bytes_loaded and body.bytes_stored
+                    else "read"
+                    if body.bytes_loaded
+                    else "write"
+                ),
                 instructions_per_element=body.instructions_per_element,
                 main_path_per_element=body.main_path_per_element,
             )
@@ -94,8 +117,12 @@ class Code(BaseModel):
         )
 
     def per_logit(self, access: Literal["read", "read and write"]) -> float | None:
-        """Instructions on the main path of the body with the least work of this kind; None without one."""
-        return min((body.main_path_per_element for body in self.bodies if body.access == access), default=None)
+        """Instructions on the main path of the body with the least work of this kind; None without
+        one."""
+        return min(
+            (body.main_path_per_element for body in self.bodies if body.access == access),
+            default=None,
+        )
 
 
 class Row(BaseModel):
@@ -147,7 +174,14 @@ def main(quick: Quick = False, threads: Threads = 2, out: Out = None) -> None:
         counted = [Counted(**bar._asdict()) for bar in (*bars.work(quick), *bars.memory(quick))]
     with console.status("compiling"):
         kernels = [*own_rows(variants(), targets), *peer_rows(PEERS, targets)]
-    result = StaticResult(machine=machine, quick=quick, bytes=moved, bytes_beside_peers=beside, counted=counted, kernels=kernels)
+    result = StaticResult(
+        machine=machine,
+        quick=quick,
+        bytes=moved,
+        bytes_beside_peers=beside,
+        counted=counted,
+        kernels=kernels,
+    )
     show(result, console)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "static.json"
@@ -186,21 +220,42 @@ def peer_rows(peers: Iterable[Peer], targets: Sequence[str]) -> Iterator[Row]:
                     continue
                 for kernel in found:
                     code = Code.of(kernel.report, peer.has_logits)
-                    yield row.model_copy(update={"kernel": kernel.name, "does": kernel.does, "block": kernel.block, "code": code})
+                    yield row.model_copy(
+                        update={
+                            "kernel": kernel.name,
+                            "does": kernel.does,
+                            "block": kernel.block,
+                            "code": code,
+                        }
+                    )
 
 
 def show(result: StaticResult, console: Console) -> None:
     """Tables of everything."""
     table = Table(title="bf16 logits, bytes counted in the interpreter", title_justify="left")
-    for column in ("vocabulary", "per logit, forward and backward", "ignored rows, forward", "new memory in place"):
+    for column in (
+        "vocabulary",
+        "per logit, forward and backward",
+        "ignored rows, forward",
+        "new memory in place",
+    ):
         table.add_column(column, justify="right")
     for vocab, values in result.bytes.items():
         table.add_row(
             vocab, f"{values['bytes_per_element']:.3f}", f"{values['bytes_of_ignored_rows']:.0f}", f"{values['in_place_share']:.2%}"
         )  # fmt: skip
     console.print(table)
-    table = Table(title="beside peers, bytes per bf16 logit, forward and backward", title_justify="left")
-    for column in ("", "vocabulary", "its kernels", "torch's operations", "together", "of an ignored row"):
+    table = Table(
+        title="beside peers, bytes per bf16 logit, forward and backward", title_justify="left"
+    )
+    for column in (
+        "",
+        "vocabulary",
+        "its kernels",
+        "torch's operations",
+        "together",
+        "of an ignored row",
+    ):
         table.add_column(column, justify="right" if column else "left")
     for vocab, by_candidate in result.bytes_beside_peers.items():
         for name, found in by_candidate.items():
@@ -208,18 +263,27 @@ def show(result: StaticResult, console: Console) -> None:
                 table.add_row(name, vocab, f"absent: {found.reason}", style="dim")
                 continue
             numbers = (found.kernels, found.torch, found.kernels + found.torch, found.ignored)
-            table.add_row(name, vocab, *(f"{number:.2f}" for number in numbers), style="bold" if name.startswith("mpo_kernels") else None)
+            table.add_row(
+                name,
+                vocab,
+                *(f"{number:.2f}" for number in numbers),
+                style="bold" if name.startswith("mpo_kernels") else None,
+            )
     console.print(table)
     for bar in result.counted:
         console.print(f"{bar.what}: {bar.measured} (bar {bar.promised})", markup=False)
     for target in _targets(result):
         console.print(_compiled(result, target))
     console.print(
-        "instr.: instructions per logit, of the body with the least work per logit; forward+gradient where one kernel does both. A kernel\n"
-        "without a loop: of the path that most programs take, and in brackets of all code. regs, spill: registers and spilled bytes of a\n"
-        "thread. bits: of one access to logits. occ.: warps that a multiprocessor holds, of those it could. What one launch does:"
+        "instr.: instructions per logit, of the body with the least work per logit;"
+        " forward+gradient where one kernel does both. A kernel\nwithout a loop: of the path that"
+        " most programs take, and in brackets of all code. regs, spill: registers and spilled bytes"
+        " of a\nthread. bits: of one access to logits. occ.: warps that a multiprocessor holds, of"
+        " those it could. What one launch does:"
     )
-    for (library, does), names in _grouped((row.library, row.does, row.kernel) for row in result.kernels if row.does).items():
+    for (library, does), names in _grouped(
+        (row.library, row.does, row.kernel) for row in result.kernels if row.does
+    ).items():
         console.print(f"  {library}, {', '.join(names)}: {does}", markup=False)
 
 
@@ -239,18 +303,31 @@ def _grouped(triples: Iterable[tuple[str, str, str]]) -> dict[tuple[str, str], l
 
 def _compiled(result: StaticResult, target: str) -> Table:
     """One line per kernel: what both vocabularies share, then five facts of each."""
-    table = Table(title=f"{target}, vocabularies {' and '.join(map(str, VOCABULARIES.values()))}", title_justify="left")
+    table = Table(
+        title=f"{target}, vocabularies {' and '.join(map(str, VOCABULARIES.values()))}",
+        title_justify="left",
+    )
     table.add_column("")
-    for column in ("columns", "warps", *("instr.", "regs", "spill", "bits", "occ.") * len(VOCABULARIES)):
+    for column in (
+        "columns",
+        "warps",
+        *("instr.", "regs", "spill", "bits", "occ.") * len(VOCABULARIES),
+    ):
         table.add_column(column, justify="right")
     rows = [row for row in result.kernels if row.target == target]
     for library, kernel in dict.fromkeys((row.library, row.kernel) for row in rows):
-        found = {row.vocabulary: row for row in rows if (row.library, row.kernel) == (library, kernel)}
+        found = {
+            row.vocabulary: row for row in rows if (row.library, row.kernel) == (library, kernel)
+        }
         one = next(iter(found.values()))
         if one.code is None:
             table.add_row(f"{library}: absent, {one.reason}", style="dim")
             continue
-        cells = [cell for vocabulary in VOCABULARIES for cell in (_cells(found[vocabulary].code) if vocabulary in found else [""] * 5)]
+        cells = [
+            cell
+            for vocabulary in VOCABULARIES
+            for cell in (_cells(found[vocabulary].code) if vocabulary in found else [""] * 5)
+        ]
         name = f"{library}: {kernel.strip('_').removesuffix('_kernel')}"
         style = "bold" if library == "mpo_kernels" else None
         table.add_row(name, str(one.block or ""), str(one.code.num_warps), *cells, style=style)
@@ -260,16 +337,27 @@ def _compiled(result: StaticResult, target: str) -> Table:
 def _cells(code: Code | None) -> list[str]:
     if code is None:
         return ["absent"] + [""] * 4
-    passes = [per for per in (code.per_logit("read"), code.per_logit("read and write")) if per is not None]
+    passes = [
+        per for per in (code.per_logit("read"), code.per_logit("read and write")) if per is not None
+    ]
     text = "+".join(f"{per:.1f}" for per in passes) or "-"
     whole = code.instructions_per_element
     if len(passes) == 1 and whole is not None and whole > round(passes[0], 1):
         text += f" ({whole:.1f})"
-    return [text, str(code.registers), str(code.spilled_bytes), str(code.logit_bits), f"{code.occupancy:.0%}"]
+    return [
+        text,
+        str(code.registers),
+        str(code.spilled_bytes),
+        str(code.logit_bits),
+        f"{code.occupancy:.0%}",
+    ]
 
 
-def candidate_rows(result: StaticResult, candidate: str, vocabulary: str, target: str) -> list[Code]:
-    """The compiled kernels that together make log-probabilities and their gradient; empty where the peer is absent."""
+def candidate_rows(
+    result: StaticResult, candidate: str, vocabulary: str, target: str
+) -> list[Code]:
+    """The compiled kernels that together make log-probabilities and their gradient; empty where the
+    peer is absent."""
     library, names = CANDIDATES[candidate]
     return [
         row.code
@@ -281,7 +369,8 @@ def candidate_rows(result: StaticResult, candidate: str, vocabulary: str, target
 
 
 def picture(result: StaticResult, path: Path) -> None:
-    """Instructions per logit, registers and occupancy of every candidate and GPU, for an aligned and an odd vocabulary."""
+    """Instructions per logit, registers and occupancy of every candidate and GPU, for an aligned
+    and an odd vocabulary."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -290,8 +379,13 @@ def picture(result: StaticResult, path: Path) -> None:
     targets, named = _targets(result), set()
     figure, axes = plt.subplots(3, 2, figsize=(14, 10), sharey="row", layout="constrained")
     width = 0.86 / len(CANDIDATES)
-    labels = ("instructions per logit:\nforward (solid) and gradient (pale)", "registers per thread,\nthe greater of its kernels")
-    for axis, label in zip(axes[:, 0], (*labels, "occupancy, %,\nthe lesser of its kernels"), strict=True):
+    labels = (
+        "instructions per logit:\nforward (solid) and gradient (pale)",
+        "registers per thread,\nthe greater of its kernels",
+    )
+    for axis, label in zip(
+        axes[:, 0], (*labels, "occupancy, %,\nthe lesser of its kernels"), strict=True
+    ):
         axis.set_ylabel(label, fontsize=9)
     for column, (vocabulary, vocab) in enumerate(VOCABULARIES.items()):
         instructions, registers, occupancy = axes[:, column]
@@ -307,18 +401,41 @@ def picture(result: StaticResult, path: Path) -> None:
                 named.add(candidate)
                 instructions.bar(x, read, width * 0.92, color=color, label=name)
                 instructions.bar(x, gradient, width * 0.92, bottom=read, color=color, alpha=0.55)
-                instructions.text(x, read + gradient, f"{read + gradient:.0f}", ha="center", va="bottom", fontsize=7)
+                instructions.text(
+                    x,
+                    read + gradient,
+                    f"{read + gradient:.0f}",
+                    ha="center",
+                    va="bottom",
+                    fontsize=7,
+                )
                 most = max(code.registers for code in codes)
                 registers.bar(x, most, width * 0.92, color=color)
                 if spilled := max(code.spilled_bytes for code in codes):
-                    registers.text(x, most, f"spills\n{spilled} B", ha="center", va="bottom", fontsize=7, color="#b00020")
-                occupancy.bar(x, 100 * min(code.occupancy for code in codes), width * 0.92, color=color)
+                    registers.text(
+                        x,
+                        most,
+                        f"spills\n{spilled} B",
+                        ha="center",
+                        va="bottom",
+                        fontsize=7,
+                        color="#b00020",
+                    )
+                occupancy.bar(
+                    x, 100 * min(code.occupancy for code in codes), width * 0.92, color=color
+                )
         instructions.set_title(f"vocabulary {vocab}", fontsize=11, loc="left")
         for axis in axes[:, column]:
             axis.set_xticks(range(len(targets)), targets)
             axis.spines[["top", "right"]].set_visible(False)
             axis.margins(y=0.12)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(CANDIDATES), fontsize=9, frameon=False)
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=len(CANDIDATES),
+        fontsize=9,
+        frameon=False,
+    )
     figure.suptitle(
         f"Compiled code, triton {result.machine.versions['triton']}, nothing run. Lower is better, except for occupancy. "
         "Not in Liger cross-entropy: torch's multiplication by the upstream gradient.",

@@ -1,15 +1,18 @@
-"""One whole training step on a real small model and real pairs: `python -m benchmarks.step [--quick]`.
+"""One whole training step on a real small model and real pairs: `python -m benchmarks.step
+[--quick]`.
 
-Six rows of one dominant pair, as the published data have them. Every side gets the same weights, rows, learning rate and AdamW:
+Six rows of one dominant pair, as the published data have them. Every side gets the same weights,
+rows, learning rate and AdamW:
 
     published recipe    as the published code does it, written out plainly: for each row one padded forward of the target pair, one of the
-                        dominant pair, and one of the dominant pair through a reference model that is resident; fp32 logits of every
-                        position; L2 over states pooled over every position, padding included
+                        dominant pair, and one of the dominant pair through a reference model that
+                        is resident; fp32 logits of every position; L2 over states pooled over every
+                        position, padding included
     mpo                 the trainer's step with the settings of the row: prompts and the dominant pair once, no reference model, scored rows
                         only at the head
 
-Before the first step the policy is the reference, so L2 and its gradient vanish on every side, whatever it pools over: there the gradient
-of the whole step is compared with float64.
+Before the first step the policy is the reference, so L2 and its gradient vanish on every side,
+whatever it pools over: there the gradient of the whole step is compared with float64.
 """
 
 from __future__ import annotations
@@ -38,13 +41,18 @@ PUBLISHED = "published recipe"
 SETTINGS = {
     "mpo, all rows at once": ["train.pairs_per_micro_batch=6"],
     "mpo, 640 tokens at a time": ["train.tokens_per_micro_batch=640"],
-    "mpo, 640 tokens, selective": ["train.tokens_per_micro_batch=640", "model.activation_checkpointing=selective"],
+    "mpo, 640 tokens, selective": [
+        "train.tokens_per_micro_batch=640",
+        "model.activation_checkpointing=selective",
+    ],
 }
-"""What the trainer is asked to do. The bars hold one of them to speed and memory at once: the fastest of those within the bar of memory."""
+"""What the trainer is asked to do. The bars hold one of them to speed and memory at once: the
+fastest of those within the bar of memory."""
 
 
 class Measured(BaseModel):
-    """One side on one model. `peak_bytes` is above weights, gradients and optimizer state; `gradient_error` is relative to float64."""
+    """One side on one model. `peak_bytes` is above weights, gradients and optimizer state;
+    `gradient_error` is relative to float64."""
 
     name: str
     status: Literal["ok", "wrong"]
@@ -127,7 +135,9 @@ def _padded(sequences: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor, torch
     for row, s in enumerate(sequences):
         ids[row, : len(s.input_ids)] = torch.tensor(s.input_ids)
         mask[row, : len(s.input_ids)] = 1
-        labels[row, s.response_start : len(s.input_ids)] = torch.tensor(s.input_ids[s.response_start :])
+        labels[row, s.response_start : len(s.input_ids)] = torch.tensor(
+            s.input_ids[s.response_start :]
+        )
     return ids, mask, labels
 
 
@@ -152,7 +162,9 @@ def published(model: Any, reference: Any, examples: Sequence[Any]) -> Callable[[
             _, pooled = _gap_and_states(model, [e.dominant_chosen, e.dominant_rejected])
             parts.mark("forward")
             with torch.no_grad():
-                dominant, kept = _gap_and_states(reference, [e.dominant_chosen, e.dominant_rejected])
+                dominant, kept = _gap_and_states(
+                    reference, [e.dominant_chosen, e.dominant_rejected]
+                )
             parts.mark("reference forward")
             l1 = (target - dominant) ** 2
             ((l1 + (pooled - kept).square().mean()) / len(examples)).backward()
@@ -164,7 +176,8 @@ def published(model: Any, reference: Any, examples: Sequence[Any]) -> Callable[[
 
 
 def ours(model: Any, examples: Sequence[Any], config: Any) -> tuple[Callable[[_Parts], float], int]:
-    """The trainer's own batches and forward, and the tokens of a step. The reference's numbers are made before, as its store holds them."""
+    """The trainer's own batches and forward, and the tokens of a step. The reference's numbers are
+    made before, as its store holds them."""
     from mpo import recompute
     from mpo.batching import in_micro_batches, pack_for_scoring
     from mpo.model import bind_mpo_forward
@@ -176,7 +189,10 @@ def ours(model: Any, examples: Sequence[Any], config: Any) -> tuple[Callable[[_P
     with torch.no_grad():
         scores = model(batch=pack_for_scoring(sequences, config.loss.pool, True))
     store = ReferenceStore({s: i for i, s in enumerate(sequences)}, scores)
-    budget = {"pairs": config.train.pairs_per_micro_batch, "tokens": config.train.tokens_per_micro_batch}
+    budget = {
+        "pairs": config.train.pairs_per_micro_batch,
+        "tokens": config.train.tokens_per_micro_batch,
+    }
     plan = in_micro_batches(examples, **budget, share_prompts=True)
 
     def gradients(parts: _Parts) -> float:
@@ -198,7 +214,8 @@ def ours(model: Any, examples: Sequence[Any], config: Any) -> tuple[Callable[[_P
 
 
 def exact_gradient(model: Any, examples: Sequence[Any]) -> list[torch.Tensor]:
-    """Gradient of the mean L1 in float64, a row at a time; rounded to float32, which is far below what is measured with it."""
+    """Gradient of the mean L1 in float64, a row at a time; rounded to float32, which is far below
+    what is measured with it."""
     network = model.double()
     for e in examples:
         with torch.no_grad():
@@ -210,18 +227,28 @@ def exact_gradient(model: Any, examples: Sequence[Any]) -> list[torch.Tensor]:
 
 def _error(model: Any, exact: Sequence[torch.Tensor]) -> float:
     """Relative L2 error of all gradients together."""
-    difference = sum(float((p.grad - want).double().square().sum()) for p, want in zip(model.parameters(), exact, strict=True))
+    difference = sum(
+        float((p.grad - want).double().square().sum())
+        for p, want in zip(model.parameters(), exact, strict=True)
+    )
     return (difference / sum(float(want.double().square().sum()) for want in exact)) ** 0.5
 
 
-def sides_of(load: Callable[[str], Any], examples: Sequence[Any], settings: dict[str, Any]) -> Iterator[Side]:
-    """The published recipe with a model and a reference of its own, and the trainer's settings, which share one model."""
+def sides_of(
+    load: Callable[[str], Any], examples: Sequence[Any], settings: dict[str, Any]
+) -> Iterator[Side]:
+    """The published recipe with a model and a reference of its own, and the trainer's settings,
+    which share one model."""
     from mpo.attention import NAME
 
     model = load("sdpa").train()
-    padded = [len(pair) * max(len(s.input_ids) for s in pair) for e in examples for pair in _pairs(e)]
+    padded = [
+        len(pair) * max(len(s.input_ids) for s in pair) for e in examples for pair in _pairs(e)
+    ]
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
-    yield Side(PUBLISHED, model, optimizer, published(model, load("sdpa").eval(), examples), sum(padded))
+    yield Side(
+        PUBLISHED, model, optimizer, published(model, load("sdpa").eval(), examples), sum(padded)
+    )
     model = load(NAME).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
     for name, config in settings.items():
@@ -230,13 +257,17 @@ def sides_of(load: Callable[[str], Any], examples: Sequence[Any], settings: dict
 
 
 def _pairs(example: Any) -> list[list[Any]]:
-    return [[example.target_chosen, example.target_rejected], [example.dominant_chosen, example.dominant_rejected]]
+    return [
+        [example.target_chosen, example.target_rejected],
+        [example.dominant_chosen, example.dominant_rejected],
+    ]
 
 
 def compare(
     label: str, load: Callable[[str], Any], examples: Sequence[Any], settings: dict[str, Any], repetitions: int
 ) -> Configuration:  # fmt: skip
-    """All sides on one model: checked against float64 at the same weights, then stepped in turns."""
+    """All sides on one model: checked against float64 at the same weights, then stepped in
+    turns."""
     exact = exact_gradient(load("sdpa").train(), examples)
     sides = list(sides_of(load, examples, settings))
     l1, errors, peaks = {}, {}, {}
@@ -263,14 +294,20 @@ def compare(
                 examples_per_second=len(examples) / seconds.median,
                 peak_bytes=peaks[side.name],
                 l1=l1[side.name],
-                parts={part: statistics.median(p.seconds[part] for p in times[side.name]) for part in times[side.name][0].seconds},
+                parts={
+                    part: statistics.median(p.seconds[part] for p in times[side.name])
+                    for part in times[side.name][0].seconds
+                },
             )
         )
-    return Configuration(model=label, tokens={side.name: side.tokens for side in sides}, sides=measured)
+    return Configuration(
+        model=label, tokens={side.name: side.tokens for side in sides}, sides=measured
+    )
 
 
 def main(quick: Quick = False, threads: Threads = 2, out: Out = None, repetitions: int = 3) -> None:
-    """One training step, the trainer's against the published recipe, on SmolLM2-135M and on a model whose head dominates."""
+    """One training step, the trainer's against the published recipe, on SmolLM2-135M and on a model
+    whose head dominates."""
     device, machine, folder, console = set_up(threads, out)
     if device.type == "cuda":
         console.print("This command measures on the CPU, where both sides fit any machine.")
@@ -280,14 +317,24 @@ def main(quick: Quick = False, threads: Threads = 2, out: Out = None, repetition
     from mpo.prepare import prepare
 
     tokens = 128 if quick else MAX_TOKENS
-    overrides = [f"data.max_length={tokens}", "data.on_bad_row=drop", "data.eval=[]", "model.attention=packed"]
-    settings = {name: load_config(RECIPE, [*overrides, *more]) for name, more in list(SETTINGS.items())[1 if quick else 0 :]}
+    overrides = [
+        f"data.max_length={tokens}",
+        "data.on_bad_row=drop",
+        "data.eval=[]",
+        "model.attention=packed",
+    ]
+    settings = {
+        name: load_config(RECIPE, [*overrides, *more])
+        for name, more in list(SETTINGS.items())[1 if quick else 0 :]
+    }
     prepared = prepare(next(iter(settings.values())), console.print)
     first = prepared.examples[0].dominant_chosen
     examples = [e for e in prepared.examples if e.dominant_chosen == first][: 2 if quick else ROWS]
 
     def small(attention: str) -> Any:
-        return AutoModelForCausalLM.from_pretrained(prepared.model.path, dtype=torch.float32, attn_implementation=attention)
+        return AutoModelForCausalLM.from_pretrained(
+            prepared.model.path, dtype=torch.float32, attn_implementation=attention
+        )
 
     vocab = 65536 if quick else 262144
 
@@ -299,8 +346,15 @@ def main(quick: Quick = False, threads: Threads = 2, out: Out = None, repetition
             "intermediate_size": 2048,
             "num_hidden_layers": 2 if quick else 18,
         }
-        heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 160, "tie_word_embeddings": True}
-        return AutoModelForCausalLM.from_config(LlamaConfig(**sizes, **heads), attn_implementation=attention, dtype=torch.float32)
+        heads: dict[str, Any] = {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "head_dim": 160,
+            "tie_word_embeddings": True,
+        }
+        return AutoModelForCausalLM.from_config(
+            LlamaConfig(**sizes, **heads), attn_implementation=attention, dtype=torch.float32
+        )
 
     configurations: list[Configuration] = []
     bars: list[Bar] = []
@@ -314,7 +368,10 @@ def main(quick: Quick = False, threads: Threads = 2, out: Out = None, repetition
         _show(found, len(examples), console)
     for bar in bars:
         verdict = "quick: sizes too small to judge" if quick else "holds" if bar.holds else "MISSED"
-        console.print(f"{bar.what}, {bar.side}: {bar.measured:.2f} (bar {bar.promised}, {verdict})", markup=False)
+        console.print(
+            f"{bar.what}, {bar.side}: {bar.measured:.2f} (bar {bar.promised}, {verdict})",
+            markup=False,
+        )
     result = StepResult(machine=machine, quick=quick, configurations=configurations, bars=bars)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "step.json").write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
@@ -323,24 +380,46 @@ def main(quick: Quick = False, threads: Threads = 2, out: Out = None, repetition
 
 
 def judge(found: Configuration, speed: float, memory: float) -> list[Bar]:
-    """The bars of one model: at least `speed` times the recipe's examples per second and at most `memory` of its peak, by one setting."""
+    """The bars of one model: at least `speed` times the recipe's examples per second and at most
+    `memory` of its peak, by one setting."""
     theirs, *others = found.sides
     right = [side for side in others if side.status == "ok"]
     within = [side for side in right if side.peak_bytes <= memory * theirs.peak_bytes]
     if not right:
         return []
-    mine = max(within, key=lambda side: side.examples_per_second) if within else min(right, key=lambda side: side.peak_bytes)
-    ratio, share = mine.examples_per_second / theirs.examples_per_second, mine.peak_bytes / theirs.peak_bytes
+    mine = (
+        max(within, key=lambda side: side.examples_per_second)
+        if within
+        else min(right, key=lambda side: side.peak_bytes)
+    )
+    ratio, share = (
+        mine.examples_per_second / theirs.examples_per_second,
+        mine.peak_bytes / theirs.peak_bytes,
+    )
     of = f"{found.model} against the {PUBLISHED}"
     return [
-        Bar(what=f"speed, {of}", side=mine.name, promised=f">= {speed}", measured=ratio, holds=ratio >= speed),
-        Bar(what=f"memory, {of}", side=mine.name, promised=f"<= {memory}", measured=share, holds=share <= memory),
+        Bar(
+            what=f"speed, {of}",
+            side=mine.name,
+            promised=f">= {speed}",
+            measured=ratio,
+            holds=ratio >= speed,
+        ),
+        Bar(
+            what=f"memory, {of}",
+            side=mine.name,
+            promised=f"<= {memory}",
+            measured=share,
+            holds=share <= memory,
+        ),
     ]
 
 
 def _show(found: Configuration, rows: int, console: Console) -> None:
     theirs = found.sides[0]
-    table = Table(title=f"{found.model}: a step of {rows} rows of one dominant pair", title_justify="left")
+    table = Table(
+        title=f"{found.model}: a step of {rows} rows of one dominant pair", title_justify="left"
+    )
     for column in (
         "",
         "tokens",
@@ -365,7 +444,11 @@ def _show(found: Configuration, rows: int, console: Console) -> None:
             f"{side.peak_bytes / 2**20:.0f}",
             f"{side.peak_bytes / theirs.peak_bytes:.2f}",
             f"{side.l1:.5f}",
-            f"{side.gradient_error:.1e}" if side.status == "ok" else f"WRONG {side.gradient_error:.1e}",
+            (
+                f"{side.gradient_error:.1e}"
+                if side.status == "ok"
+                else f"WRONG {side.gradient_error:.1e}"
+            ),
             parts,
             style="bold" if side.name != PUBLISHED else None,
         )
@@ -377,7 +460,10 @@ def picture(result: StepResult, path: Path) -> None:
     lines = []
     for found in result.configurations:
         colors = [COLORS["ok"] if side.name == PUBLISHED else OURS for side in found.sides]
-        drawn = [Bars(marked(s.name, s.status), color, s.seconds, s.peak_bytes) for s, color in zip(found.sides, colors, strict=True)]
+        drawn = [
+            Bars(marked(s.name, s.status), color, s.seconds, s.peak_bytes)
+            for s, color in zip(found.sides, colors, strict=True)
+        ]
         lines.append((found.model, drawn))
     bar_panels(
         f"one training step on {result.machine.device}, {result.machine.threads} threads",

@@ -1,6 +1,7 @@
 """The MPO loss from logits and from hidden states, with its exact results.
 
-All pairs have the same reference gap, because Liger's base class for preference losses does not tell which pairs a chunk holds.
+All pairs have the same reference gap, because Liger's base class for preference losses does not
+tell which pairs a chunk holds.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ CPU = torch.device("cpu")
 
 
 class Source(torch.autograd.Function):
-    """Hands on a buffer as a model's head would, and keeps its gradient without a copy, which is fair to gradients in place."""
+    """Hands on a buffer as a model's head would, and keeps its gradient without a copy, which is
+    fair to gradients in place."""
 
     @staticmethod
     def forward(ctx, anchor: torch.Tensor, kept: list[torch.Tensor]) -> torch.Tensor:
@@ -34,9 +36,13 @@ class Source(torch.autograd.Function):
         return None, None
 
 
-def masked_labels(sequences: int, tokens: int, vocab: int, scored: float, device: torch.device) -> torch.Tensor:
+def masked_labels(
+    sequences: int, tokens: int, vocab: int, scored: float, device: torch.device
+) -> torch.Tensor:
     """(S, T), the first positions ignored as a prompt is."""
-    labels = torch.randint(0, vocab, (sequences, tokens), generator=torch.Generator().manual_seed(SEED + 1))
+    labels = torch.randint(
+        0, vocab, (sequences, tokens), generator=torch.Generator().manual_seed(SEED + 1)
+    )
     labels[:, : tokens - max(1, round(tokens * scored))] = -100
     return labels.to(device)
 
@@ -56,12 +62,22 @@ class FromLogits:
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(SEED)
-        self._logits = (torch.randn(2 * self.pairs, self.tokens, self.vocab, generator=generator) * 2).to(self.device, self.dtype)
-        self.labels = masked_labels(2 * self.pairs, self.tokens, self.vocab, self.scored, self.device)
+        self._logits = (
+            torch.randn(2 * self.pairs, self.tokens, self.vocab, generator=generator) * 2
+        ).to(self.device, self.dtype)
+        self.labels = masked_labels(
+            2 * self.pairs, self.tokens, self.vocab, self.scored, self.device
+        )
         self.gap = torch.full((self.pairs,), GAP, device=self.device)
 
     def settings(self) -> dict[str, str | int | float]:
-        return {"pairs": self.pairs, "tokens": self.tokens, "vocab": self.vocab, "scored": self.scored, "dtype": str(self.dtype)[6:]}
+        return {
+            "pairs": self.pairs,
+            "tokens": self.tokens,
+            "vocab": self.vocab,
+            "scored": self.scored,
+            "dtype": str(self.dtype)[6:],
+        }
 
     def inputs(self) -> Inputs:
         self._kept = [self._logits.clone()]
@@ -85,7 +101,8 @@ class FromLogits:
 
 @dataclass
 class FromHidden:
-    """Loss and gradients of the hidden states (2P, T, D) and, unless it is frozen, of the head's weight (V, D)."""
+    """Loss and gradients of the hidden states (2P, T, D) and, unless it is frozen, of the head's
+    weight (V, D)."""
 
     pairs: int
     tokens: int
@@ -102,13 +119,27 @@ class FromHidden:
         self.name = "from hidden states, " + ("trainable head" if self.trainable else "frozen head")
         weight = torch.randn(self.vocab, self.hidden, generator=generator) * (2 * self.hidden**-0.5)
         self._weight = weight.to(self.device, self.dtype)
-        self._hidden = torch.randn(2 * self.pairs, self.tokens, self.hidden, generator=generator).to(self.device, self.dtype)
-        self.labels = masked_labels(2 * self.pairs, self.tokens, self.vocab, self.scored, self.device)
+        self._hidden = torch.randn(
+            2 * self.pairs, self.tokens, self.hidden, generator=generator
+        ).to(self.device, self.dtype)
+        self.labels = masked_labels(
+            2 * self.pairs, self.tokens, self.vocab, self.scored, self.device
+        )
         self.gap = torch.full((self.pairs,), GAP, device=self.device)
 
     def settings(self) -> dict[str, str | int | float]:
-        sizes = {"pairs": self.pairs, "tokens": self.tokens, "hidden": self.hidden, "vocab": self.vocab, "scored": self.scored}
-        return {**sizes, "head": "trainable" if self.trainable else "frozen", "dtype": str(self.dtype)[6:]}
+        sizes = {
+            "pairs": self.pairs,
+            "tokens": self.tokens,
+            "hidden": self.hidden,
+            "vocab": self.vocab,
+            "scored": self.scored,
+        }
+        return {
+            **sizes,
+            "head": "trainable" if self.trainable else "frozen",
+            "dtype": str(self.dtype)[6:],
+        }
 
     def inputs(self) -> Inputs:
         return {
@@ -120,8 +151,16 @@ class FromHidden:
         return {name: tensor.grad for name, tensor in inputs.items() if tensor.grad is not None}
 
     def exact(self) -> dict[str, torch.Tensor]:
-        hidden, weight = self._hidden.double().requires_grad_(), self._weight.double().requires_grad_(self.trainable)
-        loss = reference.linear_mpo_loss(hidden, weight, self.labels, self.gap.double(), beta=BETA)[0]
+        (
+            hidden,
+            weight,
+        ) = (
+            self._hidden.double().requires_grad_(),
+            self._weight.double().requires_grad_(self.trainable),
+        )
+        loss = reference.linear_mpo_loss(hidden, weight, self.labels, self.gap.double(), beta=BETA)[
+            0
+        ]
         leaves = {"hidden": hidden, "weight": weight} if self.trainable else {"hidden": hidden}
         gradients = torch.autograd.grad(loss * UPSTREAM, list(leaves.values()))
         return {"loss": loss.detach(), **dict(zip(leaves, gradients, strict=True))}

@@ -1,1 +1,2 @@
-"""The MPO trainer: a DeepSpeed loop, the reference store, evaluation per language and a command line around `mpo_kernels`."""
+"""The MPO trainer: a DeepSpeed loop, the reference store, evaluation per language and a command
+line around `mpo_kernels`."""

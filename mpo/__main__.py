@@ -7,14 +7,19 @@ from mpo.interruption import SENTENCE, install
 
 
 def main() -> None:
-    """Runs the command line, or says how to install what it needs: the kernels alone come without it."""
+    """Runs the command line, or says how to install what it needs: the kernels alone come without
+    it."""
     interruption = install()
     try:
         from mpo.cli import run
 
         run()
     except ModuleNotFoundError as error:
-        print(f"The trainer needs {error.name}, which is not installed. Install it with: pip install 'mpo-kernels[train]'", file=sys.stderr)
+        print(
+            f"The trainer needs {error.name}, which is not installed. Install it with: pip install"
+            " 'mpo-kernels[train]'",
+            file=sys.stderr,
+        )
         sys.exit(Status.MENDABLE)
     except KeyboardInterrupt:
         print(SENTENCE, file=sys.stderr)

@@ -1,10 +1,13 @@
 """Checkpoints to go on from, and the finished model as a Hugging Face folder.
 
-Of a model with adapters a checkpoint holds what trains; the frozen weights are read from the base model again.
+Of a model with adapters a checkpoint holds what trains; the frozen weights are read from the base
+model again.
 
-A checkpoint is written under a name ending in `.incomplete` and renamed when every rank has finished and all of it is on the disk, so that
-a folder `step-00000040` is always whole. Its `state.json` tells how large each file is, so that one that was damaged later is passed over.
-DeepSpeed writes and reads its own (pickled) files in there: go on only from checkpoints that you trust.
+A checkpoint is written under a name ending in `.incomplete` and renamed when every rank has
+finished and all of it is on the disk, so that a folder `step-00000040` is always whole. Its
+`state.json` tells how large each file is, so that one that was damaged later is passed over.
+DeepSpeed writes and reads its own (pickled) files in there: go on only from checkpoints that you
+trust.
 """
 
 from __future__ import annotations
@@ -43,7 +46,8 @@ class Checkpoint:
 
 
 def newest(checkpoints: Path, log: Callable[[str], None] = lambda line: None) -> Checkpoint | None:
-    """The newest whole checkpoint in the folder, or None where there is none at all. Says which damaged ones it passes over.
+    """The newest whole checkpoint in the folder, or None where there is none at all. Says which
+    damaged ones it passes over.
 
     Raises:
         UserError: there are checkpoints, and all of them are damaged.
@@ -54,23 +58,30 @@ def newest(checkpoints: Path, log: Callable[[str], None] = lambda line: None) ->
             return _read(checkpoints / name)
         except _Damaged as problem:
             damaged.append(f"{name} ({problem})")
-            log(f"WARNING: The checkpoint {checkpoints / name} is damaged: {problem}. The one before it is taken.")
+            log(
+                f"WARNING: The checkpoint {checkpoints / name} is damaged: {problem}. The one"
+                " before it is taken."
+            )
     if damaged:
         raise UserError(
-            f"Every checkpoint in {checkpoints} is damaged: {', '.join(damaged)}. Restore the files, or delete the folder {checkpoints} to "
-            "begin again with the first step."
+            f"Every checkpoint in {checkpoints} is damaged: {', '.join(damaged)}. Restore the"
+            f" files, or delete the folder {checkpoints} to begin again with the first step."
         )
     return None
 
 
 def named(checkpoints: Path, name: str) -> Checkpoint | None:
-    """The checkpoint of that name, or None where there is none. Raises UserError where it is damaged."""
+    """The checkpoint of that name, or None where there is none. Raises UserError where it is
+    damaged."""
     if name not in _names(checkpoints):
         return None
     try:
         return _read(checkpoints / name)
     except _Damaged as problem:
-        raise UserError(f"The checkpoint {checkpoints / name} is damaged: {problem}. Name another one, or restore the file.") from problem
+        raise UserError(
+            f"The checkpoint {checkpoints / name} is damaged: {problem}. Name another one, or"
+            " restore the file."
+        ) from problem
 
 
 def _names(checkpoints: Path) -> list[str]:
@@ -86,10 +97,16 @@ def _read(folder: Path) -> Checkpoint:
     try:
         state = read_object(folder / STATE)
     except UserError as error:
-        raise _Damaged(f"{STATE} is missing" if not (folder / STATE).exists() else str(error)) from error
+        raise _Damaged(
+            f"{STATE} is missing" if not (folder / STATE).exists() else str(error)
+        ) from error
     numbers: list[Any] = [state.get(key) for key in ("step", "world_size", "zero_stage")]
     files = state.get("files")
-    if not all(isinstance(number, int) for number in numbers) or not isinstance(files, dict) or f"step-{numbers[0]:08d}" != folder.name:
+    if (
+        not all(isinstance(number, int) for number in numbers)
+        or not isinstance(files, dict)
+        or f"step-{numbers[0]:08d}" != folder.name
+    ):
         raise _Damaged(f"{STATE} is no description of {folder.name}")
     for name, size in files.items():
         path = folder / name
@@ -100,10 +117,14 @@ def _read(folder: Path) -> Checkpoint:
     return Checkpoint(folder, *numbers)
 
 
-def save(engine: deepspeed.DeepSpeedEngine, checkpoints: Path, step: int, zero_stage: int, keep: int) -> str | None:
-    """Writes a checkpoint after `step` optimizer steps and removes all but the newest `keep`. Called by all ranks.
+def save(
+    engine: deepspeed.DeepSpeedEngine, checkpoints: Path, step: int, zero_stage: int, keep: int
+) -> str | None:
+    """Writes a checkpoint after `step` optimizer steps and removes all but the newest `keep`.
+    Called by all ranks.
 
-    Returns None, or on every rank why it could not be written, such as a full disk; older checkpoints are then as they were.
+    Returns None, or on every rank why it could not be written, such as a full disk; older
+    checkpoints are then as they were.
     """
     name = f"step-{step:08d}"
     incomplete = checkpoints / f"{name}.incomplete"
@@ -138,7 +159,12 @@ def save(engine: deepspeed.DeepSpeedEngine, checkpoints: Path, step: int, zero_s
         failure = problem
         if failure is None:
             try:
-                state = {"step": step, "world_size": dist.get_world_size(), "zero_stage": zero_stage, "files": written}
+                state = {
+                    "step": step,
+                    "world_size": dist.get_world_size(),
+                    "zero_stage": zero_stage,
+                    "files": written,
+                }
                 write_json(incomplete / STATE, state)
                 publish(incomplete, checkpoints / name)
                 _remove_old(checkpoints, step, keep)
@@ -148,14 +174,18 @@ def save(engine: deepspeed.DeepSpeedEngine, checkpoints: Path, step: int, zero_s
         _remove([incomplete])
         names = _names(checkpoints)
         older = f"The newest one is {names[-1]}." if names else "There is no older one."
-        return f"The checkpoint after step {step} could not be written to {checkpoints}: {failure}. {older}"
+        return (
+            f"The checkpoint after step {step} could not be written to {checkpoints}: {failure}."
+            f" {older}"
+        )
 
     return on_main(finish)
 
 
 @contextmanager
 def _writes_of(engine: deepspeed.DeepSpeedEngine, written: dict[str, int]) -> Iterator[list[str]]:
-    """Within the block what this rank cannot write is noted instead of raised: the ranks must go through DeepSpeed's collectives together.
+    """Within the block what this rank cannot write is noted instead of raised: the ranks must go
+    through DeepSpeed's collectives together.
 
     Yields the list of failures. `written` gets name and size of each file, when it is on the disk.
     """
@@ -171,7 +201,8 @@ def _writes_of(engine: deepspeed.DeepSpeedEngine, written: dict[str, int]) -> It
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             failures.append(str(error).splitlines()[0])
 
-    writer.save, engine._copy_recovery_script = save_noting, lambda folder: None  # the script does what `mpo export` does
+    # the script does what `mpo export` does
+    writer.save, engine._copy_recovery_script = save_noting, lambda folder: None
     try:
         yield failures
     finally:
@@ -183,7 +214,8 @@ def _is_partly_frozen(engine: deepspeed.DeepSpeedEngine) -> bool:
 
 
 def _remove_old(checkpoints: Path, step: int, keep: int) -> None:
-    """Leaves the newest `keep` checkpoints up to `step`. Later ones are damaged: the run went on from before them."""
+    """Leaves the newest `keep` checkpoints up to `step`. Later ones are damaged: the run went on
+    from before them."""
     names = _names(checkpoints)
     done = [name for name in names if name <= f"step-{step:08d}"]
     gone = [name for name in names if name not in done[-keep:]]
@@ -196,7 +228,8 @@ def _remove(paths: Iterable[Path]) -> None:
 
 
 def remove_all(checkpoints: Path) -> None:
-    """Removes all of them, and their folder if nothing else is in it. A link in its place, to another disk for instance, stays."""
+    """Removes all of them, and their folder if nothing else is in it. A link in its place, to
+    another disk for instance, stays."""
     _remove(checkpoints.glob("step-*"))
     with suppress(OSError):
         checkpoints.rmdir()
@@ -216,13 +249,16 @@ def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, zero_stage: 
             return convert.load(engine, convert.portable(checkpoint), zero_stage)
         run = checkpoint.folder.parent.parent
         raise UserError(
-            f"{checkpoint.folder} was written by {checkpoint.world_size} rank(s) under ZeRO-{checkpoint.zero_stage}; this is {world} "
-            f"rank(s) under ZeRO-{zero_stage}. Go on with the same number of ranks and stage, or convert it and repeat this command:\n"
-            f"  mpo convert {run}"
+            f"{checkpoint.folder} was written by {checkpoint.world_size} rank(s) under"
+            f" ZeRO-{checkpoint.zero_stage}; this is {world} rank(s) under ZeRO-{zero_stage}. Go on"
+            " with the same number of ranks and stage, or convert it and repeat this command:\n "
+            f" mpo convert {run}"
         )
     strict = not _is_partly_frozen(engine)
     with reading(checkpoint):
-        path, state = engine.load_checkpoint(str(checkpoint.folder.parent), tag=checkpoint.folder.name, load_module_strict=strict)
+        path, state = engine.load_checkpoint(
+            str(checkpoint.folder.parent), tag=checkpoint.folder.name, load_module_strict=strict
+        )
         if path is None or state is None:
             raise ValueError("DeepSpeed finds nothing in it")
         return int(state["mpo"]["step"])
@@ -230,7 +266,8 @@ def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, zero_stage: 
 
 @contextmanager
 def reading(checkpoint: Checkpoint) -> Iterator[None]:
-    """Turns whatever unpickling raises within the block, for files whose sizes are right, into a UserError that names the checkpoint."""
+    """Turns whatever unpickling raises within the block, for files whose sizes are right, into a
+    UserError that names the checkpoint."""
     try:
         yield
     except (UserError, KeyboardInterrupt):
@@ -238,20 +275,31 @@ def reading(checkpoint: Checkpoint) -> Iterator[None]:
     except Exception as error:
         lines = str(error).splitlines() or [""]
         raise UserError(
-            f"The checkpoint {checkpoint.folder} cannot be read ({type(error).__name__}: {lines[0]}). If its files are damaged, delete "
-            "that folder: the same command takes the one before it."
+            f"The checkpoint {checkpoint.folder} cannot be read ({type(error).__name__}:"
+            f" {lines[0]}). If its files are damaged, delete that folder: the same command takes"
+            " the one before it."
         ) from error
 
 
 def export(
-    engine: deepspeed.DeepSpeedEngine, tokenizer: PreTrainedTokenizerBase, folder: Path, zero_stage: int, config: ModelConfig
+    engine: deepspeed.DeepSpeedEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    zero_stage: int,
+    config: ModelConfig,
 ) -> None:
-    """Writes the model, or its adapters, as safetensors with config and tokenizer; `from_pretrained` opens the folder. Called by all ranks.
+    """Writes the model, or its adapters, as safetensors with config and tokenizer;
+    `from_pretrained` opens the folder. Called by all ranks.
 
-    Merged adapters are also kept alone, in `adapter` beside the folder: the base model is loaded again to take them in.
+    Merged adapters are also kept alone, in `adapter` beside the folder: the base model is loaded
+    again to take them in.
     """
     model: PreTrainedModel = engine.module
-    state = _consolidated_state_dict(engine, trained_only=config.lora is not None) if zero_stage == 3 else None
+    state = (
+        _consolidated_state_dict(engine, trained_only=config.lora is not None)
+        if zero_stage == 3
+        else None
+    )
     merge = config.lora is not None and config.lora.export == "merged"
     target = folder.with_name("adapter") if merge else folder
     if is_main():
@@ -262,11 +310,14 @@ def export(
                 lora.save(model, temporary, state)
             tokenizer.save_pretrained(temporary)
         if merge:
-            base = load_model(config.model_copy(update={"lora": None, "activation_checkpointing": False}))
+            base = load_model(
+                config.model_copy(update={"lora": None, "activation_checkpointing": False})
+            )
             lora.export_merged(base, target, tokenizer, folder)
     dist.barrier()
 
 
 def _consolidated_state_dict(engine: deepspeed.DeepSpeedEngine, trained_only: bool) -> dict | None:
-    """The whole weights on rank 0's CPU under ZeRO-3, in their own dtype. DeepSpeed has no public call that does not pickle them."""
+    """The whole weights on rank 0's CPU under ZeRO-3, in their own dtype. DeepSpeed has no public
+    call that does not pickle them."""
     return engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=trained_only)

@@ -1,4 +1,5 @@
-"""The command line: `mpo`, `python -m mpo`, and under a launcher `deepspeed --num_gpus N --module mpo train CONFIG`."""
+"""The command line: `mpo`, `python -m mpo`, and under a launcher `deepspeed --num_gpus N --module
+mpo train CONFIG`."""
 
 from __future__ import annotations
 
@@ -17,22 +18,37 @@ from mpo.files import not_finite, to_json
 from mpo.interruption import SENTENCE, Interrupted, requested
 from mpo.terminal import Streams, console
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
 
 data = typer.Typer(no_args_is_help=True, help="Makes rows to train on.")
 app.add_typer(data, name="data")
 
-ConfigFile = Annotated[Path, typer.Argument(help="YAML file of the run, or the name of a shipped recipe.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="Fields to set, e.g. loss.beta=1.5 train.max_steps=20.", show_default=False)]
+ConfigFile = Annotated[
+    Path, typer.Argument(help="YAML file of the run, or the name of a shipped recipe.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Fields to set, e.g. loss.beta=1.5 train.max_steps=20.", show_default=False
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
 @app.callback()
 def main(
     # The deepspeed launcher puts --local_rank=N before the command; the environment says the same.
-    local_rank: Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)] = None,
+    local_rank: Annotated[
+        int | None, typer.Option("--local_rank", "--local-rank", hidden=True)
+    ] = None,
 ) -> None:
-    """Multilingual reward gap optimization: makes a language model as safe in its weaker languages as in its dominant one."""
+    """Multilingual reward gap optimization: makes a language model as safe in its weaker languages
+    as in its dominant one."""
     if local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
 
@@ -41,8 +57,16 @@ def main(
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, show steps and memory, load no weights.")] = False,
-    overfit_batch: Annotated[bool, typer.Option("--overfit-batch", help="Train on the first step's rows only: loss must go to 0.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check everything, show steps and memory, load no weights."),
+    ] = False,
+    overfit_batch: Annotated[
+        bool,
+        typer.Option(
+            "--overfit-batch", help="Train on the first step's rows only: loss must go to 0."
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Trains a model and shows its reward gaps before and after.
@@ -57,7 +81,9 @@ def train(
 
     An interrupted run goes on with the same command.
     """
-    checked = load_config(config, [*(overrides or []), *(["train.overfit_batch=true"] if overfit_batch else [])])
+    checked = load_config(
+        config, [*(overrides or []), *(["train.overfit_batch=true"] if overfit_batch else [])]
+    )
     if dry_run:
         with _aside(as_json):
             from mpo.dry_run import describe, show
@@ -66,7 +92,8 @@ def train(
         _print(report, show, as_json)
         return
     with _aside(as_json):
-        from mpo.train import train as run  # after the configuration: the libraries behind it take seconds to import
+        # after the configuration: the libraries behind it take seconds to import
+        from mpo.train import train as run
 
     with _aside(as_json):
         result = run(checked)
@@ -79,10 +106,16 @@ def train(
 def validate(
     config: ConfigFile,
     overrides: Overrides = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit with status 1 if rows look suspicious or were dropped.")] = False,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict", help="Exit with status 1 if rows look suspicious or were dropped."
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Reads the rows and says what is in them: counts and lengths per language, suspicious rows, and what is scored.
+    """Reads the rows and says what is in them: counts and lengths per language, suspicious rows,
+    and what is scored.
 
     `mpo validate mpo/recipes/demo.yaml`
 
@@ -101,11 +134,13 @@ def validate(
 
 @app.command()
 def precompute(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Builds the reference store, which training otherwise builds on first use. Any number of runs and ranks may share it.
+    """Builds the reference store, which training otherwise builds on first use. Any number of runs
+    and ranks may share it.
 
     `mpo precompute mpo/recipes/llama-3.1-8b.yaml reference.store=stores/llama`
 
-    `deepspeed --num_gpus 8 --module mpo precompute mpo/recipes/llama-3.1-8b.yaml reference.store=stores/llama`
+    `deepspeed --num_gpus 8 --module mpo precompute mpo/recipes/llama-3.1-8b.yaml
+    reference.store=stores/llama`
     """
     checked = load_config(config, overrides)
     from mpo.train import precompute as run
@@ -120,11 +155,16 @@ def gaps(
     config: ConfigFile,
     overrides: Overrides = None,
     model: Annotated[
-        list[str] | None, typer.Option(help="Model folder, adapter folder or hub id; several are shown side by side.", show_default=False)
+        list[str] | None,
+        typer.Option(
+            help="Model folder, adapter folder or hub id; several are shown side by side.",
+            show_default=False,
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measures reward gaps per language on the configuration's rows: by default of its model and, if there is one, of the trained one.
+    """Measures reward gaps per language on the configuration's rows: by default of its model and,
+    if there is one, of the trained one.
 
     `mpo gaps mpo/recipes/demo.yaml`
 
@@ -151,10 +191,16 @@ def gaps(
 def export(
     run: Annotated[Path, typer.Argument(help="A run's output folder.")],
     to: Annotated[Path, typer.Option(help="Folder to write.")],
-    checkpoint: Annotated[str | None, typer.Option(help="Such as step-00000040. By default the newest.", show_default=False)] = None,
-    merge: Annotated[bool, typer.Option("--merge", help="Of a run with adapters write a whole model.")] = False,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(help="Such as step-00000040. By default the newest.", show_default=False),
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Of a run with adapters write a whole model.")
+    ] = False,
 ) -> None:
-    """Writes a Hugging Face model folder from a run's checkpoint, also of a run that is not finished.
+    """Writes a Hugging Face model folder from a run's checkpoint, also of a run that is not
+    finished.
 
     `mpo export runs/demo --to models/at-40 --checkpoint step-00000040`
     """
@@ -181,7 +227,8 @@ def plot(
     runs: Annotated[list[Path], typer.Argument(help="Output folders of runs, finished or not.")],
     to: Annotated[Path, typer.Option(help="PNG to write.")] = Path("mpo.png"),
 ) -> None:
-    """Draws loss curves and reward gaps per language of one run, or of several on top of each other.
+    """Draws loss curves and reward gaps per language of one run, or of several on top of each
+    other.
 
     `mpo plot runs/demo runs/second --to compare.png`
     """
@@ -194,17 +241,25 @@ def plot(
 
 @data.command("build")
 def data_build(
-    config: Annotated[Path, typer.Argument(help="YAML file of the build; docs/data.md has one for each translator.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Fields to set, e.g. languages=[sw,zh].", show_default=False)] = None,
+    config: Annotated[
+        Path,
+        typer.Argument(help="YAML file of the build; docs/data.md has one for each translator."),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Fields to set, e.g. languages=[sw,zh].", show_default=False),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Makes rows to train on from preference pairs in one language: translates them, and drops what came out wrong.
+    """Makes rows to train on from preference pairs in one language: translates them, and drops what
+    came out wrong.
 
     By a model here: `mpo data build build.yaml`
 
     Other languages: `mpo data build build.yaml languages=[sw,yo] output=rows-africa.jsonl`
 
-    By a server: `mpo data build build.yaml translator.server.base_url=http://localhost:8000/v1 --json > report.json`
+    By a server: `mpo data build build.yaml translator.server.base_url=http://localhost:8000/v1
+    --json > report.json`
 
     An interrupted build goes on with the same command, and translates nothing twice.
     """
@@ -226,13 +281,17 @@ def run() -> None:
     status = status_of()
     lost = streams.lost()
     if lost is not None:
-        _complain(f"Error: standard output could not be written ({lost}): part of it is lost. Files that were named are whole.")
+        _complain(
+            f"Error: standard output could not be written ({lost}): part of it is lost. Files that"
+            " were named are whole."
+        )
         status = status or Status.MENDABLE
     sys.exit(status)
 
 
 def status_of(arguments: list[str] | None = None) -> int:
-    """Runs a command line, by default that of the process, and returns its exit status. Whatever goes wrong becomes a sentence."""
+    """Runs a command line, by default that of the process, and returns its exit status. Whatever
+    goes wrong becomes a sentence."""
     try:
         app(arguments)
     except SystemExit as done:
@@ -240,9 +299,16 @@ def status_of(arguments: list[str] | None = None) -> int:
             _leave_the_group()
         if done.code == Status.INTERRUPTED:  # what becomes of a KeyboardInterrupt within a command
             return _interrupted(SENTENCE)
-        return done.code if isinstance(done.code, int) else Status.DONE if done.code is None else _unexpected(done)
+        return (
+            done.code
+            if isinstance(done.code, int)
+            else Status.DONE
+            if done.code is None
+            else _unexpected(done)
+        )
     except UserError as error:
-        if _is_main() or os.environ.get("LOCAL_RANK", "0") == "0":  # once on each node: the others may have failed alike, or not
+        # once on each node: the others may have failed alike, or not
+        if _is_main() or os.environ.get("LOCAL_RANK", "0") == "0":
             _print_to_stderr(f"Error: {error}")
         return _traced(Status.MENDABLE)
     except Interrupted as stop:  # on every rank
@@ -288,7 +354,8 @@ def _is_main() -> bool:
 
 
 def _aside(as_json: bool) -> contextlib.AbstractContextManager[Any]:
-    """Within the block whatever prints to standard output, such as DeepSpeed's logger, goes to standard error if JSON is to come."""
+    """Within the block whatever prints to standard output, such as DeepSpeed's logger, goes to
+    standard error if JSON is to come."""
     return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
 
 
@@ -311,7 +378,9 @@ def _new_picture(to: Path) -> Path:
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--to {to}: its folder cannot be made: {error}. Name another place.") from error
+        raise UserError(
+            f"--to {to}: its folder cannot be made: {error}. Name another place."
+        ) from error
     return to
 
 
@@ -326,8 +395,9 @@ def _warn_of_missing_numbers(report: Any) -> None:
     if places:
         more = f" and {len(places) - 3} more" if len(places) > 3 else ""
         _complain(
-            f"WARNING: {', '.join(places[:3])}{more} came out as no number: the model gives NaN or infinities for some rows. JSON has null "
-            "there. Check the model's weights, or try model.dtype=float32."
+            f"WARNING: {', '.join(places[:3])}{more} came out as no number: the model gives NaN or"
+            " infinities for some rows. JSON has null there. Check the model's weights, or try"
+            " model.dtype=float32."
         )
 
 

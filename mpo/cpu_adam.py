@@ -1,4 +1,5 @@
-"""DeepSpeed's CPU Adam, which steps an offloaded optimizer: a C++ extension that is compiled on its first use on a machine."""
+"""DeepSpeed's CPU Adam, which steps an offloaded optimizer: a C++ extension that is compiled on its
+first use on a machine."""
 
 from __future__ import annotations
 
@@ -16,17 +17,22 @@ from mpo.errors import UserError
 
 
 def compile_cpu_adam(log: Callable[[str], None]) -> None:
-    """Compiles the extension where that was not done yet, and loads it. Called by all ranks, before anything large is loaded.
+    """Compiles the extension where that was not done yet, and loads it. Called by all ranks, before
+    anything large is loaded.
 
-    The first rank of each node compiles while the others wait: together they would each run a compiler, or wait for one another's lock
-    without a word.
+    The first rank of each node compiles while the others wait: together they would each run a
+    compiler, or wait for one another's lock without a word.
 
     Raises:
         UserError: on every rank, if it cannot be compiled on any node.
     """
-    if shutil.which("ninja") is None:  # `.venv/bin/mpo` without an activated environment; DeepSpeed has installed it beside itself
+    # `.venv/bin/mpo` without an activated environment; DeepSpeed has installed it beside itself
+    if shutil.which("ninja") is None:
         os.environ["PATH"] = os.pathsep.join((os.environ.get("PATH", ""), ninja.BIN_DIR))
-    log("Loading DeepSpeed's CPU Adam; its first use on a machine compiles it, which takes about a minute.")
+    log(
+        "Loading DeepSpeed's CPU Adam; its first use on a machine compiles it, which takes about a"
+        " minute."
+    )
     began = time.perf_counter()
     first_of_node = int(os.environ.get("LOCAL_RANK", 0)) == 0
     failure = _load() if first_of_node else None
@@ -41,7 +47,10 @@ def compile_cpu_adam(log: Callable[[str], None]) -> None:
         raise UserError(problem)
     seconds = time.perf_counter() - began
     if seconds > 10:
-        log(f"CPU Adam was compiled in {seconds:.0f} seconds. Later runs on this machine find it ready.")
+        log(
+            f"CPU Adam was compiled in {seconds:.0f} seconds. Later runs on this machine find it"
+            " ready."
+        )
 
 
 def _load() -> str | None:
@@ -56,6 +65,7 @@ def _load() -> str | None:
         if shutil.which(compiler) is None:
             reason = f"there is no C++ compiler {compiler!r} on the PATH"
         return (
-            f"zero.offload_optimizer=true needs DeepSpeed's CPU Adam, which could not be compiled here: {reason}. Install a C++ compiler "
-            "and Python's headers (Debian and Ubuntu: apt install g++ python3-dev), or set zero.offload_optimizer=false."
+            "zero.offload_optimizer=true needs DeepSpeed's CPU Adam, which could not be compiled"
+            f" here: {reason}. Install a C++ compiler and Python's headers (Debian and Ubuntu: apt"
+            " install g++ python3-dev), or set zero.offload_optimizer=false."
         )

@@ -17,14 +17,20 @@ from mpo.train import Batches, schedule_of
 
 
 def describe(config: Config) -> dict[str, Any]:
-    """`rows`, `languages`, `steps`, batch arithmetic for one rank, `size` of the model, and computed `memory` per number of GPUs."""
+    """`rows`, `languages`, `steps`, batch arithmetic for one rank, `size` of the model, and
+    computed `memory` per number of GPUs."""
     deepspeed_settings(config)  # refuses settings that contradict each other
     prepared = prepare(config, lambda line: print(line, file=sys.stderr))
     examples = prepared.examples
     schedule = schedule_of(config, len(examples))
     batches = Batches(examples, schedule, config)
-    steps = [batches.micro_batches(step, 0, 1) for step in range(min(schedule.steps, math.ceil(len(examples) / schedule.pairs_per_step)))]
-    tokens = [part.tokens(shares_prompts(config.model.attention)) for step in steps for part in step]
+    steps = [
+        batches.micro_batches(step, 0, 1)
+        for step in range(min(schedule.steps, math.ceil(len(examples) / schedule.pairs_per_step)))
+    ]
+    tokens = [
+        part.tokens(shares_prompts(config.model.attention)) for step in steps for part in step
+    ]
     size = memory.size_of(prepared.model)
     languages: dict[str, int] = {}
     for example in examples:
@@ -39,7 +45,9 @@ def describe(config: Config) -> dict[str, Any]:
         "pairs_per_step": config.train.pairs_per_step,
         "micro_batches_per_step_one_rank": math.ceil(len(tokens) / len(steps)),
         "tokens_per_micro_batch": {"mean": round(sum(tokens) / len(tokens)), "max": max(tokens)},
-        "reference_sequences": len({s for e in examples for s in (e.dominant_chosen, e.dominant_rejected)}),
+        "reference_sequences": len(
+            {s for e in examples for s in (e.dominant_chosen, e.dominant_rejected)}
+        ),
         "size": size._asdict(),
         "zero_stage": config.zero.stage,
         "dtype": config.model.dtype,
@@ -53,13 +61,21 @@ def show(report: dict[str, Any], console: Console) -> None:
     tokens = report["tokens_per_micro_batch"]
     for name, text in (
         ("Model", f"{report['model']} ({report['dtype']}), ZeRO-{report['zero_stage']}"),
-        ("Rows", f"{report['rows']} ({languages}), {report['measured']} measured, {report['dropped']} dropped"),
+        (
+            "Rows",
+            (
+                f"{report['rows']} ({languages}), {report['measured']} measured,"
+                f" {report['dropped']} dropped"
+            ),
+        ),
         ("Reference", f"{report['reference_sequences']} dominant sequences to score once"),
         ("Steps", f"{report['steps']} of {report['pairs_per_step']} pairs"),
         (
             "Batches",
-            f"{report['micro_batches_per_step_one_rank']} micro-batches per step on one rank, {tokens['mean']} tokens on average, "
-            f"{tokens['max']} at most",
+            (
+                f"{report['micro_batches_per_step_one_rank']} micro-batches per step on one rank,"
+                f" {tokens['mean']} tokens on average, {tokens['max']} at most"
+            ),
         ),
     ):
         console.print(f"{name:<10}{text}", markup=False, soft_wrap=True)

@@ -1,6 +1,7 @@
 """Writing files so that an interruption leaves the old one or the new one, never a part.
 
-What is being written lies beside its place under a name of its own that ends in `.incomplete`; only a killed process leaves it there.
+What is being written lies beside its place under a name of its own that ends in `.incomplete`; only
+a killed process leaves it there.
 """
 
 from __future__ import annotations
@@ -27,18 +28,21 @@ from mpo.errors import UserError
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns what a disk refuses within the block into a UserError that says what could not be written, and why."""
+    """Turns what a disk refuses within the block into a UserError that says what could not be
+    written, and why."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{path} cannot be written: {error}. Make room, or mend the place or its permissions; the same command goes on."
+            f"{path} cannot be written: {error}. Make room, or mend the place or its permissions;"
+            " the same command goes on."
         ) from error
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[TextIO]:
-    """Yields a UTF-8 file that takes the place of `path`, flushed to the disk, when the block ends without an exception.
+    """Yields a UTF-8 file that takes the place of `path`, flushed to the disk, when the block ends
+    without an exception.
 
     Raises:
         UserError: a full disk, no right to write, a folder of that name.
@@ -59,14 +63,18 @@ def new_file(path: Path) -> Iterator[TextIO]:
 
 
 def to_json(value: Any, *, indent: int | None = None, ascii_only: bool = False) -> str:
-    """`value` as JSON that every reader takes, with null for a number that is not finite, which JSON has no word for.
+    """`value` as JSON that every reader takes, with null for a number that is not finite, which
+    JSON has no word for.
 
-    The one place where this package makes JSON. Half of a surrogate pair becomes its escape: no encoding could write it.
+    The one place where this package makes JSON. Half of a surrogate pair becomes its escape: no
+    encoding could write it.
     """
     try:
         text = json.dumps(value, ensure_ascii=ascii_only, indent=indent, allow_nan=False)
     except ValueError:
-        text = json.dumps(_with_nulls(value), ensure_ascii=ascii_only, indent=indent, allow_nan=False)
+        text = json.dumps(
+            _with_nulls(value), ensure_ascii=ascii_only, indent=indent, allow_nan=False
+        )
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
@@ -79,15 +87,27 @@ def _with_nulls(value: Any) -> Any:
 
 
 def not_finite(value: Any, where: str = "") -> list[str]:
-    """Places of the numbers in `value` that are not finite, such as `languages.sw.distance.after`."""
+    """Places of the numbers in `value` that are not finite, such as
+    `languages.sw.distance.after`."""
     if isinstance(value, float):
         return [] if math.isfinite(value) else [where]
-    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
-    return [place for key, part in parts for place in not_finite(part, f"{where}.{key}" if where else str(key))]
+    parts = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list | tuple)
+        else ()
+    )
+    return [
+        place
+        for key, part in parts
+        for place in not_finite(part, f"{where}.{key}" if where else str(key))
+    ]
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as JSON through a temporary file and a rename. Raises UserError as `new_file` does."""
+    """Writes `value` as JSON through a temporary file and a rename. Raises UserError as `new_file`
+    does."""
     with new_file(path) as file:
         file.write(to_json(value, indent=2) + "\n")
 
@@ -97,7 +117,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}). Delete the folder {path.parent} or restore the file.") from error
+        raise UserError(
+            f"{path} cannot be read ({error}). Delete the folder {path.parent} or restore the file."
+        ) from error
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -105,21 +127,25 @@ def read_object(path: Path) -> dict[str, Any]:
     value = read_json(path)
     if not isinstance(value, dict):
         raise UserError(
-            f"{path} cannot be read (it holds {type(value).__name__}, not an object). Delete the folder {path.parent} or restore the file."
+            f"{path} cannot be read (it holds {type(value).__name__}, not an object). Delete the"
+            f" folder {path.parent} or restore the file."
         )
     return value
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yields an empty folder that takes the place of `path` when the block ends without an exception. A link is followed.
+    """Yields an empty folder that takes the place of `path` when the block ends without an
+    exception. A link is followed.
 
     Raises:
         UserError: a full disk, no right to write, a file of that name.
     """
     path = Path(os.path.realpath(path))  # of a link to itself too
     if path.exists() and not path.is_dir():
-        raise UserError(f"{path} is a file, and a folder is to lie there. Move it away, or name another folder.")
+        raise UserError(
+            f"{path} is a file, and a folder is to lie there. Move it away, or name another folder."
+        )
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = beside(path)
@@ -136,7 +162,8 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Gives a finished folder its name. One that has the name already is moved aside in one piece, and then removed."""
+    """Gives a finished folder its name. One that has the name already is moved aside in one piece,
+    and then removed."""
     aside = beside(path)
     if os.path.lexists(path):
         os.replace(path, aside)
@@ -151,8 +178,11 @@ def publish(temporary: Path, path: Path) -> None:
 
 
 def remove_incomplete(folder: Path, name: str | None = None) -> None:
-    """Removes what killed processes left half written of that name, or of any. For a process that has claimed it."""
-    for path in folder.glob(f".{'*' if name is None else glob.escape(name)}.{'[0-9a-f]' * 8}.incomplete"):
+    """Removes what killed processes left half written of that name, or of any. For a process that
+    has claimed it."""
+    for path in folder.glob(
+        f".{'*' if name is None else glob.escape(name)}.{'[0-9a-f]' * 8}.incomplete"
+    ):
         remove(path)
 
 
@@ -166,7 +196,8 @@ def remove(path: Path) -> None:
 
 
 def beside(path: Path) -> Path:
-    """A name for something unfinished, which no other process has: file systems without locks exist."""
+    """A name for something unfinished, which no other process has: file systems without locks
+    exist."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.incomplete")
 
 
@@ -187,7 +218,8 @@ def _sync_entries(folder: Path) -> None:
 
 
 class Claim:
-    """A lock file that one process holds, until it lets go or ends, however it ends. File systems without locks are not guarded."""
+    """A lock file that one process holds, until it lets go or ends, however it ends. File systems
+    without locks are not guarded."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -28,13 +28,18 @@ RESAMPLES = 2000
 INTERVAL = 0.95
 
 
-def compare_models(config: Config, prepared: Prepared, models: Sequence[str], progress: Progress) -> dict[str, Any]:
-    """Measures each model, one after the other in one process, and returns the report of `summarise`.
+def compare_models(
+    config: Config, prepared: Prepared, models: Sequence[str], progress: Progress
+) -> dict[str, Any]:
+    """Measures each model, one after the other in one process, and returns the report of
+    `summarise`.
 
-    Each model reads the rows with its own tokenizer and chat template, cut to data.max_length of its own tokens.
+    Each model reads the rows with its own tokenizer and chat template, cut to data.max_length of
+    its own tokens.
 
     Raises:
-        UserError: before any weight is loaded: a path is no model, a tokenizer is missing or another model's, or rows cannot be read.
+        UserError: before any weight is loaded: a path is no model, a tokenizer is missing or
+            another model's, or rows cannot be read.
     """
     device = start()
     settings = {path: _settings_of(path, prepared.model) for path in models}
@@ -42,16 +47,25 @@ def compare_models(config: Config, prepared: Prepared, models: Sequence[str], pr
     measured: dict[str, Gaps] = {}
     names = dict(zip(settings, distinct_names(list(settings)), strict=True))
     for path, model_config in settings.items():
-        model = cast(torch.nn.Module, bind_mpo_forward(load_model(model_config), config.loss)).to(device)
-        with progress.task(f"Gaps of {names[path]}", len(distinct_sequences(examples[path]))) as advance:
-            measured[path] = measure_gaps(model, examples[path], pool=config.loss.pool, device=device, advance=advance)
+        model = cast(torch.nn.Module, bind_mpo_forward(load_model(model_config), config.loss)).to(
+            device
+        )
+        with progress.task(
+            f"Gaps of {names[path]}", len(distinct_sequences(examples[path]))
+        ) as advance:
+            measured[path] = measure_gaps(
+                model, examples[path], pool=config.loss.pool, device=device, advance=advance
+            )
         del model
     return summarise(next(iter(examples.values())), measured, config.loss.beta)
 
 
 def _settings_of(path: str, own: ModelConfig) -> ModelConfig:
-    """How a model is loaded: as the configuration's own, but revision and trusted code are for that one alone, or for adapters on it."""
-    belongs = path == own.path or (lora.is_adapter(path) and os.path.abspath(lora.base_of(path)) == os.path.abspath(own.path))
+    """How a model is loaded: as the configuration's own, but revision and trusted code are for that
+    one alone, or for adapters on it."""
+    belongs = path == own.path or (
+        lora.is_adapter(path) and os.path.abspath(lora.base_of(path)) == os.path.abspath(own.path)
+    )
     foreign = {} if belongs else {"revision": None, "trust_remote_code": False}
     return own.model_copy(update={"path": path, "lora": None, **foreign})
 
@@ -59,7 +73,8 @@ def _settings_of(path: str, own: ModelConfig) -> ModelConfig:
 def read_by_each(
     data: DataConfig, rows: Sequence[Row], models: Iterable[ModelConfig], log: Callable[[str], None]
 ) -> dict[str, list[Example]]:
-    """The rows as tokens of each model, by its path: the same rows for all, those that every model can read, on the same date.
+    """The rows as tokens of each model, by its path: the same rows for all, those that every model
+    can read, on the same date.
 
     Raises:
         UserError: as `compare_models`.
@@ -75,13 +90,21 @@ def read_by_each(
         check_positions(read[model.path], model)
     common = set.intersection(*({e.source for e in examples} for examples in read.values()))
     if not common:
-        raise UserError("No measured row can be read by all of the models. Raise data.max_length, or measure them one by one.")
+        raise UserError(
+            "No measured row can be read by all of the models. Raise data.max_length, or measure"
+            " them one by one."
+        )
     if left_out := {row.source for row in rows} - common:
-        log(f"{len(left_out)} measured rows are left out, because not every model can read them: {', '.join(sorted(left_out)[:3])} ...")
+        log(
+            f"{len(left_out)} measured rows are left out, because not every model can read them:"
+            f" {', '.join(sorted(left_out)[:3])} ..."
+        )
     return {path: [e for e in examples if e.source in common] for path, examples in read.items()}
 
 
-def summarise(examples: Sequence[Example], measured: dict[str, Gaps], beta: float) -> dict[str, Any]:
+def summarise(
+    examples: Sequence[Example], measured: dict[str, Gaps], beta: float
+) -> dict[str, Any]:
     """Per model, language and over all rows (`all`), in nats per token of the model itself:
 
     n                         rows
@@ -105,9 +128,18 @@ def summarise(examples: Sequence[Example], measured: dict[str, Gaps], beta: floa
             "sign_accuracy": sign_accuracy(target),
         }
 
-    places = {language: [i for i, e in enumerate(examples) if e.language == language] for language in languages}
+    places = {
+        language: [i for i, e in enumerate(examples) if e.language == language]
+        for language in languages
+    }
     places["all"] = list(range(len(examples)))
-    return {"beta": beta, "models": {name: {key: row(gaps, of) for key, of in places.items()} for name, gaps in measured.items()}}
+    return {
+        "beta": beta,
+        "models": {
+            name: {key: row(gaps, of) for key, of in places.items()}
+            for name, gaps in measured.items()
+        },
+    }
 
 
 def bootstrap_interval(values: torch.Tensor, seed: int = 0) -> tuple[float, float]:
@@ -115,13 +147,20 @@ def bootstrap_interval(values: torch.Tensor, seed: int = 0) -> tuple[float, floa
     generator = torch.Generator().manual_seed(seed)
     picks = torch.randint(0, values.numel(), (RESAMPLES, values.numel()), generator=generator)
     means = values[picks].double().mean(1)
-    low, high = means.quantile(torch.tensor([(1 - INTERVAL) / 2, (1 + INTERVAL) / 2], dtype=torch.float64)).tolist()
+    low, high = means.quantile(
+        torch.tensor([(1 - INTERVAL) / 2, (1 + INTERVAL) / 2], dtype=torch.float64)
+    ).tolist()
     return low, high
 
 
 def show(report: dict[str, Any], console: Console) -> None:
     """One line per language and model, whose names are as long as it takes to tell them apart."""
-    table = Table(title=f"Reward gaps (nats per token, beta {report['beta']:g}; in brackets {INTERVAL:.0%} bootstrap intervals)")
+    table = Table(
+        title=(
+            f"Reward gaps (nats per token, beta {report['beta']:g}; in brackets {INTERVAL:.0%}"
+            " bootstrap intervals)"
+        )
+    )
     table.add_column("language")
     table.add_column("model", no_wrap=True)
     for name in ("rows", "target gap", "dominant gap", "distance", "sign accuracy"):

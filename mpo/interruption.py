@@ -1,4 +1,5 @@
-"""Stopping: a request ends a run between two steps, with a checkpoint, and everything else at once. Several signals may be one request.
+"""Stopping: a request ends a run between two steps, with a checkpoint, and everything else at once.
+Several signals may be one request.
 
 Imported before anything slow, so that a Ctrl-C while libraries load is one already.
 """
@@ -18,7 +19,8 @@ from mpo.errors import Status
 SENTENCE = "Interrupted. What was finished is kept, and the same command goes on from there."
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 MOMENT = 2.0
-"""Seconds within which a second Ctrl-C is the first one: a launcher passes on the signal that the terminal sent to its ranks, too."""
+"""Seconds within which a second Ctrl-C is the first one: a launcher passes on the signal that the
+terminal sent to its ranks, too."""
 
 
 class Interrupted(Exception):
@@ -41,7 +43,8 @@ class Interruption:
 
     @contextmanager
     def deferred(self, until: str) -> Iterator[None]:
-        """Within the block a request is left to who reads `requested`, and the user is told when that is."""
+        """Within the block a request is left to who reads `requested`, and the user is told when
+        that is."""
         self._deferred = until
         try:
             yield
@@ -54,7 +57,8 @@ class Interruption:
             raise KeyboardInterrupt
 
     def note(self, number: int, frame: FrameType | None) -> None:
-        """Handles a signal. All are one request, but for another Ctrl-C after a moment: a person who does not want to wait.
+        """Handles a signal. All are one request, but for another Ctrl-C after a moment: a person
+        who does not want to wait.
 
         Raises:
             KeyboardInterrupt: the request is not deferred, or is repeated.
@@ -72,7 +76,8 @@ class Interruption:
 
 
 def _say(line: str) -> None:
-    """On rank 0 to standard error, past its buffer: a print may be what the signal interrupted, and the terminal may be closed."""
+    """On rank 0 to standard error, past its buffer: a print may be what the signal interrupted, and
+    the terminal may be closed."""
     if os.environ.get("RANK", "0") == "0":
         with suppress(OSError):
             os.write(2, f"\n{line}\n".encode())
@@ -82,7 +87,8 @@ _current: Interruption | None = None
 
 
 def install() -> Interruption:
-    """From here on SIGTERM, Ctrl-C and a terminal that closes are noted in what it returns, to the end of the process.
+    """From here on SIGTERM, Ctrl-C and a terminal that closes are noted in what it returns, to the
+    end of the process.
 
     A signal that the process was told to ignore, as `nohup` does, stays ignored.
     """
@@ -98,7 +104,8 @@ def install() -> Interruption:
 def interruptions() -> Iterator[Interruption]:
     """As `install`, within the block only. What is installed already stays, and is shared."""
     global _current
-    if _current is not None or threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+    # only the main thread may handle signals
+    if _current is not None or threading.current_thread() is not threading.main_thread():
         yield _current or Interruption()
         return
     previous = {number: signal.getsignal(number) for number in SIGNALS}

@@ -1,4 +1,5 @@
-"""Which language a text is in, for files that do not say, and whether it is the one that is said."""
+"""Which language a text is in, for files that do not say, and whether it is the one that is
+said."""
 
 from __future__ import annotations
 
@@ -11,12 +12,14 @@ from mpo.errors import UserError
 from mpo.language_table import code_of, script_of, weighed_letters
 
 ENGLISH = "en"
-"""Stands inside texts of every language: names, quotes, code, and what a translator left as it was."""
+"""Stands inside texts of every language: names, quotes, code, and what a translator left as it
+was."""
 CLEARLY = 0.05
-"""A text is clearly in another language if that makes it likelier by so much of its log-likelihood. Dialects differ by 0.01 at most,
-languages of one script by 0.14 and more."""
+"""A text is clearly in another language if that makes it likelier by so much of its log-likelihood.
+Dialects differ by 0.01 at most, languages of one script by 0.14 and more."""
 QUOTED = 0.1
-"""Weighted share of letters of other scripts above which a text's Latin letters are not looked at: they are names and terms."""
+"""Weighted share of letters of other scripts above which a text's Latin letters are not looked at:
+they are names and terms."""
 
 _LABELS = {"ff": "fuv", "gn": "gug", "ki": "kik", "nb": "no"}
 """py3langid's own names of some languages."""
@@ -49,7 +52,8 @@ def told_apart(one: str, other: str) -> bool:
 
 
 class LanguageDetector:
-    """Chooses among the target languages and the dominant one, with py3langid's n-gram model, unless a text is clearly in none of them.
+    """Chooses among the target languages and the dominant one, with py3langid's n-gram model,
+    unless a text is clearly in none of them.
 
     Raises:
         UserError: a language that cannot be told, or two that cannot be told apart.
@@ -61,18 +65,24 @@ class LanguageDetector:
         for language in (*languages, dominant):
             if code_of(language) not in known_languages():
                 raise UserError(
-                    f"Unknown language code: {language!r} cannot be detected. Leave it out of data.languages and data.dominant_language, "
-                    "or use native rows, which state theirs."
+                    f"Unknown language code: {language!r} cannot be detected. Leave it out of"
+                    " data.languages and data.dominant_language, or use native rows, which state"
+                    " theirs."
                 )
             other = self._names.setdefault(_label(language), language)
             if other != language:
-                raise UserError(f"{other} and {language} cannot be told apart. Use native rows, which state their language.")
+                raise UserError(
+                    f"{other} and {language} cannot be told apart. Use native rows, which state"
+                    " their language."
+                )
 
     def detect(self, prompt: str, *answers: str) -> str:
-        """The language of the prompt; of the answers too where that is doubtful, or where all of it is clearly in a language of its own.
+        """The language of the prompt; of the answers too where that is doubtful, or where all of it
+        is clearly in a language of its own.
 
-        A prompt that reads as the dominant language or as English, or in which another script is the lesser part, does not convict a row
-        alone: it may be short, carry names and quotes, or have been left untranslated.
+        A prompt that reads as the dominant language or as English, or in which another script is
+        the lesser part, does not convict a row alone: it may be short, carry names and quotes, or
+        have been left untranslated.
         """
         texts = [text for text in (prompt, *answers) if any(map(str.isalpha, text))]
         if not texts:
@@ -93,27 +103,38 @@ class LanguageDetector:
         label = max(self._names, key=scores.__getitem__)
         top = _READ_AS.get(best := max(scores, key=scores.__getitem__), best)
         clearly = scores[best] - scores[label] > CLEARLY * abs(scores[label])
-        return self._names[label], top if clearly and top not in {code_of(n) for n in self._names.values()} | {_NO_LANGUAGE} else None
+        return self._names[label], (
+            top
+            if clearly and top not in {code_of(n) for n in self._names.values()} | {_NO_LANGUAGE}
+            else None
+        )
 
 
 def clearly_in_another(language: str, *texts: str) -> str | None:
-    """The language that the texts together are clearly in, if it is not the one given; None also for a language that cannot be told."""
-    if code_of(language) not in known_languages() or not any(any(map(str.isalpha, text)) for text in texts):
+    """The language that the texts together are clearly in, if it is not the one given; None also
+    for a language that cannot be told."""
+    if code_of(language) not in known_languages() or not any(
+        any(map(str.isalpha, text)) for text in texts
+    ):
         return None
     found = LanguageDetector((), language).detect(*texts)
     return None if found == language else found
 
 
 def _scores(text: str) -> dict[str, float]:
-    """The log-likelihood of a text in each language, without its Latin letters where they are those of names and terms."""
+    """The log-likelihood of a text in each language, without its Latin letters where they are those
+    of names and terms."""
     weights = weighed_letters(text)
     if weights["LATIN"] and weights.total() - weights["LATIN"] >= QUOTED * weights.total():
-        text = text.translate({ord(letter): " " for letter in set(text) if script_of(letter) == "LATIN"})
+        text = text.translate(
+            {ord(letter): " " for letter in set(text) if script_of(letter) == "LATIN"}
+        )
     return {str(label): float(score) for label, score in _identifier().rank(text)}
 
 
 def _mixed(text: str) -> bool:
-    """Whether Latin letters are the greater part of a text that its other letters name the language of."""
+    """Whether Latin letters are the greater part of a text that its other letters name the language
+    of."""
     weights = weighed_letters(text)
     return QUOTED * weights.total() <= weights.total() - weights["LATIN"] < weights["LATIN"]
 

@@ -1,6 +1,8 @@
-"""Languages by ISO 639-1 code: their English names, their FLORES-200 codes (which NLLB uses), and the scripts they are written in.
+"""Languages by ISO 639-1 code: their English names, their FLORES-200 codes (which NLLB uses), and
+the scripts they are written in.
 
-A language has one name here, whichever usual form it came in: `canonical`. A script that is not the language's own stays with it (zh-Hant).
+A language has one name here, whichever usual form it came in: `canonical`. A script that is not the
+language's own stays with it (zh-Hant).
 """
 
 from __future__ import annotations
@@ -183,27 +185,93 @@ SCRIPTS = {code: _LETTERS[flores[-4:]] for code, (_, flores) in LANGUAGES.items(
 """Scripts of each language, as Unicode names its letters."""
 
 _OTHER_CODES = {  # ISO 639-2 and 639-3 where FLORES takes another one, and codes that were given up
-    **{"alb": "sq", "ara": "ar", "arm": "hy", "aym": "ay", "aze": "az", "baq": "eu", "bur": "my", "chi": "zh", "cmn": "zh", "cze": "cs"},
-    **{"dut": "nl", "ekk": "et", "fas": "fa", "fil": "tl", "fre": "fr", "ful": "ff", "geo": "ka", "ger": "de", "gre": "el", "gug": "gn"},
-    **{"ice": "is", "in": "id", "iw": "he", "ji": "yi", "jw": "jv", "kur": "ku", "lav": "lv", "mac": "mk", "mao": "mi", "may": "ms"},
-    **{"mlg": "mg", "mo": "ro", "mon": "mn", "msa": "ms", "nep": "ne", "nor": "no", "ori": "or", "orm": "om", "per": "fa", "pus": "ps"},
-    **{"que": "qu", "rum": "ro", "slo": "sk", "sqi": "sq", "swa": "sw", "tib": "bo", "uzb": "uz", "wel": "cy", "yid": "yi"},
+    **{
+        "alb": "sq",
+        "ara": "ar",
+        "arm": "hy",
+        "aym": "ay",
+        "aze": "az",
+        "baq": "eu",
+        "bur": "my",
+        "chi": "zh",
+        "cmn": "zh",
+        "cze": "cs",
+    },
+    **{
+        "dut": "nl",
+        "ekk": "et",
+        "fas": "fa",
+        "fil": "tl",
+        "fre": "fr",
+        "ful": "ff",
+        "geo": "ka",
+        "ger": "de",
+        "gre": "el",
+        "gug": "gn",
+    },
+    **{
+        "ice": "is",
+        "in": "id",
+        "iw": "he",
+        "ji": "yi",
+        "jw": "jv",
+        "kur": "ku",
+        "lav": "lv",
+        "mac": "mk",
+        "mao": "mi",
+        "may": "ms",
+    },
+    **{
+        "mlg": "mg",
+        "mo": "ro",
+        "mon": "mn",
+        "msa": "ms",
+        "nep": "ne",
+        "nor": "no",
+        "ori": "or",
+        "orm": "om",
+        "per": "fa",
+        "pus": "ps",
+    },
+    **{
+        "que": "qu",
+        "rum": "ro",
+        "slo": "sk",
+        "sqi": "sq",
+        "swa": "sw",
+        "tib": "bo",
+        "uzb": "uz",
+        "wel": "cy",
+        "yid": "yi",
+    },
 }
-_CODES: dict[str, str] = {**_OTHER_CODES, **{flores[:3]: code for code, (_, flores) in reversed(LANGUAGES.items())}}
-_CODES |= {code: code for code in LANGUAGES} | {name.casefold(): code for code, (name, _) in LANGUAGES.items()}
+_CODES: dict[str, str] = {
+    **_OTHER_CODES,
+    **{flores[:3]: code for code, (_, flores) in reversed(LANGUAGES.items())},
+}
+_CODES |= {code: code for code in LANGUAGES} | {
+    name.casefold(): code for code, (name, _) in LANGUAGES.items()
+}
 """The code of every form without script and region, in lower case."""
 
 _OWN_SCRIPT = {"Hani": "Hans", "Hrkt": "Jpan", "Kore": "Hang"}
 _WRITTEN_THERE = {("zh", "tw"): "Hant", ("zh", "hk"): "Hant", ("zh", "mo"): "Hant"}
 """Scripts that a region says."""
-_SCRIPT_NAMES = {"Arab": "Arabic script", "Cyrl": "Cyrillic script", "Hans": "simplified", "Hant": "traditional", "Latn": "Latin script"}
+_SCRIPT_NAMES = {
+    "Arab": "Arabic script",
+    "Cyrl": "Cyrillic script",
+    "Hans": "simplified",
+    "Hant": "traditional",
+    "Latn": "Latin script",
+}
 
 
 def canonical(language: str) -> str:
     """One name for all usual forms of a language.
 
-    zh, ZH, zh-CN, zh_Hans_CN, zho, chi, cmn, zho_Hans and Chinese are `zh`; zh-TW and zho_Hant are `zh-Hant`, sr_Latn is `sr-Latn`. What
-    is not known stays as it is, in lower case and with hyphens.
+    zh, ZH, zh-CN, zh_Hans_CN, zho, chi, cmn, zho_Hans and Chinese are `zh`; zh-TW and zho_Hant are
+    `zh-Hant`, sr_Latn is `sr-Latn`. What is not known stays as it is, in lower case and with
+    hyphens.
     """
     text = language.strip().casefold()
     if text in _CODES:
@@ -213,7 +281,9 @@ def canonical(language: str) -> str:
     if code is None:
         return text.replace("_", "-")
     script = next((part.title() for part in rest if len(part) == 4 and part.isalpha()), None)
-    script = script or next((_WRITTEN_THERE[code, part] for part in rest if (code, part) in _WRITTEN_THERE), None)
+    script = script or next(
+        (_WRITTEN_THERE[code, part] for part in rest if (code, part) in _WRITTEN_THERE), None
+    )
     script = _OWN_SCRIPT.get(script or "", script)
     return code if script in (None, LANGUAGES[code][1][-4:]) else f"{code}-{script}"
 
@@ -233,13 +303,21 @@ def name_of(language: str) -> str:
     code, _, script = language.partition("-")
     if not is_known(language):
         return language
-    return f"{LANGUAGES[code][0]} ({_SCRIPT_NAMES.get(script, script)})" if script else LANGUAGES[code][0]
+    return (
+        f"{LANGUAGES[code][0]} ({_SCRIPT_NAMES.get(script, script)})"
+        if script
+        else LANGUAGES[code][0]
+    )
 
 
 def flores_of(language: str) -> str | None:
     """The FLORES-200 code of a canonical name."""
     code, _, script = language.partition("-")
-    return None if code not in LANGUAGES else f"{LANGUAGES[code][1][:-4]}{script or LANGUAGES[code][1][-4:]}"
+    return (
+        None
+        if code not in LANGUAGES
+        else f"{LANGUAGES[code][1][:-4]}{script or LANGUAGES[code][1][-4:]}"
+    )
 
 
 def scripts_of(language: str) -> tuple[str, ...] | None:
@@ -258,7 +336,8 @@ def script_of(character: str) -> str:
 
 
 def weight_of(character: str) -> int:
-    """How many Latin characters one character stands for, roughly: Han 3, kana and Hangul 2, combining marks and white space 0, else 1."""
+    """How many Latin characters one character stands for, roughly: Han 3, kana and Hangul 2,
+    combining marks and white space 0, else 1."""
     if character.isspace() or unicodedata.category(character).startswith("M"):
         return 0
     return _WEIGHTS.get(script_of(character), 1)
@@ -276,7 +355,8 @@ def weighed_letters(text: str) -> Counter[str]:
 def script_share(text: str, language: str) -> float:
     """Share of the text's letters, weighted, that belong to the language's script.
 
-    1 for a language that is not known, or without letters. The weights let a Chinese sentence bear a Latin name.
+    1 for a language that is not known, or without letters. The weights let a Chinese sentence bear
+    a Latin name.
     """
     expected, weights = scripts_of(language), weighed_letters(text)
     if expected is None or not weights:

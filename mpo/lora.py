@@ -1,4 +1,5 @@
-"""Low-rank adapters through peft: attached to the model in place, so that its forward, its names and ZeRO's hooks stay as they are."""
+"""Low-rank adapters through peft: attached to the model in place, so that its forward, its names
+and ZeRO's hooks stay as they are."""
 
 from __future__ import annotations
 
@@ -9,7 +10,12 @@ from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from mpo import quantized
 from mpo.config import LoraConfig
@@ -21,7 +27,8 @@ ADAPTER_FILE = "adapter_config.json"
 
 
 def attach(model: torch.nn.Module, config: LoraConfig) -> None:
-    """Adds the adapters, in the model's dtype, and freezes everything else. The LM head stays frozen, which saves its gradient's GEMM.
+    """Adds the adapters, in the model's dtype, and freezes everything else. The LM head stays
+    frozen, which saves its gradient's GEMM.
 
     Raises:
         UserError: peft is not installed, or no module has a name of `target_modules`.
@@ -30,15 +37,28 @@ def attach(model: torch.nn.Module, config: LoraConfig) -> None:
         import peft
     except ImportError as error:
         raise UserError("model.lora needs peft: pip install peft.") from error
-    wanted = config.target_modules if config.target_modules == "all-linear" else list(config.target_modules)
+    wanted = (
+        config.target_modules
+        if config.target_modules == "all-linear"
+        else list(config.target_modules)
+    )
     settings = peft.LoraConfig(
         r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=wanted, task_type="CAUSAL_LM"
     )  # fmt: skip
     try:
         peft.inject_adapter_in_model(settings, model)
     except ValueError as error:
-        names = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)})
-        raise UserError(f"model.lora.target_modules {wanted}: {error}. This model's linear modules are {', '.join(names)}.") from error
+        names = sorted(
+            {
+                name.rsplit(".", 1)[-1]
+                for name, module in model.named_modules()
+                if isinstance(module, torch.nn.Linear)
+            }
+        )
+        raise UserError(
+            f"model.lora.target_modules {wanted}: {error}. This model's linear modules are"
+            f" {', '.join(names)}."
+        ) from error
     if isinstance(model, PreTrainedModel):
         for parameter in model.parameters():
             if parameter.requires_grad:  # peft makes those of 8-bit layers in fp32
@@ -47,10 +67,13 @@ def attach(model: torch.nn.Module, config: LoraConfig) -> None:
 
 
 def _keep_frozen_out_of_state_dict(model: torch.nn.Module) -> None:
-    """DeepSpeed's checkpoints leave out frozen parameters, but neither a tied head nor the scales of quantized weights."""
+    """DeepSpeed's checkpoints leave out frozen parameters, but neither a tied head nor the scales
+    of quantized weights."""
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
-    def leave_out(module: torch.nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    def leave_out(
+        module: torch.nn.Module, state: dict[str, Any], prefix: str, metadata: Any
+    ) -> None:
         for name in [name for name in state if name.removeprefix(prefix) not in trained]:
             del state[name]
 
@@ -59,7 +82,8 @@ def _keep_frozen_out_of_state_dict(model: torch.nn.Module) -> None:
 
 @contextmanager
 def adapters_off(model: torch.nn.Module) -> Iterator[None]:
-    """Within the block the model is what it was before training. Which parameters train is as before afterwards."""
+    """Within the block the model is what it was before training. Which parameters train is as
+    before afterwards."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
@@ -73,13 +97,21 @@ def adapters_off(model: torch.nn.Module) -> Iterator[None]:
 
 
 def save(model: PreTrainedModel, folder: Path, state: dict[str, torch.Tensor] | None) -> None:
-    """Writes the adapters as peft opens them; `state` is the model's whole state dict where the model itself is partitioned."""
+    """Writes the adapters as peft opens them; `state` is the model's whole state dict where the
+    model itself is partitioned."""
     import peft
 
     tensors = peft.get_peft_model_state_dict(model, state_dict=state)
-    # Adapters that were put into the model itself lack the name of the wrapper that peft opens them with.
-    named = {f"base_model.model.{name.removeprefix('base_model.model.')}": tensor for name, tensor in tensors.items()}
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}, folder / "adapter_model.safetensors")
+    # Adapters that were put into the model itself lack the name of the wrapper that peft opens them
+    # with.
+    named = {
+        f"base_model.model.{name.removeprefix('base_model.model.')}": tensor
+        for name, tensor in tensors.items()
+    }
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()},
+        folder / "adapter_model.safetensors",
+    )
     settings = model.peft_config["default"]
     # A relative path would hold in one working folder only.
     base = Path(str(model.name_or_path))
@@ -95,12 +127,19 @@ def is_adapter(path: str) -> bool:
 
 
 def base_of(path: str) -> str:
-    """The model that the adapters in the folder belong to. Raises UserError where the folder does not say."""
+    """The model that the adapters in the folder belong to. Raises UserError where the folder does
+    not say."""
     base = _settings(path).base_model_name_or_path
     if not isinstance(base, str) or not base:
-        raise UserError(f"{Path(path) / ADAPTER_FILE} names no base_model_name_or_path: the model that the adapters belong to.")
+        raise UserError(
+            f"{Path(path) / ADAPTER_FILE} names no base_model_name_or_path: the model that the"
+            " adapters belong to."
+        )
     if is_adapter(base):
-        raise UserError(f"The adapters in {path} belong to {base}, which holds adapters itself: merge those into their model first.")
+        raise UserError(
+            f"The adapters in {path} belong to {base}, which holds adapters itself: merge those"
+            " into their model first."
+        )
     return base
 
 
@@ -110,10 +149,16 @@ def _settings(path: str) -> Any:
     file = Path(path) / ADAPTER_FILE
     try:
         settings = peft.PeftConfig.from_pretrained(path)
-    except Exception as error:  # a damaged file makes the libraries raise whatever they happen to trip over
-        raise UserError(f"{file} cannot be read: {first_line(error)}.{damaged(Path(path))}") from error
+    # a damaged file makes the libraries raise whatever they happen to trip over
+    except Exception as error:
+        raise UserError(
+            f"{file} cannot be read: {first_line(error)}.{damaged(Path(path))}"
+        ) from error
     if settings.peft_type != peft.PeftType.LORA:
-        raise UserError(f"{file} is of type {settings.peft_type}; only LoRA adapters can be measured and merged.")
+        raise UserError(
+            f"{file} is of type {settings.peft_type}; only LoRA adapters can be measured and"
+            " merged."
+        )
     return settings
 
 
@@ -124,20 +169,36 @@ def empty(hf_config: PretrainedConfig) -> PreTrainedModel:
 
 
 def check(path: str, base: PreTrainedModel) -> None:
-    """Raises UserError if the folder does not hold exactly the adapters that its configuration puts on `base`, which is changed."""
+    """Raises UserError if the folder does not hold exactly the adapters that its configuration puts
+    on `base`, which is changed."""
     import peft
 
     settings = _settings(path)
     try:
         model = peft.PeftModel(base, settings, low_cpu_mem_usage=True)
-        expected = {name: list(tensor.shape) for name, tensor in peft.get_peft_model_state_dict(model).items()}
-        found = {name: list(tensor.shape) for name, tensor in peft.utils.load_peft_weights(path, device="cpu").items()}
-    except Exception as error:  # a damaged file makes the libraries raise whatever they happen to trip over
-        raise UserError(f"The adapters in {path} cannot be put on their model: {first_line(error)}.{damaged(Path(path))}") from error
+        expected = {
+            name: list(tensor.shape)
+            for name, tensor in peft.get_peft_model_state_dict(model).items()
+        }
+        found = {
+            name: list(tensor.shape)
+            for name, tensor in peft.utils.load_peft_weights(path, device="cpu").items()
+        }
+    # a damaged file makes the libraries raise whatever they happen to trip over
+    except Exception as error:
+        raise UserError(
+            f"The adapters in {path} cannot be put on their model:"
+            f" {first_line(error)}.{damaged(Path(path))}"
+        ) from error
     shapes = {
         name: f"{found[name]} there, {shape} in the model" for name, shape in expected.items() if found.get(name, shape) != shape
     }  # fmt: skip
-    refuse_differences(f"The adapters in {path}", expected.keys() - found.keys(), found.keys() - expected.keys(), shapes)
+    refuse_differences(
+        f"The adapters in {path}",
+        expected.keys() - found.keys(),
+        found.keys() - expected.keys(),
+        shapes,
+    )
 
 
 def _with_adapters(base: PreTrainedModel, adapter: str) -> Any:
@@ -151,18 +212,22 @@ def _with_adapters(base: PreTrainedModel, adapter: str) -> Any:
 def merged(base: PreTrainedModel, adapter: str) -> PreTrainedModel:
     """The base model with the adapters of a folder added to its weights.
 
-    Quantized weights become numbers first: the adapters were trained on those, and their sum is not rounded to few bits again.
+    Quantized weights become numbers first: the adapters were trained on those, and their sum is not
+    rounded to few bits again.
     """
     whole = base if quantized.kind_of(base) is None else quantized.dequantized(base)
     return _with_adapters(whole, adapter).merge_and_unload()
 
 
 def beside(base: PreTrainedModel, adapter: str) -> PreTrainedModel:
-    """The base model with the adapters of a folder attached, frozen, and its weights as they are."""
+    """The base model with the adapters of a folder attached, frozen, and its weights as they
+    are."""
     return cast(PreTrainedModel, _with_adapters(base, adapter).get_base_model())
 
 
-def export_merged(base: PreTrainedModel, adapter: Path, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def export_merged(
+    base: PreTrainedModel, adapter: Path, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
     """Writes base and adapters as one model folder."""
     whole = merged(base, str(adapter))
     with new_folder(folder) as temporary:

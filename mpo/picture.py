@@ -1,6 +1,8 @@
-"""The picture of one run or several: curves over the steps, and for each finished run gaps and distances before and after.
+"""The picture of one run or several: curves over the steps, and for each finished run gaps and
+distances before and after.
 
-Names are shown as they are, whatever letters and signs they hold, and as far as the machine's fonts have them.
+Names are shown as they are, whatever letters and signs they hold, and as far as the machine's fonts
+have them.
 """
 
 from __future__ import annotations
@@ -22,7 +24,16 @@ LINE, CODE = 140, 30
 FEW = 3
 """A curve of so many points shows each of them: one point alone is no line."""
 MARKERS = "os^DvPX*<>"
-DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 4)), (0, (3, 1, 1, 4)))
+DASHES: tuple[Any, ...] = (
+    "-",
+    "--",
+    ":",
+    "-.",
+    (0, (6, 1, 1, 1, 1, 1)),
+    (0, (1, 3)),
+    (0, (8, 4)),
+    (0, (3, 1, 1, 4)),
+)
 CURVES = (("loss", "loss"), ("l1", "L1 (gap)"), ("l2", "L2 (retention)"))
 
 
@@ -42,7 +53,10 @@ def check_target(path: Path) -> None:
 
     formats = FigureCanvasBase.get_supported_filetypes()
     if path.suffix.removeprefix(".").lower() not in formats:
-        raise UserError(f"{path} names no format that can be drawn. Give the picture a name that ends with .png, .svg or .pdf.")
+        raise UserError(
+            f"{path} names no format that can be drawn. Give the picture a name that ends with"
+            " .png, .svg or .pdf."
+        )
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:
@@ -57,7 +71,9 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    languages = sorted({language for run in runs for row in run.rows for language in row["gap"]} | _measured(runs))
+    languages = sorted(
+        {language for run in runs for row in run.rows for language in row["gap"]} | _measured(runs)
+    )
     letters = _Letters([*(run.name for run in runs), *languages])
     with plt.style.context("default"), matplotlib.rc_context({"font.family": letters.fonts}):
         figure = _figure(runs, languages, letters)
@@ -69,19 +85,32 @@ def draw(runs: Sequence[Run], path: Path) -> None:
 
 
 def _measured(runs: Sequence[Run]) -> set[str]:
-    return {language for run in runs if run.result is not None for language in run.result["languages"]}
+    return {
+        language for run in runs if run.result is not None for language in run.result["languages"]
+    }
 
 
 class _Letters:
-    """Names as the machine's fonts can show them: letters that none has become a question mark, and names stay different."""
+    """Names as the machine's fonts can show them: letters that none has become a question mark, and
+    names stay different."""
 
     def __init__(self, names: Iterable[str]) -> None:
         different = list(dict.fromkeys(names))
         self.fonts, missing = _fonts_with({character for name in different for character in name})
-        shown = ["".join("?" if c in missing else c for c in " ".join(name.split())) for name in different]
-        numbered = [f"{text} [{place}]" if shown.count(text) > 1 else text for place, text in enumerate(shown, 1)]
+        shown = [
+            "".join("?" if c in missing else c for c in " ".join(name.split()))
+            for name in different
+        ]
+        numbered = [
+            f"{text} [{place}]" if shown.count(text) > 1 else text
+            for place, text in enumerate(shown, 1)
+        ]
         self._shown = dict(zip(different, numbered, strict=True))
-        self.note = "" if not missing else "?: a letter that no font of this machine has; fonts such as Noto Sans have it"
+        self.note = (
+            ""
+            if not missing
+            else "?: a letter that no font of this machine has; fonts such as Noto Sans have it"
+        )
 
     def of(self, name: str, columns: int = LINE) -> str:
         """The name in lines of at most so many columns."""
@@ -93,14 +122,19 @@ class _Letters:
 
 
 def _fonts_with(characters: Iterable[str]) -> tuple[list[str], set[str]]:
-    """Font families that together have the characters, matplotlib's own first, and the characters that none has."""
+    """Font families that together have the characters, matplotlib's own first, and the characters
+    that none has."""
     from matplotlib import font_manager, ft2font
 
     families, missing = [LETTERS], {c for c in characters if not c.isspace()}
-    for path, family in [(font_manager.findfont(LETTERS), LETTERS), *((f.fname, f.name) for f in font_manager.fontManager.ttflist)]:
+    for path, family in [
+        (font_manager.findfont(LETTERS), LETTERS),
+        *((f.fname, f.name) for f in font_manager.fontManager.ttflist),
+    ]:
         if not missing:
             break
-        if "last resort" in family.lower() or "lastresort" in family.lower():  # it has a box for each
+        # it has a box for each
+        if "last resort" in family.lower() or "lastresort" in family.lower():
             continue
         try:
             font = ft2font.FT2Font(path)
@@ -122,8 +156,13 @@ def _figure(runs: Sequence[Run], languages: Sequence[str], letters: _Letters) ->
     columns = max(1, min(8, 70 // (longest + 8)))
     several = len(runs) > 1
     names = 0.2 * sum(letters.of(run.name).count("\n") + 1 for run in runs) if several else 0
-    heights = [4.2 + names + 0.17 * math.ceil(len(languages) / columns), *[4.2 + 0.08 * longest] * len(finished)]
-    figure = plt.figure(figsize=(max(12, 4 + 0.5 * len(languages)), sum(heights)), layout="constrained")
+    heights = [
+        4.2 + names + 0.17 * math.ceil(len(languages) / columns),
+        *[4.2 + 0.08 * longest] * len(finished),
+    ]
+    figure = plt.figure(
+        figsize=(max(12, 4 + 0.5 * len(languages)), sum(heights)), layout="constrained"
+    )
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     _draw_curves(parts[0], runs, languages, letters, columns)
     for part, run in zip(parts[1:], finished, strict=True):
@@ -133,35 +172,63 @@ def _figure(runs: Sequence[Run], languages: Sequence[str], letters: _Letters) ->
     return figure
 
 
-def _draw_curves(part: Any, runs: Sequence[Run], languages: Sequence[str], letters: _Letters, columns: int) -> None:
-    """Losses, and gaps per language, of each step: a colour for each quantity or language, a line style for each run."""
+def _draw_curves(
+    part: Any, runs: Sequence[Run], languages: Sequence[str], letters: _Letters, columns: int
+) -> None:
+    """Losses, and gaps per language, of each step: a colour for each quantity or language, a line
+    style for each run."""
     from matplotlib.lines import Line2D
 
     curves, gaps = part.subplots(1, 2)
     looks: list[dict[str, Any]] = [
-        {"color": f"C{i % 10}", "marker": MARKERS[i // 10 % len(MARKERS)] if len(languages) > 10 else None} for i in range(len(languages))
+        {
+            "color": f"C{i % 10}",
+            "marker": MARKERS[i // 10 % len(MARKERS)] if len(languages) > 10 else None,
+        }
+        for i in range(len(languages))
     ]
     for place, run in enumerate(runs):
         for colour, (key, _) in enumerate(CURVES):
-            _curve(curves, _above_0(run, key), place, color=f"C{colour}", width=2 if key == "loss" else 1.2)
+            _curve(
+                curves,
+                _above_0(run, key),
+                place,
+                color=f"C{colour}",
+                width=2 if key == "loss" else 1.2,
+            )
         for language, look in zip(languages, looks, strict=True):
-            _curve(gaps, [(row["step"], _number(row["gap"].get(language))) for row in run.rows], place, **look)
+            _curve(
+                gaps,
+                [(row["step"], _number(row["gap"].get(language))) for row in run.rows],
+                place,
+                **look,
+            )
     if curves.get_lines():
         curves.set_yscale("log")
     curves.set(xlabel="optimizer step", ylabel="loss", title="Training loss")
-    gaps.set(xlabel="optimizer step", ylabel="nats per token", title="Reward gap of each step's rows")
+    gaps.set(
+        xlabel="optimizer step", ylabel="nats per token", title="Reward gap of each step's rows"
+    )
     quantities = {
-        label if any(_above_0(run, key) for run in runs) else f"{label}: never above 0": Line2D([], [], color=f"C{colour}")
+        label if any(_above_0(run, key) for run in runs) else f"{label}: never above 0": Line2D(
+            [], [], color=f"C{colour}"
+        )
         for colour, (key, label) in enumerate(CURVES)
     }
     of_languages = {
-        letters.of(language, CODE): Line2D([], [], markersize=4, **look) for language, look in zip(languages, looks, strict=True)
+        letters.of(language, CODE): Line2D([], [], markersize=4, **look)
+        for language, look in zip(languages, looks, strict=True)
     }
     for axis, entries, ncol in ((curves, quantities, 3), (gaps, of_languages, columns)):
         axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-        _legend(axis, entries, loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=4.5, ncol=ncol)
+        _legend(
+            axis, entries, loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=4.5, ncol=ncol
+        )
     if len(runs) > 1:
-        of_runs = {letters.of(run.name): Line2D([], [], color="black", **_style(place)) for place, run in enumerate(runs)}
+        of_runs = {
+            letters.of(run.name): Line2D([], [], color="black", **_style(place))
+            for place, run in enumerate(runs)
+        }
         _legend(part, of_runs, loc="outside upper center", ncol=1, handlelength=5)
 
 
@@ -176,8 +243,17 @@ def _style(run: int) -> dict[str, Any]:
     return {"linestyle": DASHES[run % len(DASHES)], "linewidth": 1.2 + 1.4 * (run // len(DASHES))}
 
 
-def _curve(axis: Any, points: Sequence[tuple[int, float]], run: int, *, color: str, marker: str | None = None, width: float = 0) -> None:
-    """A line through the points that are numbers; with marks where they are few, or where colours alone would not tell lines apart."""
+def _curve(
+    axis: Any,
+    points: Sequence[tuple[int, float]],
+    run: int,
+    *,
+    color: str,
+    marker: str | None = None,
+    width: float = 0,
+) -> None:
+    """A line through the points that are numbers; with marks where they are few, or where colours
+    alone would not tell lines apart."""
     points = [(step, value) for step, value in points if math.isfinite(value)]
     if not points:
         return
@@ -195,8 +271,15 @@ def _curve(axis: Any, points: Sequence[tuple[int, float]], run: int, *, color: s
 
 
 def _legend(where: Any, entries: dict[str, Any], **options: Any) -> None:
-    """A legend whose texts are texts: no formula between two dollar signs, and none that is left out for beginning with an underscore."""
-    legend = where.legend(list(entries.values()), [str(place) for place in range(len(entries))], fontsize=8, frameon=False, **options)
+    """A legend whose texts are texts: no formula between two dollar signs, and none that is left
+    out for beginning with an underscore."""
+    legend = where.legend(
+        list(entries.values()),
+        [str(place) for place in range(len(entries))],
+        fontsize=8,
+        frameon=False,
+        **options,
+    )
     for text, name in zip(legend.get_texts(), entries, strict=True):
         text.set(text=name, parse_math=False)
 
@@ -209,22 +292,51 @@ def _draw_result(part: Any, run: Run, letters: _Letters, named: bool) -> None:
         part.suptitle(letters.of(run.name), fontsize=10, parse_math=False)
     languages = list(result["languages"])
     labels = [letters.of(language, CODE) for language in languages]
-    crowded = len(languages) * (1 + max((letters.width(language) for language in languages), default=0)) > 55
+    crowded = (
+        len(languages) * (1 + max((letters.width(language) for language in languages), default=0))
+        > 55
+    )
     colours = {"before": "#b8bfc9", "after": "#1f77b4"}
     both = part.subplots(1, 2)
-    panels = zip(both, ("target_gap", "distance"), ("Reward gap per language", "Distance to the dominant gap"), strict=True)
+    panels = zip(
+        both,
+        ("target_gap", "distance"),
+        ("Reward gap per language", "Distance to the dominant gap"),
+        strict=True,
+    )
     for axis, quantity, title in panels:
         for shift, moment in ((-0.2, "before"), (0.2, "after")):
-            heights = [_number(result["languages"][language][quantity][moment]) for language in languages]
-            axis.bar([place + shift for place in range(len(languages))], heights, 0.4, label=moment, color=colours[moment])
-        turned: dict[str, Any] = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
+            heights = [
+                _number(result["languages"][language][quantity][moment]) for language in languages
+            ]
+            axis.bar(
+                [place + shift for place in range(len(languages))],
+                heights,
+                0.4,
+                label=moment,
+                color=colours[moment],
+            )
+        turned: dict[str, Any] = (
+            {"rotation": 60, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
+        )
         axis.set_xticks(range(len(languages)), labels, parse_math=False, **turned)
         axis.set_xlim(-0.6, max(len(languages), 3) - 0.4)
         axis.set(ylabel="nats per token", title=title)
         axis.axhline(0, color="black", linewidth=0.8)
     for moment, style in (("before", ":"), ("after", "-")):
-        both[0].axhline(_number(result["all"]["dominant_gap"][moment]), color="#d62728", linestyle=style, label=f"dominant {moment}")
-    part.legend(*both[0].get_legend_handles_labels(), loc="outside lower center", ncol=4, frameon=False, fontsize=8)
+        both[0].axhline(
+            _number(result["all"]["dominant_gap"][moment]),
+            color="#d62728",
+            linestyle=style,
+            label=f"dominant {moment}",
+        )
+    part.legend(
+        *both[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncol=4,
+        frameon=False,
+        fontsize=8,
+    )
 
 
 def _number(value: Any) -> float:

@@ -1,5 +1,5 @@
-"""What every command does first: the model's files, its tokenizer, and the rows as tokens. Everything that can be refused is refused here,
-before any weight is loaded."""
+"""What every command does first: the model's files, its tokenizer, and the rows as tokens.
+Everything that can be refused is refused here, before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ class Prepared:
     """All rows of data.eval, as text: held_out_rows[i] is held_out[i]."""
     held_out: list[Example]
     measured: list[Example]
-    """Rows whose gaps are reported: held-out ones where data.eval names files, else training rows."""
+    """Rows whose gaps are reported: held-out ones where data.eval names files, else training
+    rows."""
     measured_rows: list[Row]
     """The same rows as text, for models that read other tokens."""
     dropped: list[BadRow]
@@ -46,19 +47,24 @@ def prepare(config: Config, log: Callable[[str], None]) -> Prepared:
     """Reads and checks model and data of a configuration.
 
     Raises:
-        UserError: the model is no model or of an unknown kind, the tokenizer has no template, files or rows are bad.
+        UserError: the model is no model or of an unknown kind, the tokenizer has no template, files
+            or rows are bad.
     """
     config = with_date(config)
-    model = config.model.model_copy(update={"path": resolve_model(config.model.path, log)})  # on every rank: nodes have caches of their own
+    # on every rank: nodes have caches of their own
+    model = config.model.model_copy(update={"path": resolve_model(config.model.path, log)})
     if lora.is_adapter(model.path):
         raise UserError(
-            f"model.path {config.model.path} holds adapters. Make a whole model of them first (mpo export RUN --to FOLDER --merge), or "
-            "measure them as they are with mpo gaps CONFIG --model FOLDER."
+            f"model.path {config.model.path} holds adapters. Make a whole model of them first (mpo"
+            " export RUN --to FOLDER --merge), or measure them as they are with mpo gaps CONFIG"
+            " --model FOLDER."
         )
     check_model(model)
     tokenizer = load_tokenizer(model)
     rows, examples, dropped = _read(config.data.train, tokenizer, config, config.data.weights)
-    held_out_rows, held_out, dropped_too = _read(config.data.eval, tokenizer, config) if config.data.eval else ([], [], [])
+    held_out_rows, held_out, dropped_too = (
+        _read(config.data.eval, tokenizer, config) if config.data.eval else ([], [], [])
+    )
     texts = {row.source: row for row in [*rows, *held_out_rows]}
     measured = _evenly_spaced(held_out or examples, config.data.eval_rows_per_language)
     _say_what_differs([*rows, *held_out_rows], [*examples, *held_out], tokenizer, log)
@@ -79,26 +85,35 @@ def prepare(config: Config, log: Callable[[str], None]) -> Prepared:
 
 
 def check_ids(examples: Sequence[Example], model: ModelConfig) -> None:
-    """Refuses, before any weight is loaded, tokens that the model has no embedding for: its tokenizer is another model's."""
-    highest, source = max((max(sequence.input_ids), e.source) for e in examples for sequence in e.sequences())
+    """Refuses, before any weight is loaded, tokens that the model has no embedding for: its
+    tokenizer is another model's."""
+    highest, source = max(
+        (max(sequence.input_ids), e.source) for e in examples for sequence in e.sequences()
+    )
     refuse_foreign_ids(highest, source, model)
 
 
 def check_positions(examples: Sequence[Example], model: ModelConfig) -> None:
-    """Refuses sequences that are longer than the model has positions: it was never trained there, and would not say so."""
+    """Refuses sequences that are longer than the model has positions: it was never trained there,
+    and would not say so."""
     limit = positions_of(model)
-    lengths = [(max(len(sequence.input_ids) for sequence in e.sequences()), e.source) for e in examples]
+    lengths = [
+        (max(len(sequence.input_ids) for sequence in e.sequences()), e.source) for e in examples
+    ]
     longest, source = max(lengths)
     if limit is not None and longest > limit:
         count = sum(length > limit for length, _ in lengths)
         raise UserError(
-            f"{count} rows are longer than the {limit} positions of {model.path}; the longest, {source}, has {longest} tokens. "
-            f"Set data.max_length={limit}."
+            f"{count} rows are longer than the {limit} positions of {model.path}; the longest,"
+            f" {source}, has {longest} tokens. Set data.max_length={limit}."
         )
 
 
 def _read(
-    files: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: Config, weights: Sequence[float] = ()
+    files: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    weights: Sequence[float] = (),
 ) -> tuple[list[Row], list[Example], list[BadRow]]:
     rows, unreadable = load_rows(files, config.data, weights)
     examples, untokenizable = tokenize_rows(rows, tokenizer, config.data)
@@ -107,14 +122,29 @@ def _read(
 
 
 def _say_what_differs(
-    rows: Sequence[Row], examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, log: Callable[[str], None]
+    rows: Sequence[Row],
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    log: Callable[[str], None],
 ) -> None:
-    """Counts, in some rows, control tokens in texts and texts that the template leaves out: a model trains on those without a word."""
-    looked_at = [i * len(rows) // LOOKED_AT for i in range(LOOKED_AT)] if len(rows) > LOOKED_AT else range(len(rows))
-    reasons = Counter(reason for i in looked_at for reason in {reason for reason, _ in remarks(rows[i], examples[i], tokenizer)})
+    """Counts, in some rows, control tokens in texts and texts that the template leaves out: a model
+    trains on those without a word."""
+    looked_at = (
+        [i * len(rows) // LOOKED_AT for i in range(LOOKED_AT)]
+        if len(rows) > LOOKED_AT
+        else range(len(rows))
+    )
+    reasons = Counter(
+        reason
+        for i in looked_at
+        for reason in {reason for reason, _ in remarks(rows[i], examples[i], tokenizer)}
+    )
     if reasons:
         counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-        log(f"What is trained on is not all as it was written: {counts} in {len(looked_at)} rows that were looked at; see mpo validate")
+        log(
+            f"What is trained on is not all as it was written: {counts} in {len(looked_at)} rows"
+            " that were looked at; see mpo validate"
+        )
 
 
 def _evenly_spaced(examples: Sequence[Example], per_language: int | None) -> list[Example]:

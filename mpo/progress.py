@@ -17,7 +17,9 @@ from rich.text import Text
 
 from mpo.terminal import console, moves
 
-if TYPE_CHECKING:  # for annotations only: a command that trains nothing need not wait seconds for the libraries behind them
+# for annotations only: a command that trains nothing need not wait seconds for the libraries behind
+# them
+if TYPE_CHECKING:
     from mpo.batching import Schedule
     from mpo.config import Config
     from mpo.data import BadRow
@@ -54,19 +56,28 @@ class Progress:
         """The run in a few lines: model, rows, dropped rows, batch arithmetic."""
         train = config.train
         dominant = len({(e.dominant_chosen, e.dominant_rejected) for e in examples})
-        self.log(f"Model     {config.model.path} ({config.model.dtype}), ZeRO-{config.zero.stage}, {world} rank(s)")
+        self.log(
+            f"Model     {config.model.path} ({config.model.dtype}), ZeRO-{config.zero.stage},"
+            f" {world} rank(s)"
+        )
         self.log(f"Training  {_by_language(examples)}, sharing {dominant} dominant pairs")
         self.log(f"Measured  {_by_language(measured)}")
         if dropped:
-            reasons = ", ".join(f"{n} {reason}" for reason, n in Counter(b.reason for b in dropped).most_common())
+            reasons = ", ".join(
+                f"{n} {reason}" for reason, n in Counter(b.reason for b in dropped).most_common()
+            )
             self.log(f"Dropped   {len(dropped)} rows ({reasons}); see dropped_rows.jsonl")
         self.log(
-            f"Steps     {schedule.steps} of {train.pairs_per_step} pairs (micro-batches of {train.pairs_per_micro_batch}), learning rate "
-            f"{train.learning_rate:g} {train.schedule}, beta {config.loss.beta:g}, retention weight {config.loss.retention_weight:g}"
+            f"Steps     {schedule.steps} of {train.pairs_per_step} pairs (micro-batches of"
+            f" {train.pairs_per_micro_batch}), learning rate {train.learning_rate:g}"
+            f" {train.schedule}, beta {config.loss.beta:g}, retention weight"
+            f" {config.loss.retention_weight:g}"
         )
 
     @contextmanager
-    def task(self, name: str, total: int, unit: str = "sequences") -> Iterator[Callable[[int], None]]:
+    def task(
+        self, name: str, total: int, unit: str = "sequences"
+    ) -> Iterator[Callable[[int], None]]:
         """A bar over `total` of the unit. Yields the call that says how many more are done."""
         began = last_line = time.monotonic()
         done = 0
@@ -86,21 +97,31 @@ class Progress:
             self.log(f"{name}: {done}/{total} {unit} in {time.monotonic() - began:.1f} s")
 
     @contextmanager
-    def steps(self, total: int, done: int, every: int) -> Iterator[Callable[[dict[str, Any]], None]]:
-        """A bar over optimizer steps. Yields the call that shows a row of metrics; a log gets every `every`-th."""
+    def steps(
+        self, total: int, done: int, every: int
+    ) -> Iterator[Callable[[dict[str, Any]], None]]:
+        """A bar over optimizer steps. Yields the call that shows a row of metrics; a log gets every
+        `every`-th."""
         with self._bars() as bars:
             bar = bars.add_task("Training", total=total, completed=done, details=())
 
             def show(row: dict[str, Any]) -> None:
                 details = _details(row)
                 bars.update(bar, completed=row["step"], details=details)
-                if not self._bars_move and (row["step"] % every == 0 or row["step"] == total or row["skipped"]):
+                if not self._bars_move and (
+                    row["step"] % every == 0 or row["step"] == total or row["skipped"]
+                ):
                     self.log("  ".join([f"step {row['step']}/{total}", *details]))
 
             yield show
 
     def _bars(self) -> Bars:
-        return Bars(_Line(self.console), console=self.console, transient=not self._bars_move, disable=not self._bars_move)
+        return Bars(
+            _Line(self.console),
+            console=self.console,
+            transient=not self._bars_move,
+            disable=not self._bars_move,
+        )
 
 
 def _details(row: dict[str, Any]) -> list[str]:
@@ -117,7 +138,8 @@ def _details(row: dict[str, Any]) -> list[str]:
 
 
 class _Line(ProgressColumn):
-    """A task in one line that fits the terminal: how much is done, the time and the first detail before all else, the bar after all."""
+    """A task in one line that fits the terminal: how much is done, the time and the first detail
+    before all else, the bar after all."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(Column(no_wrap=True))
@@ -128,7 +150,11 @@ class _Line(ProgressColumn):
         width, (most_important, *details) = self._console.width, task.fields["details"] or [""]
         done = f"{task.completed:.0f}/{task.total or 0:.0f}"
         times = f"{_clock(task.elapsed)} <{_clock(task.time_remaining)}"
-        parts = [(done, "progress.download"), (times, "progress.elapsed"), *([(most_important, "")] if most_important else [])]
+        parts = [
+            (done, "progress.download"),
+            (times, "progress.elapsed"),
+            *([(most_important, "")] if most_important else []),
+        ]
         if _width(parts) > width:
             parts[1] = (_clock(task.elapsed), "progress.elapsed")
         name = " ".join(task.description.split())
@@ -145,7 +171,9 @@ class _Line(ProgressColumn):
         if _width(parts) + GAP + BAR <= width:
             full = round(BAR * task.percentage / 100)
             mark = "-" if self._console.options.ascii_only else "━"
-            text.append(" " * GAP).append(mark * full, "bar.complete").append(mark * (BAR - full), "bar.back")
+            text.append(" " * GAP).append(mark * full, "bar.complete").append(
+                mark * (BAR - full), "bar.back"
+            )
         return text
 
 
@@ -155,7 +183,11 @@ def _width(parts: Sequence[tuple[str, str]]) -> int:
 
 def _clock(seconds: float | None) -> str:
     """Hours, minutes and seconds, or dashes for what is not known yet."""
-    return "-:--:--" if seconds is None else f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
+    return (
+        "-:--:--"
+        if seconds is None
+        else f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
+    )
 
 
 def _shortened(name: str, room: int) -> str:
@@ -163,9 +195,16 @@ def _shortened(name: str, room: int) -> str:
     if cell_len(name) <= room:
         return name
     tail = name[::-1]
-    return set_cell_size(name, room // 2).rstrip() + "…" + set_cell_size(tail, (room - 1) - room // 2).rstrip()[::-1]
+    return (
+        set_cell_size(name, room // 2).rstrip()
+        + "…"
+        + set_cell_size(tail, (room - 1) - room // 2).rstrip()[::-1]
+    )
 
 
 def _by_language(examples: Sequence[Example]) -> str:
     counts = Counter(e.language for e in examples)
-    return f"{len(examples)} rows ({', '.join(f'{language} {n}' for language, n in sorted(counts.items()))})"
+    return (
+        f"{len(examples)} rows"
+        f" ({', '.join(f'{language} {n}' for language, n in sorted(counts.items()))})"
+    )

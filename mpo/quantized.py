@@ -1,7 +1,8 @@
 """Frozen weights in 4 or 8 bits through bitsandbytes, on a GPU or (slowly) on a CPU.
 
-Both kinds store few bits and compute in the model's own dtype: a layer's weights are turned back into numbers for its matrix product and
-then dropped. The LM head and the embeddings keep their dtype, because the loss reads the head's weight itself.
+Both kinds store few bits and compute in the model's own dtype: a layer's weights are turned back
+into numbers for its matrix product and then dropped. The LM head and the embeddings keep their
+dtype, because the loss reads the head's weight itself.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ def options(kind: Kind, dtype: torch.dtype) -> dict[str, Any]:
         UserError: bitsandbytes is not installed, or too old.
     """
     if not is_bitsandbytes_available(OLDEST):
-        raise UserError(f"model.quantize={kind} needs bitsandbytes {OLDEST} or newer: pip install 'bitsandbytes>={OLDEST}'.")
+        raise UserError(
+            f"model.quantize={kind} needs bitsandbytes {OLDEST} or newer: pip install"
+            f" 'bitsandbytes>={OLDEST}'."
+        )
     head = {"llm_int8_skip_modules": ["lm_head"]}  # of both kinds, whatever it is called
     if kind == "int8":
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, **head)}
@@ -47,9 +51,10 @@ def kind_of(model: PreTrainedModel) -> str | None:
 def prepare(model: PreTrainedModel) -> None:
     """Gives the quantized layers the product below.
 
-    bitsandbytes' own forward would round the activations of `int8` as well, with outliers looked for over all rows, so that a sequence's
-    result would depend on its packed neighbours; on CPUs it computes differently in training and evaluation, and there repacks `nf4` for
-    good into a form that has no backward; and it keeps the weights that ZeRO-3 gathered until the backward.
+    bitsandbytes' own forward would round the activations of `int8` as well, with outliers looked
+    for over all rows, so that a sequence's result would depend on its packed neighbours; on CPUs it
+    computes differently in training and evaluation, and there repacks `nf4` for good into a form
+    that has no backward; and it keeps the weights that ZeRO-3 gathered until the backward.
     """
     for _, layer in _layers(model):
         layer.forward = MethodType(_forward, layer)
@@ -61,7 +66,8 @@ def _forward(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """x (..., in) times a layer's frozen weights. What is kept for the backward is the layer itself."""
+    """x (..., in) times a layer's frozen weights. What is kept for the backward is the layer
+    itself."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: torch.nn.Module) -> torch.Tensor:
@@ -80,19 +86,28 @@ def _weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:
     weight = layer.weight
     if isinstance(layer, bnb.nn.Linear4bit):
         return bnb.functional.dequantize_4bit(weight.data, weight.quant_state).to(dtype)
-    return bnb.functional.int8_vectorwise_dequant(weight.data, weight.SCB.to(weight.device)).to(dtype)
+    return bnb.functional.int8_vectorwise_dequant(weight.data, weight.SCB.to(weight.device)).to(
+        dtype
+    )
 
 
 def _layers(model: torch.nn.Module) -> list[tuple[str, Any]]:
     import bitsandbytes as bnb
 
-    return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)]
+    return [
+        (name, layer)
+        for name, layer in model.named_modules()
+        if isinstance(layer, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)
+    ]
 
 
 def dequantized(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with plain layers of the same values, in its own dtype and on the CPU: it may not fit the GPU."""
+    """The model with plain layers of the same values, in its own dtype and on the CPU: it may not
+    fit the GPU."""
     for name, layer in _layers(model):
-        plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        plain = torch.nn.Linear(
+            layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta"
+        )
         plain.weight = torch.nn.Parameter(_weight(layer, model.dtype).cpu(), requires_grad=False)
         if layer.bias is not None:
             plain.bias = layer.bias

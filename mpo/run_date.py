@@ -1,7 +1,8 @@
-"""The date of a run. Some chat templates print it, so that the tokens of the same rows are others on the next day.
+"""The date of a run. Some chat templates print it, so that the tokens of the same rows are others
+on the next day.
 
-A run keeps the date of its first start in its folder, a reference store that of its own beside its values, and whatever goes on from either
-prints that date again.
+A run keeps the date of its first start in its folder, a reference store that of its own beside its
+values, and whatever goes on from either prints that date again.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from mpo.files import read_object, to_json
 
 
 def with_date(config: Config) -> Config:
-    """The configuration with its data.date settled: the given one, else the one that its folder keeps, else the one of the store that it
-    shares with other runs, else now.
+    """The configuration with its data.date settled: the given one, else the one that its folder
+    keeps, else the one of the store that it shares with other runs, else now.
 
     Raises:
         UserError: the file that holds it is damaged.
@@ -41,7 +42,10 @@ def _kept(config: Config) -> datetime | None:
             try:
                 return datetime.fromisoformat(kept)
             except (TypeError, ValueError) as error:
-                raise UserError(f"{path}: its date {kept!r} is none. Restore the file, or delete the folder {path.parent}.") from error
+                raise UserError(
+                    f"{path}: its date {kept!r} is none. Restore the file, or delete the folder"
+                    f" {path.parent}."
+                ) from error
     return None
 
 
@@ -51,12 +55,20 @@ def parts_folder(store: Path) -> Path:
 
 
 def dated(template: str, date: datetime) -> str:
-    """The chat template with its clock stopped: `strftime_now` formats `date`, whenever the template is rendered.
+    """The chat template with its clock stopped: `strftime_now` formats `date`, whenever the
+    template is rendered.
 
     A macro of that name hides the function that transformers offers to templates.
     """
     if "strftime_now" not in template:
         return template
-    directives = sorted({f"%{letter}" for letter in string.ascii_letters} | set(re.findall(r"%[-_0^#]+[A-Za-z]", template)))
-    text = "format" + "".join(f" | replace({to_json(each)}, {to_json(date.strftime(each))})" for each in directives)
-    return f'{{% macro strftime_now(format) %}}{{{{ {text} }}}}{{% endmacro %}}{{{{ "" }}}}' + template
+    directives = sorted(
+        {f"%{letter}" for letter in string.ascii_letters}
+        | set(re.findall(r"%[-_0^#]+[A-Za-z]", template))
+    )
+    text = "format" + "".join(
+        f" | replace({to_json(each)}, {to_json(date.strftime(each))})" for each in directives
+    )
+    return (
+        f'{{% macro strftime_now(format) %}}{{{{ {text} }}}}{{% endmacro %}}{{{{ "" }}}}' + template
+    )

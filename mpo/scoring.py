@@ -1,4 +1,5 @@
-"""Scores of sequences without gradients: what the reference store keeps and what the evaluation reports."""
+"""Scores of sequences without gradients: what the reference store keeps and what the evaluation
+reports."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from mpo.model import Scores
 from mpo.tokenizing import Example, TokenizedResponse
 
 TOKENS_PER_BATCH = 4096
-"""Packed tokens of one forward pass without gradients. It bounds memory; the scores do not depend on the number of ranks."""
+"""Packed tokens of one forward pass without gradients. It bounds memory; the scores do not depend
+on the number of ranks."""
 
 
 def score_sequences(
@@ -25,10 +27,12 @@ def score_sequences(
     device: torch.device,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Scores:
-    """Mean log-probability and pooled hidden state of each sequence, on the CPU in fp32, on every rank.
+    """Mean log-probability and pooled hidden state of each sequence, on the CPU in fp32, on every
+    rank.
 
-    The ranks share the work: rank r takes every world-th batch. Under ZeRO-3 a forward pass is a collective, so all ranks run the same
-    number of passes. `advance` is called with the number of sequences done since its last call.
+    The ranks share the work: rank r takes every world-th batch. Under ZeRO-3 a forward pass is a
+    collective, so all ranks run the same number of passes. `advance` is called with the number of
+    sequences done since its last call.
     """
     share_prompts = shares_prompts_of(getattr(engine, "module", engine))
     batches = _batches(sequences)
@@ -44,7 +48,8 @@ def score_sequences(
             scores = engine(batch=packed)
         if pooled is None:
             pooled = torch.zeros(len(sequences), scores.pooled.shape[1])
-        if start + rank < len(batches):  # a rank without a batch of its own repeats the last one and drops the result
+        # a rank without a batch of its own repeats the last one and drops the result
+        if start + rank < len(batches):
             mean_logp[mine] = scores.mean_logp.float().cpu()
             pooled[mine] = scores.pooled.float().cpu()
         advance(sum(len(batch) for batch in batches[start : start + world]))
@@ -75,7 +80,8 @@ def measure_gaps(
     device: torch.device,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Gaps:
-    """Reward gap of the target and of the dominant pair of each example. Sequences that examples share are scored once."""
+    """Reward gap of the target and of the dominant pair of each example. Sequences that examples
+    share are scored once."""
     unique = distinct_sequences(examples)
     place = {sequence: i for i, sequence in enumerate(unique)}
     scores = score_sequences(engine, unique, pool=pool, device=device, advance=advance)
@@ -95,20 +101,29 @@ def distinct_sequences(examples: Sequence[Example]) -> list[TokenizedResponse]:
     """All sequences of the examples, each once, in order of appearance."""
     return list(
         dict.fromkeys(
-            sequence for e in examples for sequence in (e.target_chosen, e.target_rejected, e.dominant_chosen, e.dominant_rejected)
+            sequence
+            for e in examples
+            for sequence in (
+                e.target_chosen,
+                e.target_rejected,
+                e.dominant_chosen,
+                e.dominant_rejected,
+            )
         )
     )
 
 
 def _batches(sequences: Sequence[TokenizedResponse]) -> list[list[int]]:
-    """Indices in batches of about TOKENS_PER_BATCH tokens, whatever the number of ranks: answers to one prompt together, similar lengths
-    next to each other."""
+    """Indices in batches of about TOKENS_PER_BATCH tokens, whatever the number of ranks: answers to
+    one prompt together, similar lengths next to each other."""
     answers: dict[tuple[int, ...], list[int]] = {}
     for i, sequence in enumerate(sequences):
         answers.setdefault(sequence.input_ids[: sequence.response_start], []).append(i)
     batches: list[list[int]] = []
     tokens = TOKENS_PER_BATCH
-    for together in sorted(answers.values(), key=lambda together: max(len(sequences[i].input_ids) for i in together)):
+    for together in sorted(
+        answers.values(), key=lambda together: max(len(sequences[i].input_ids) for i in together)
+    ):
         for i in together:
             length = len(sequences[i].input_ids)
             if tokens + length > TOKENS_PER_BATCH:

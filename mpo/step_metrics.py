@@ -16,7 +16,8 @@ _L1, _L2, _TOKENS, _PADDED, _STOP, _FIRST_LANGUAGE = range(6)
 
 
 class StepSums:
-    """Collects this rank's micro-batches of a step. Nothing is read back from the device before `reduce`."""
+    """Collects this rank's micro-batches of a step. Nothing is read back from the device before
+    `reduce`."""
 
     def __init__(self, languages: Sequence[str]) -> None:
         self._languages = languages
@@ -27,7 +28,8 @@ class StepSums:
         self._parts.append((batch, output._replace(loss=output.loss.detach())))
 
     def reduce(self, stop_requested: bool, device: torch.device) -> StepTotals:
-        """Sums over all ranks in one collective; its read-back is the step's only wait for the device."""
+        """Sums over all ranks in one collective; its read-back is the step's only wait for the
+        device."""
         sums = torch.zeros(_FIRST_LANGUAGE + 2 * len(self._languages), dtype=torch.float64)
         sums[_STOP] = float(stop_requested)
         for batch, output in self._parts:
@@ -61,19 +63,34 @@ class StepTotals:
         return self.sums[_STOP] > 0
 
     def means(self, pairs: int, retention_weight: float) -> dict[str, Any]:
-        """Loss, L1 and L2 per pair, the mean reward gap per language in nats per token, and the packed tokens of the step.
+        """Loss, L1 and L2 per pair, the mean reward gap per language in nats per token, and the
+        packed tokens of the step.
 
-        None of these is padding; `padding_avoided` is the share of it that the same micro-batches would have as rectangles.
+        None of these is padding; `padding_avoided` is the share of it that the same micro-batches
+        would have as rectangles.
         """
         l1, l2 = self.sums[_L1] / pairs, self.sums[_L2] / pairs
         by_language = self.sums[_FIRST_LANGUAGE:]
         gaps = {
             language: total / count
-            for language, total, count in zip(self.languages, by_language[::2], by_language[1::2], strict=True)
+            for language, total, count in zip(
+                self.languages, by_language[::2], by_language[1::2], strict=True
+            )
             if count
         }
-        return {"loss": l1 + retention_weight * l2, "l1": l1, "l2": l2, "gap": gaps, **self._tokens()}
+        return {
+            "loss": l1 + retention_weight * l2,
+            "l1": l1,
+            "l2": l2,
+            "gap": gaps,
+            **self._tokens(),
+        }
 
     def _tokens(self) -> dict[str, Any]:
         tokens = int(self.sums[_TOKENS])
-        return {"tokens": tokens, "padding_avoided": round(1 - tokens / self.sums[_PADDED], 4) if self.sums[_PADDED] else 0.0}
+        return {
+            "tokens": tokens,
+            "padding_avoided": (
+                round(1 - tokens / self.sums[_PADDED], 4) if self.sums[_PADDED] else 0.0
+            ),
+        }

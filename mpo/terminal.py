@@ -1,4 +1,5 @@
-"""Standard output and standard error as the user has them: of any encoding, into a pipe whose reader leaves, onto a full disk."""
+"""Standard output and standard error as the user has them: of any encoding, into a pipe whose
+reader leaves, onto a full disk."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ _SPELLED = {"→": "->", "…": "...", "–": "-", "—": "-", "×": "x"}
 
 
 def console(quiet: bool = False) -> Console:
-    """A console on standard output to which every text is a text: names in brackets are no markup, `:x:` is no picture."""
+    """A console on standard output to which every text is a text: names in brackets are no markup,
+    `:x:` is no picture."""
     made = Console(quiet=quiet, highlight=False, markup=False, emoji=False)
     if not made.is_terminal:
         made.width = WIDTH_OF_A_LOG
@@ -25,13 +27,21 @@ def console(quiet: bool = False) -> Console:
 
 
 def moves(console: Console) -> bool:
-    """Whether a line may be drawn again and again: on a terminal that understands how, and not into a pipe that only wants the colours."""
-    return console.is_terminal and not console.is_dumb_terminal and bool(getattr(console.file, "isatty", bool)())
+    """Whether a line may be drawn again and again: on a terminal that understands how, and not into
+    a pipe that only wants the colours."""
+    return (
+        console.is_terminal
+        and not console.is_dumb_terminal
+        and bool(getattr(console.file, "isatty", bool)())
+    )
 
 
 def show_table(table: Table, console: Console) -> None:
     """The table, or where the terminal is too narrow for its words, its rows below each other."""
-    if console.measure(table, options=console.options.update(max_width=1_000_000)).minimum <= console.width:
+    if (
+        console.measure(table, options=console.options.update(max_width=1_000_000)).minimum
+        <= console.width
+    ):
         console.print(table)
         return
     console.print(table.title)
@@ -44,7 +54,8 @@ def show_table(table: Table, console: Console) -> None:
 
 
 class Streams:
-    """Puts both standard streams behind `_Stream`, and tells at the end whether something is lost."""
+    """Puts both standard streams behind `_Stream`, and tells at the end whether something is
+    lost."""
 
     def __init__(self) -> None:
         codecs.register_error("mpo", _spell_out)
@@ -56,13 +67,19 @@ class Streams:
         if self._out is None:
             return None
         self._out.flush()
-        return None if self._out.failure is None else self._out.failure.strerror or str(self._out.failure)
+        return (
+            None
+            if self._out.failure is None
+            else self._out.failure.strerror or str(self._out.failure)
+        )
 
 
 class _Stream:
-    """A text stream that fails nobody: letters that its encoding lacks are spelled out, and what cannot be written goes nowhere.
+    """A text stream that fails nobody: letters that its encoding lacks are spelled out, and what
+    cannot be written goes nowhere.
 
-    A run is worth more than its log, so that neither a pager that is closed nor a full disk behind the log ends it.
+    A run is worth more than its log, so that neither a pager that is closed nor a full disk behind
+    the log ends it.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -110,4 +127,7 @@ def _spell_out(error: UnicodeError) -> tuple[str, int]:
     """Error handler of codecs: arrows and dashes in ASCII, other letters by their number."""
     assert isinstance(error, UnicodeEncodeError)
     letters = error.object[error.start : error.end]
-    return "".join(_SPELLED.get(c) or c.encode("ascii", "backslashreplace").decode() for c in letters), error.end
+    return (
+        "".join(_SPELLED.get(c) or c.encode("ascii", "backslashreplace").decode() for c in letters),
+        error.end,
+    )

@@ -1,9 +1,11 @@
 """The training run, from a configuration to a table: one function that reads from top to bottom.
 
-    reference store -> gaps before -> step-0 self-check -> steps -> checkpoint -> gaps after -> export -> report
+    reference store -> gaps before -> step-0 self-check -> steps -> checkpoint -> gaps after ->
+    export -> report
 
-Gradients are exact averages over the pairs of a step whatever the number of ranks and micro-batches: each micro-batch's backward starts
-from (sum over its pairs) * world / (pairs of the step), and DeepSpeed averages over ranks.
+Gradients are exact averages over the pairs of a step whatever the number of ranks and
+micro-batches: each micro-batch's backward starts from (sum over its pairs) * world / (pairs of the
+step), and DeepSpeed averages over ranks.
 """
 
 from __future__ import annotations
@@ -22,7 +24,16 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from mpo import checkpoint, reference, report
 from mpo.attention import shares_prompts
-from mpo.batching import FILLER, MicroBatch, MPOBatch, Schedule, in_micro_batches, of_every_rank, order_of_rows, pack
+from mpo.batching import (
+    FILLER,
+    MicroBatch,
+    MPOBatch,
+    Schedule,
+    in_micro_batches,
+    of_every_rank,
+    order_of_rows,
+    pack,
+)
 from mpo.config import Config, ReferenceConfig
 from mpo.cpu_adam import compile_cpu_adam
 from mpo.distributed import is_main, launcher_is_gone, on_main, start
@@ -45,9 +56,12 @@ def train(config: Config) -> dict[str, Any]:
     """Runs MPO training and returns the result that is also written to `<output_dir>/result.json`.
 
     Raises:
-        UserError: bad configuration, data, model or output folder (before training starts), or repeated non-finite gradients.
-        Interrupted: SIGTERM or Ctrl-C between the first and the last step; a checkpoint was written.
-        KeyboardInterrupt: SIGTERM or Ctrl-C before, when nothing is lost, or after, when the last step's checkpoint is written.
+        UserError: bad configuration, data, model or output folder (before training starts), or
+            repeated non-finite gradients.
+        Interrupted: SIGTERM or Ctrl-C between the first and the last step; a checkpoint was
+            written.
+        KeyboardInterrupt: SIGTERM or Ctrl-C before, when nothing is lost, or after, when the last
+            step's checkpoint is written.
     """
     with interruptions() as interruption:
         return _train(config, interruption)
@@ -60,11 +74,19 @@ def _train(config: Config, interruption: Interruption) -> dict[str, Any]:
 
     # Everything that can be refused is refused before the weights are loaded.
     if config.model.attention == "flex_attention" and device.type == "cpu":
-        raise UserError("model.attention=flex_attention has no backward pass on a CPU. Set model.attention=packed, which runs anywhere.")
+        raise UserError(
+            "model.attention=flex_attention has no backward pass on a CPU. Set"
+            " model.attention=packed, which runs anywhere."
+        )
     settings = deepspeed_settings(config)
     config = on_main(lambda: with_date(config))
     prepared = prepare(config, progress.log)
-    tokenizer, examples, measured, dropped = prepared.tokenizer, prepared.examples, prepared.measured, prepared.dropped
+    tokenizer, examples, measured, dropped = (
+        prepared.tokenizer,
+        prepared.examples,
+        prepared.measured,
+        prepared.dropped,
+    )
     folder = OutputFolder(Path(config.output_dir))
     identity = on_main(lambda: reference.model_identity(prepared.model, tokenizer))
     on_main(lambda: folder.open(config, reference.rows_digest(examples, measured), identity))
@@ -72,17 +94,22 @@ def _train(config: Config, interruption: Interruption) -> dict[str, Any]:
         on_main(lambda: folder.write_dropped(dropped))
     if (threads := on_main(folder.other_threads)) is not None:
         progress.log(
-            f"WARNING: This run began with {threads} CPU thread(s) a rank and goes on with {torch.get_num_threads()}, which changes the "
-            f"last bits of a CPU's sums. Set OMP_NUM_THREADS={threads} to go on bit for bit."
+            f"WARNING: This run began with {threads} CPU thread(s) a rank and goes on with"
+            f" {torch.get_num_threads()}, which changes the last bits of a CPU's sums. Set"
+            f" OMP_NUM_THREADS={threads} to go on bit for bit."
         )
     if versions := on_main(folder.other_versions):
-        progress.log(f"WARNING: This run began with {', '.join(versions)}. What it computes from here on may differ in its last bits.")
+        progress.log(
+            f"WARNING: This run began with {', '.join(versions)}. What it computes from here on may"
+            " differ in its last bits."
+        )
 
     schedule = schedule_of(config, len(examples))
     progress.header(config, examples, measured, dropped, schedule, dist.get_world_size())
     if config.zero.offload_optimizer:
         compile_cpu_adam(progress.log)
-    keep_alive = HfDeepSpeedConfig(settings) if config.zero.stage == 3 else None  # from_pretrained looks for it
+    # from_pretrained looks for it
+    keep_alive = HfDeepSpeedConfig(settings) if config.zero.stage == 3 else None
     model = bind_mpo_forward(load_model(prepared.model), config.loss)
     engine, guard = build_engine(model, config, settings)
     del keep_alive
@@ -91,7 +118,9 @@ def _train(config: Config, interruption: Interruption) -> dict[str, Any]:
     before = on_main(lambda: folder.load_gaps_before(len(measured)))
     if before is None:
         with progress.task("Gaps before training", len(distinct_sequences(measured))) as advance:
-            before = measure_gaps(engine, measured, pool=config.loss.pool, device=device, advance=advance)
+            before = measure_gaps(
+                engine, measured, pool=config.loss.pool, device=device, advance=advance
+            )
         measured_before = before
         on_main(lambda: folder.save_gaps_before(measured_before))
 
@@ -108,7 +137,10 @@ def _train(config: Config, interruption: Interruption) -> dict[str, Any]:
     batches = Batches(examples, schedule, config)
     languages = sorted({e.language for e in examples})
     skipped_in_a_row = 0
-    with interruption.deferred("after this step, with a checkpoint"), progress.steps(schedule.steps, first_step, config.log_every) as show:
+    with (
+        interruption.deferred("after this step, with a checkpoint"),
+        progress.steps(schedule.steps, first_step, config.log_every) as show,
+    ):
         for step in range(first_step, schedule.steps):
             began = time.perf_counter()
             seed_step(config.train.seed, step)
@@ -143,28 +175,41 @@ def _train(config: Config, interruption: Interruption) -> dict[str, Any]:
                 "peak_memory_gib": peak_memory_gib(device),
             }
             track(engine, row)
-            if is_main() and ((step + 1) % config.log_every == 0 or skipped or last) and (failure := folder.append_metrics(row)):
+            if (
+                is_main()
+                and ((step + 1) % config.log_every == 0 or skipped or last)
+                and (failure := folder.append_metrics(row))
+            ):
                 progress.log(f"WARNING: {failure} Training goes on.")
             show(row)
             if skipped_in_a_row >= config.train.max_skipped_steps:
                 raise UserError(
-                    f"{skipped_in_a_row} steps in a row had non-finite gradients (last: step {step + 1}, loss {row['loss']}). The "
-                    "weights are as they were before them. Lower train.learning_rate, or use model.dtype=float32."
+                    f"{skipped_in_a_row} steps in a row had non-finite gradients (last: step"
+                    f" {step + 1}, loss {row['loss']}). The weights are as they were before them."
+                    " Lower train.learning_rate, or use model.dtype=float32."
                 )
-            # After the last step always, before anything else: what comes after it may be interrupted or fail, and is done again.
+            # After the last step always, before anything else: what comes after it may be
+            # interrupted or fail, and is done again.
             stop, every = totals.stop_requested, config.checkpoint.every
             if stop or last or (every is not None and (step + 1) % every == 0):
-                failure = checkpoint.save(engine, folder.checkpoints, step + 1, config.zero.stage, config.checkpoint.keep)
+                failure = checkpoint.save(
+                    engine, folder.checkpoints, step + 1, config.zero.stage, config.checkpoint.keep
+                )
                 if failure and stop:
                     raise UserError(failure)
                 if failure:
                     progress.log(f"WARNING: {failure} The run goes on.")
             if stop:
-                raise Interrupted(f"Stopped after step {step + 1} of {schedule.steps}. The same command goes on from {folder.checkpoints}.")
+                raise Interrupted(
+                    f"Stopped after step {step + 1} of {schedule.steps}. The same command goes on"
+                    f" from {folder.checkpoints}."
+                )
     interruption.heed()
 
     with progress.task("Gaps after training", len(distinct_sequences(measured))) as advance:
-        after = measure_gaps(engine, measured, pool=config.loss.pool, device=device, advance=advance)
+        after = measure_gaps(
+            engine, measured, pool=config.loss.pool, device=device, advance=advance
+        )
     if config.checkpoint.export:
         checkpoint.export(engine, tokenizer, folder.model, config.zero.stage, prepared.model)
     result = on_main(lambda: report.summarise(measured, before, after, config.loss.beta))
@@ -173,12 +218,16 @@ def _train(config: Config, interruption: Interruption) -> dict[str, Any]:
 
 
 def seed_step(seed: int, step: int) -> None:
-    """Makes what a step draws (dropout) a function of seed, step and rank, so that a run that goes on draws what it would have drawn."""
+    """Makes what a step draws (dropout) a function of seed, step and rank, so that a run that goes
+    on draws what it would have drawn."""
     torch.manual_seed(random.Random(f"{seed} {step} {dist.get_rank()}").getrandbits(63))
 
 
-def _finish(folder: OutputFolder, result: dict[str, Any], config: Config, progress: Progress) -> None:
-    """Picture, result, table. A run with a result is finished, so that is written when all else is on the disk.
+def _finish(
+    folder: OutputFolder, result: dict[str, Any], config: Config, progress: Progress
+) -> None:
+    """Picture, result, table. A run with a result is finished, so that is written when all else is
+    on the disk.
 
     Where no checkpoints were asked for and the model is exported, those for going on have served.
     """
@@ -214,9 +263,15 @@ def precompute(config: Config) -> Path:
         rows = reference.rows_digest(prepared.examples, prepared.measured)
         on_main(lambda: folder.open(config, rows, identity, may_be_finished=True))
     keep_alive = HfDeepSpeedConfig(settings) if config.zero.stage == 3 else None
-    model = bind_mpo_forward(load_model(prepared.model.model_copy(update={"lora": None})), config.loss)
+    model = bind_mpo_forward(
+        load_model(prepared.model.model_copy(update={"lora": None})), config.loss
+    )
     # Scoring needs no optimizer; only ZeRO-3 needs an engine, which gathers the weights.
-    engine: Any = deepspeed.initialize(model=model, config=settings)[0] if keep_alive else cast(torch.nn.Module, model).to(device)
+    engine: Any = (
+        deepspeed.initialize(model=model, config=settings)[0]
+        if keep_alive
+        else cast(torch.nn.Module, model).to(device)
+    )
     stored = config.model_copy(update={"reference": ReferenceConfig(store=config.reference.store)})
     _open_reference(engine, prepared, identity, stored, folder, device, progress)
     dist.barrier()
@@ -237,15 +292,20 @@ def _open_reference(
     device: torch.device,
     progress: Progress,
 ) -> Reference:
-    """The run's reference: the store, built on first use, or the model itself with its adapters off."""
+    """The run's reference: the store, built on first use, or the model itself with its adapters
+    off."""
     if config.reference.mode == "live":
         return LiveReference(engine, config.loss.pool, device)
     examples, path, pool = prepared.examples, store_folder(config, folder), config.loss.pool
     manifest = reference.identity(identity, examples, pool)
 
     def build(parts: reference.Parts) -> Scores:
-        with progress.task("Reference store", len(reference.dominant_sequences(examples))) as advance:
-            return reference.build(engine, examples, parts, pool=pool, device=device, advance=advance)
+        with progress.task(
+            "Reference store", len(reference.dominant_sequences(examples))
+        ) as advance:
+            return reference.build(
+                engine, examples, parts, pool=pool, device=device, advance=advance
+            )
 
     return reference.open_store(path, manifest, examples, prepared.data.date, build, progress.log)
 
@@ -257,15 +317,19 @@ def _self_check(
     config: Config,
     device: torch.device,
 ) -> None:
-    """Before the first step the policy is the reference: L2 must vanish and the dominant gap must reproduce the store.
+    """Before the first step the policy is the reference: L2 must vanish and the dominant gap must
+    reproduce the store.
 
-    A difference means that training would pull toward the wrong place: dropout that is on, a store of another model, a packed neighbour
-    that leaks. Compared in training mode, packed with other sequences than the store's.
+    A difference means that training would pull toward the wrong place: dropout that is on, a store
+    of another model, a packed neighbour that leaks. Compared in training mode, packed with other
+    sequences than the store's.
     """
     probe = examples[:2]
     first = probe[0]
     store = values.of(reference.dominant_sequences(probe))
-    (part,) = in_micro_batches(probe, pairs=len(probe), tokens=None, share_prompts=shares_prompts(config.model.attention))
+    (part,) = in_micro_batches(
+        probe, pairs=len(probe), tokens=None, share_prompts=shares_prompts(config.model.attention)
+    )
     batch = make_batch(part, values, config).to(device)
     with torch.no_grad():
         output: MPOForward = engine(batch=batch)
@@ -276,16 +340,21 @@ def _self_check(
     bf16 = config.model.dtype == "bfloat16"
     if not relative <= (1e-3 if bf16 else 1e-6) or not abs(gap - stored) <= (0.1 if bf16 else 1e-3):
         raise UserError(
-            f"Step-0 self-check failed on {first.source}: before any training, relative L2 is {relative:.2e} (should be 0) and the "
-            f"dominant gap is {gap:.4f} while the reference store holds {stored:.4f}. Turn off dropout in the model's config, try "
-            "model.attention=packed, and delete the reference folder if the model changed."
+            f"Step-0 self-check failed on {first.source}: before any training, relative L2 is"
+            f" {relative:.2e} (should be 0) and the dominant gap is {gap:.4f} while the reference"
+            f" store holds {stored:.4f}. Turn off dropout in the model's config, try"
+            " model.attention=packed, and delete the reference folder if the model changed."
         )
 
 
 def make_batch(part: MicroBatch, reference: Reference, config: Config) -> MPOBatch:
-    """Packs a micro-batch and adds the reference's numbers. Without an example of its own it gets a filler pair of weight 0."""
+    """Packs a micro-batch and adds the reference's numbers. Without an example of its own it gets a
+    filler pair of weight 0."""
     sequences = part.sequences() if part.examples else [FILLER, FILLER, *part.sequences()]
-    store = reference.of([s for e in part.examples for s in (e.dominant_chosen, e.dominant_rejected)] + [s for s, _ in part.dominant])
+    store = reference.of(
+        [s for e in part.examples for s in (e.dominant_chosen, e.dominant_rejected)]
+        + [s for s, _ in part.dominant]
+    )
     scored = len(sequences) - len(part.dominant)
     return MPOBatch(
         packed=pack(
@@ -297,7 +366,11 @@ def make_batch(part: MicroBatch, reference: Reference, config: Config) -> MPOBat
         ),
         reference_gap=torch.tensor([store.gap(e) for e in part.examples] or [0.0]),
         pair_weights=torch.tensor([1.0] * len(part.examples) or [0.0]),
-        pooled_reference=torch.stack([store.pooled(s) for s, _ in part.dominant]) if part.dominant else torch.zeros(0, 0),
+        pooled_reference=(
+            torch.stack([store.pooled(s) for s, _ in part.dominant])
+            if part.dominant
+            else torch.zeros(0, 0)
+        ),
         pooled_weights=torch.tensor([weight for _, weight in part.dominant]),
         languages=tuple(e.language for e in part.examples) or ("",),
     )
@@ -328,5 +401,7 @@ class Batches:
         epoch, place = divmod(position, len(self._examples))
         if epoch not in self._orders:
             train = self._config.train
-            self._orders[epoch] = order_of_rows(self._examples, epoch, train.seed, train.group_by_dominant)
+            self._orders[epoch] = order_of_rows(
+                self._examples, epoch, train.seed, train.group_by_dominant
+            )
         return self._examples[self._orders[epoch][place]]

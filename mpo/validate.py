@@ -1,4 +1,5 @@
-"""What is in the data: counts and lengths per language, rows that look wrong, and a view of what is scored."""
+"""What is in the data: counts and lengths per language, rows that look wrong, and a view of what is
+scored."""
 
 from __future__ import annotations
 
@@ -21,62 +22,116 @@ from mpo.terminal import show_table
 from mpo.tokenizing import Example, decode_view, remarks
 
 SHORTEST, LONGEST = 0.2, 6.0
-"""Target tokens over dominant tokens outside of which a translation is probably cut or padded. Byte-level vocabularies inflate scripts."""
+"""Target tokens over dominant tokens outside of which a translation is probably cut or padded.
+Byte-level vocabularies inflate scripts."""
 LISTED = 20
 """Suspicious rows that are printed; JSON has all."""
 
 
 def examine(config: Config, prepared: Prepared) -> dict[str, Any]:
-    """The report as JSON: `languages` and, of data.eval, `held_out` (counts and lengths per language), `dominant_pairs`, `dropped`
-    (reason: rows), `suspicious` ([{source, reason, detail}]), `views`.
+    """The report as JSON: `languages` and, of data.eval, `held_out` (counts and lengths per
+    language), `dominant_pairs`, `dropped` (reason: rows), `suspicious` ([{source, reason,
+    detail}]), `views`.
     """
     examples = prepared.examples
-    pairs = [*zip(prepared.rows, examples, strict=True), *zip(prepared.held_out_rows, prepared.held_out, strict=True)]
+    pairs = [
+        *zip(prepared.rows, examples, strict=True),
+        *zip(prepared.held_out_rows, prepared.held_out, strict=True),
+    ]
     return {
         "languages": _of_each_language(examples, config.data.max_length),
         "held_out": _of_each_language(prepared.held_out, config.data.max_length),
         "dominant_pairs": len({(e.dominant_chosen, e.dominant_rejected) for e in examples}),
         "dropped": dict(Counter(row.reason for row in prepared.dropped).most_common()),
-        "suspicious": [
-            {"source": row.source, "reason": reason, "detail": detail}
-            for row, example in pairs
-            for reason, detail in (*_suspicions(row, example, config), *remarks(row, example, prepared.tokenizer))
-        ]
-        + _repeated(prepared.rows, prepared.held_out_rows)
-        + _unknown_languages([row for row, _ in pairs]),
+        "suspicious": (
+            [
+                {"source": row.source, "reason": reason, "detail": detail}
+                for row, example in pairs
+                for reason, detail in (
+                    *_suspicions(row, example, config),
+                    *remarks(row, example, prepared.tokenizer),
+                )
+            ]
+            + _repeated(prepared.rows, prepared.held_out_rows)
+            + _unknown_languages([row for row, _ in pairs])
+        ),
         "views": [_view(e, prepared.tokenizer) for e in _first_of_each_language(examples)],
     }
 
 
 def show(report: dict[str, Any], console: Console) -> None:
     """The report for people."""
-    shared = f"Training rows, sharing {report['dominant_pairs']} dominant pairs; lengths in tokens of prompt and answer"
+    shared = (
+        f"Training rows, sharing {report['dominant_pairs']} dominant pairs; lengths in tokens of"
+        " prompt and answer"
+    )
     for title, languages in ((shared, report["languages"]), ("Held-out rows", report["held_out"])):
         if not languages:
             continue
         table = Table(title=title)
         table.add_column("language")
-        for name in ("rows", "target p50", "p95", "longest", "dominant p50", "p95", "scored p50", "cut"):
+        for name in (
+            "rows",
+            "target p50",
+            "p95",
+            "longest",
+            "dominant p50",
+            "p95",
+            "scored p50",
+            "cut",
+        ):
             table.add_column(name, justify="right")
         for language, row in languages.items():
-            lengths = [row["target"]["p50"], row["target"]["p95"], row["target"]["max"], row["dominant"]["p50"], row["dominant"]["p95"]]
-            table.add_row(language, str(row["rows"]), *map(str, lengths), str(row["scored"]["p50"]), str(row["cut"]))
+            lengths = [
+                row["target"]["p50"],
+                row["target"]["p95"],
+                row["target"]["max"],
+                row["dominant"]["p50"],
+                row["dominant"]["p95"],
+            ]
+            table.add_row(
+                language,
+                str(row["rows"]),
+                *map(str, lengths),
+                str(row["scored"]["p50"]),
+                str(row["cut"]),
+            )
         show_table(table, console)
     if report["dropped"]:
-        console.print("Dropped: " + ", ".join(f"{count} {reason}" for reason, count in report["dropped"].items()), markup=False)
+        console.print(
+            "Dropped: "
+            + ", ".join(f"{count} {reason}" for reason, count in report["dropped"].items()),
+            markup=False,
+        )
     reasons = Counter(item["reason"] for item in report["suspicious"])
     console.print(
-        "Suspicious: " + (", ".join(f"{count} {reason}" for reason, count in reasons.most_common()) if reasons else "none"), markup=False
+        "Suspicious: "
+        + (
+            ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+            if reasons
+            else "none"
+        ),
+        markup=False,
     )
     for item in report["suspicious"][:LISTED]:
-        console.print(f"  {item['source']}: {item['reason']}: {item['detail']}", markup=False, soft_wrap=True)
+        console.print(
+            f"  {item['source']}: {item['reason']}: {item['detail']}", markup=False, soft_wrap=True
+        )
     if len(report["suspicious"]) > LISTED:
-        console.print(f"  ... and {len(report['suspicious']) - LISTED} more; --json lists all", markup=False)
+        console.print(
+            f"  ... and {len(report['suspicious']) - LISTED} more; --json lists all", markup=False
+        )
     for view in report["views"]:
-        console.print(f"\nWhat the model sees and what is scored, {view['language']}, {view['source']}", style="bold", markup=False)
+        console.print(
+            f"\nWhat the model sees and what is scored, {view['language']}, {view['source']}",
+            style="bold",
+            markup=False,
+        )
         for kind in ("chosen", "rejected"):
             prompt, scored = view[kind]
-            console.print(f"{kind}: {prompt}", end="", markup=False, highlight=False, soft_wrap=True)
+            console.print(
+                f"{kind}: {prompt}", end="", markup=False, highlight=False, soft_wrap=True
+            )
             console.print(scored, style="reverse", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -88,23 +143,39 @@ def _suspicions(row: Row, example: Example, config: Config) -> Iterator[tuple[st
     for place, text in _texts(row.target):
         share = script_share(text, row.language)
         if share < 0.5:
-            yield "wrong_script", f"{share:.0%} of the target {place}'s letters are of the script of {row.language}"
-    for place, mine, theirs in zip(("prompt", "chosen", "rejected"), _all(row.target), _all(row.dominant), strict=True):
+            yield (
+                "wrong_script",
+                f"{share:.0%} of the target {place}'s letters are of the script of {row.language}",
+            )
+    for place, mine, theirs in zip(
+        ("prompt", "chosen", "rejected"), _all(row.target), _all(row.dominant), strict=True
+    ):
         if mine.strip() == theirs.strip():
             yield "untranslated", f"the target {place} is the dominant one, word for word"
     dominant = config.data.dominant_language
-    for side, language, pair in (("dominant", dominant, row.dominant), ("target", row.language, row.target)):
+    for side, language, pair in (
+        ("dominant", dominant, row.dominant),
+        ("target", row.language, row.target),
+    ):
         if (found := clearly_in_another(language, *texts_of(pair))) is not None:
             yield "wrong_language", f"the {side} texts read as {found}, not as {language}"
     if scripts_of(row.language) == scripts_of(dominant) and told_apart(row.language, dominant):
         for place in ("chosen", "rejected"):
-            if LanguageDetector((row.language,), dominant).detect(getattr(row.target, place)) == dominant:
+            if (
+                LanguageDetector((row.language,), dominant).detect(getattr(row.target, place))
+                == dominant
+            ):
                 yield "untranslated", f"the target {place} reads as {dominant}"
     for kind in ("chosen", "rejected"):
         mine, theirs = getattr(example, f"target_{kind}"), getattr(example, f"dominant_{kind}")
-        ratio = (len(mine.input_ids) - mine.response_start) / (len(theirs.input_ids) - theirs.response_start)
+        ratio = (len(mine.input_ids) - mine.response_start) / (
+            len(theirs.input_ids) - theirs.response_start
+        )
         if not SHORTEST <= ratio <= LONGEST:
-            yield "length_ratio", f"the target {kind} answer has {ratio:.2f} times the tokens of the dominant one"
+            yield (
+                "length_ratio",
+                f"the target {kind} answer has {ratio:.2f} times the tokens of the dominant one",
+            )
 
 
 def _unknown_languages(rows: Sequence[Row]) -> list[dict[str, str]]:
@@ -125,11 +196,24 @@ def _repeated(rows: Sequence[Row], held_out: Sequence[Row]) -> list[dict[str, st
     trained = {(row.language, row.target): row.source for row in reversed(rows)}
     for row in (*rows, *held_out):
         key = (row.language, row.target)
-        if first.setdefault(key, row.source) != row.source:  # a weighted source repeats its own rows on purpose
-            found.append({"source": row.source, "reason": "repeated", "detail": f"the same target pair as {first[key]}"})
+        # a weighted source repeats its own rows on purpose
+        if first.setdefault(key, row.source) != row.source:
+            found.append(
+                {
+                    "source": row.source,
+                    "reason": "repeated",
+                    "detail": f"the same target pair as {first[key]}",
+                }
+            )
     for row in held_out:
         if (source := trained.get((row.language, row.target))) is not None:
-            found.append({"source": row.source, "reason": "held_out_row_is_trained_on", "detail": f"data.train has it too, as {source}"})
+            found.append(
+                {
+                    "source": row.source,
+                    "reason": "held_out_row_is_trained_on",
+                    "detail": f"data.train has it too, as {source}",
+                }
+            )
     return found
 
 
@@ -142,7 +226,10 @@ def _all(pair: Pair) -> tuple[str, str, str]:
 
 
 def _of_each_language(examples: Sequence[Example], limit: int) -> dict[str, Any]:
-    return {name: _lengths([e for e in examples if e.language == name], limit) for name in sorted({e.language for e in examples})}
+    return {
+        name: _lengths([e for e in examples if e.language == name], limit)
+        for name in sorted({e.language for e in examples})
+    }
 
 
 def _lengths(examples: Sequence[Example], limit: int) -> dict[str, Any]:
@@ -159,7 +246,9 @@ def _lengths(examples: Sequence[Example], limit: int) -> dict[str, Any]:
 
 def _percentiles(values: Sequence[int]) -> dict[str, int]:
     points = torch.tensor(values, dtype=torch.float64)
-    return {f"p{p}": int(points.quantile(p / 100, interpolation="lower")) for p in (5, 50, 95)} | {"max": max(values)}
+    return {f"p{p}": int(points.quantile(p / 100, interpolation="lower")) for p in (5, 50, 95)} | {
+        "max": max(values)
+    }
 
 
 def _first_of_each_language(examples: Sequence[Example]) -> list[Example]:

@@ -1,7 +1,9 @@
-"""A model folder's files, compared with the model by name and shape: what does not fit would otherwise be left at random numbers.
+"""A model folder's files, compared with the model by name and shape: what does not fit would
+otherwise be left at random numbers.
 
-The loader itself is asked, with the model on the meta device: it reads the files' headers, renames and ties as it always does, and moves
-no data. That takes less than a second, so that every command does it first.
+The loader itself is asked, with the model on the meta device: it reads the files' headers, renames
+and ties as it always does, and moves no data. That takes less than a second, so that every command
+does it first.
 """
 
 from __future__ import annotations
@@ -23,37 +25,58 @@ LISTED = 5
 _LFS_POINTER = b"version https://git-lfs"
 
 
-def check_weights(path: str, *, kind: Any = AutoModelForCausalLM, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of a local folder on the meta device, if the folder's files hold exactly its tensors.
+def check_weights(
+    path: str, *, kind: Any = AutoModelForCausalLM, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model of a local folder on the meta device, if the folder's files hold exactly its
+    tensors.
 
     Raises:
-        UserError: files are absent or cannot be read; or tensors are missing, unknown, or of another shape: with their names.
+        UserError: files are absent or cannot be read; or tensors are missing, unknown, or of
+            another shape: with their names.
     """
     with _quietly():
         try:
             model, found = kind.from_pretrained(
-                path, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=trust_remote_code
+                path,
+                device_map="meta",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                trust_remote_code=trust_remote_code,
             )
             head_differs = model.config.tie_word_embeddings and _head_is_another(Path(path))
-        except Exception as error:  # a damaged file makes the libraries raise whatever they happen to trip over
-            raise UserError(f"The model at {path} cannot be read: {first_line(error)}.{damaged(Path(path))}") from error
+        # a damaged file makes the libraries raise whatever they happen to trip over
+        except Exception as error:
+            raise UserError(
+                f"The model at {path} cannot be read: {first_line(error)}.{damaged(Path(path))}"
+            ) from error
     refuse_partial(path, found)
     if head_differs:
         raise UserError(
-            f"{path} says tie_word_embeddings=true, but holds an lm_head.weight that differs from its embeddings. Set "
-            "tie_word_embeddings to false in its config.json if the head was trained apart, else remove that tensor."
+            f"{path} says tie_word_embeddings=true, but holds an lm_head.weight that differs from"
+            " its embeddings. Set tie_word_embeddings to false in its config.json if the head was"
+            " trained apart, else remove that tensor."
         )
     return model
 
 
 def refuse_partial(path: str, found: Mapping[str, Any]) -> None:
-    """Raises UserError with the names if the `loading_info` of from_pretrained tells of tensors that did not come from the files."""
-    shapes = {name: f"{list(there)} there, {list(here)} in the model" for name, there, here in found["mismatched_keys"]}
-    refuse_differences(f"The weights at {path}", found["missing_keys"], found["unexpected_keys"], shapes)
+    """Raises UserError with the names if the `loading_info` of from_pretrained tells of tensors
+    that did not come from the files."""
+    shapes = {
+        name: f"{list(there)} there, {list(here)} in the model"
+        for name, there, here in found["mismatched_keys"]
+    }
+    refuse_differences(
+        f"The weights at {path}", found["missing_keys"], found["unexpected_keys"], shapes
+    )
 
 
-def refuse_differences(what: str, missing: Collection[str], unknown: Collection[str], shapes: Mapping[str, str]) -> None:
-    """Raises UserError if names are missing from `what`, unknown to its model, or of another shape ({name: in words})."""
+def refuse_differences(
+    what: str, missing: Collection[str], unknown: Collection[str], shapes: Mapping[str, str]
+) -> None:
+    """Raises UserError if names are missing from `what`, unknown to its model, or of another shape
+    ({name: in words})."""
     kinds = (
         ("missing from its files", sorted(missing)),
         ("in its files, but not in the model", sorted(unknown)),
@@ -62,8 +85,8 @@ def refuse_differences(what: str, missing: Collection[str], unknown: Collection[
     found = [f"{len(names)} tensor(s) {kind}: {_listed(names)}" for kind, names in kinds if names]
     if found:
         raise UserError(
-            f"{what} do not fit the model that its configuration describes. {'; '.join(found)}. Copy or download the folder again, or "
-            "name the model that the weights belong to."
+            f"{what} do not fit the model that its configuration describes. {'; '.join(found)}."
+            " Copy or download the folder again, or name the model that the weights belong to."
         )
 
 
@@ -74,7 +97,8 @@ def first_line(error: BaseException) -> str:
 
 
 def damaged(folder: Path) -> str:
-    """` FILE is ...` for the first file of the folder that is none at all: the usual reason why a library cannot read it."""
+    """` FILE is ...` for the first file of the folder that is none at all: the usual reason why a
+    library cannot read it."""
     for file in sorted(folder.glob("*")):
         if file.is_symlink() and not file.exists():
             return f" {file} is a link to nothing."
@@ -85,12 +109,17 @@ def damaged(folder: Path) -> str:
         if not start:
             return f" {file} is empty."
         if start == _LFS_POINTER:
-            return f" {file} is a pointer of Git LFS, not the file itself: run `git lfs pull` in {folder}."
+            return (
+                f" {file} is a pointer of Git LFS, not the file itself: run `git lfs pull` in"
+                f" {folder}."
+            )
     return " Copy or download the folder again."
 
 
 def _listed(names: list[str]) -> str:
-    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+    return ", ".join(names[:LISTED]) + (
+        f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    )
 
 
 def _head_is_another(folder: Path) -> bool:
@@ -98,7 +127,11 @@ def _head_is_another(folder: Path) -> bool:
     found: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            names = {name for name in file.keys() if name.endswith(("lm_head.weight", "embed_tokens.weight"))}
+            names = {
+                name
+                for name in file.keys()
+                if name.endswith(("lm_head.weight", "embed_tokens.weight"))
+            }
             found |= {name.rsplit(".", 2)[-2]: file.get_tensor(name) for name in names}
     return len(found) == 2 and not torch.equal(found["lm_head"], found["embed_tokens"])
 

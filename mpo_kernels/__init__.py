@@ -1,4 +1,5 @@
-"""Fused loss kernels for MPO, multilingual reward gap optimization (arXiv 2505.16869). Needs torch and triton only."""
+"""Fused loss kernels for MPO, multilingual reward gap optimization (arXiv 2505.16869). Needs torch
+and triton only."""
 
 from mpo_kernels.distributed import Parallel
 from mpo_kernels.functional import (

@@ -15,17 +15,23 @@ TRITON_DEVICES = ("cuda", "xpu")
 
 
 def backend_for(tensor: torch.Tensor) -> ModuleType:
-    """The module of device functions for this tensor: `mpo_kernels.kernels` (Triton) or `mpo_kernels.twin` (PyTorch).
+    """The module of device functions for this tensor: `mpo_kernels.kernels` (Triton) or
+    `mpo_kernels.twin` (PyTorch).
 
-    The environment variable MPO_KERNELS_BACKEND = auto | triton | torch forces one. It is read at every call.
+    The environment variable MPO_KERNELS_BACKEND = auto | triton | torch forces one. It is read at
+    every call.
 
     Raises:
-        ValueError: the variable has another value, or triton is forced for float64 or where it is not installed.
+        ValueError: the variable has another value, or triton is forced for float64 or where it is
+            not installed.
     """
     choice = os.environ.get("MPO_KERNELS_BACKEND", "auto")
     if choice not in ("auto", "triton", "torch"):
         raise ValueError(f"MPO_KERNELS_BACKEND is {choice!r}; it can be auto, triton or torch.")
-    is_double, is_installed = tensor.dtype == torch.float64, importlib.util.find_spec("triton") is not None
+    is_double, is_installed = (
+        tensor.dtype == torch.float64,
+        importlib.util.find_spec("triton") is not None,
+    )
     if choice == "triton" and (is_double or not is_installed):
         why = "the kernels do not compute in float64" if is_double else "triton is not installed"
         raise ValueError(f"MPO_KERNELS_BACKEND is triton, but {why}. Set it to auto or torch.")

@@ -1,14 +1,18 @@
-"""Heads whose work is divided over ranks: each holds a slice of the vocabulary, of the positions, or of both.
+"""Heads whose work is divided over ranks: each holds a slice of the vocabulary, of the positions,
+or of both.
 
-Vocabulary-parallel: a rank's logits (or head weight) cover consecutive tokens of the vocabulary; hidden states and labels are the same on
-all ranks of the group. Each rank emits for each row its share of the statistics, (peak, total, weighted sum, label logit), one all-gather
-of [ranks, rows, 4] fp32 brings them together, and every rank combines them in rank order, so all get the same bits. (Not a log-sum-exp
-and a label logit, as is usual: a log-sum-exp rounded at logits of 1e4 has lost three digits, and p_y -> 1 would cancel.)
+Vocabulary-parallel: a rank's logits (or head weight) cover consecutive tokens of the vocabulary;
+hidden states and labels are the same on all ranks of the group. Each rank emits for each row its
+share of the statistics, (peak, total, weighted sum, label logit), one all-gather of [ranks, rows,
+4] fp32 brings them together, and every rank combines them in rank order, so all get the same bits.
+(Not a log-sum-exp and a label logit, as is usual: a log-sum-exp rounded at logits of 1e4 has lost
+three digits, and p_y -> 1 would cancel.)
 
-Context-parallel: a rank holds some positions of every sequence. Its 2P sums and counts are gathered and added in rank order before
-equation (1).
+Context-parallel: a rank holds some positions of every sequence. Its 2P sums and counts are gathered
+and added in rank order before equation (1).
 
-Any group of torch.distributed serves (gloo, nccl). All ranks of a group must make the same calls in the same order.
+Any group of torch.distributed serves (gloo, nccl). All ranks of a group must make the same calls in
+the same order.
 """
 
 from __future__ import annotations
@@ -26,27 +30,37 @@ if TYPE_CHECKING:
 
 
 ELSEWHERE, UNSCORED = -1, -2
-"""What labels that a rank's slice does not have become there: those of other slices, and those that are not scored. Labels of the slice
-count from 0; whatever ignore_index is, it cannot be told from them there."""
+"""What labels that a rank's slice does not have become there: those of other slices, and those that
+are not scored. Labels of the slice count from 0; whatever ignore_index is, it cannot be told from
+them there."""
 
 
 class Parallel:
-    """How a call's work is divided: pass it as `parallel` to the functions of `mpo_kernels`. Make it once, on all ranks of its groups.
+    """How a call's work is divided: pass it as `parallel` to the functions of `mpo_kernels`. Make
+    it once, on all ranks of its groups.
 
     Args:
-        vocab_group: the ranks that hold slices of the vocabulary, in rank order; None where each holds all of it.
-        vocab_slice: the tokens that this rank holds, the last dimension of its logits or the first of its weight. Slices may be uneven;
-            their places are found by one all-gather here.
+        vocab_group: the ranks that hold slices of the vocabulary, in rank order; None where each
+            holds all of it.
+        vocab_slice: the tokens that this rank holds, the last dimension of its logits or the first
+            of its weight. Slices may be uneven; their places are found by one all-gather here.
         context_group: the ranks that hold parts of the sequences; None where each holds them whole.
     Raises:
         ValueError: a group without its slice, or a slice without its group.
     """
 
     def __init__(
-        self, *, vocab_group: ProcessGroup | None = None, vocab_slice: int | None = None, context_group: ProcessGroup | None = None
+        self,
+        *,
+        vocab_group: ProcessGroup | None = None,
+        vocab_slice: int | None = None,
+        context_group: ProcessGroup | None = None,
     ) -> None:
         if (vocab_group is None) != (vocab_slice is None):
-            raise ValueError("vocab_group and vocab_slice (the number of tokens that this rank holds) go together; give both or neither.")
+            raise ValueError(
+                "vocab_group and vocab_slice (the number of tokens that this rank holds) go"
+                " together; give both or neither."
+            )
         if vocab_group is None and context_group is None:
             raise ValueError("Parallel needs a vocab_group, a context_group or both.")
         self.vocab_group, self.context_group = vocab_group, context_group
@@ -56,8 +70,15 @@ class Parallel:
             size = torch.tensor([vocab_slice], dtype=torch.int64, device=_device_of(vocab_group))
             sizes = _gathered(size, vocab_group).flatten().tolist()
             if min(sizes) < 1:  # refused by all ranks, or the others would wait for this one
-                raise ValueError(f"vocab_slice is {sizes} on the ranks of vocab_group; each of them needs at least one token.")
-            self.vocab_start, self.vocab, self.vocab_slice = sum(sizes[:rank]), sum(sizes), vocab_slice
+                raise ValueError(
+                    f"vocab_slice is {sizes} on the ranks of vocab_group; each of them needs at"
+                    " least one token."
+                )
+            self.vocab_start, self.vocab, self.vocab_slice = (
+                sum(sizes[:rank]),
+                sum(sizes),
+                vocab_slice,
+            )
             self._largest_slice = max(sizes)
         self.handle = next(_HANDLES)
         _KNOWN[self.handle] = self
@@ -71,7 +92,8 @@ class Parallel:
         return local.masked_fill(labels == ignore_index, UNSCORED), UNSCORED
 
     def chunk_vocab(self, local: int) -> int:
-        """Columns that the chunks of rows are planned for: the widest slice's, so that all ranks plan the same."""
+        """Columns that the chunks of rows are planned for: the widest slice's, so that all ranks
+        plan the same."""
         return local if self.vocab_group is None else self._largest_slice
 
     def gather_partials(self, partials: torch.Tensor) -> torch.Tensor:
@@ -84,7 +106,8 @@ class Parallel:
         return sums if self.context_group is None else _gathered(sums, self.context_group).sum(0)
 
     def longest(self, lengths: torch.Tensor) -> torch.Tensor:
-        """Host (2P,) rows of each sequence here -> the most that any rank of the context has, so that all plan the same chunks."""
+        """Host (2P,) rows of each sequence here -> the most that any rank of the context has, so
+        that all plan the same chunks."""
         if self.context_group is None:
             return lengths
         device = _device_of(self.context_group)
@@ -98,15 +121,20 @@ class Parallel:
         return _gathered(lengths.to(device), self.context_group).sum(0).cpu()
 
     def refused_elsewhere(self, refused: bool) -> list[int]:
-        """The other ranks of the context that refused their part of the data. All of them have to ask."""
+        """The other ranks of the context that refused their part of the data. All of them have to
+        ask."""
         if self.context_group is None:
             return []
         here = torch.distributed.get_rank(self.context_group)
-        flags = _gathered(torch.tensor([refused], dtype=torch.uint8, device=_device_of(self.context_group)), self.context_group)
+        flags = _gathered(
+            torch.tensor([refused], dtype=torch.uint8, device=_device_of(self.context_group)),
+            self.context_group,
+        )
         return [rank for rank, (flag,) in enumerate(flags.tolist()) if flag and rank != here]
 
     def add_hidden_grads(self, grad: torch.Tensor) -> None:
-        """Adds up, in place, the shares of dL/dhidden that the slices of the vocabulary contribute."""
+        """Adds up, in place, the shares of dL/dhidden that the slices of the vocabulary
+        contribute."""
         if self.vocab_group is not None:
             torch.distributed.all_reduce(grad, group=self.vocab_group)
 
@@ -121,7 +149,8 @@ class Parallel:
 
 @contextmanager
 def refused_together(parallel: Parallel | None) -> Iterator[None]:
-    """Round checks of data of which each rank of a context has its own part: a rank that raised alone would leave the others waiting."""
+    """Round checks of data of which each rank of a context has its own part: a rank that raised
+    alone would leave the others waiting."""
     refusal: ValueError | None = None
     try:
         yield
@@ -131,7 +160,10 @@ def refused_together(parallel: Parallel | None) -> Iterator[None]:
     if refusal is not None:
         raise refusal
     if others:
-        raise ValueError(f"The labels or cu_seqlens of rank(s) {others} of context_group were refused; their own errors say why.")
+        raise ValueError(
+            f"The labels or cu_seqlens of rank(s) {others} of context_group were refused; their own"
+            " errors say why."
+        )
 
 
 _HANDLES = itertools.count(1)
@@ -139,7 +171,8 @@ _KNOWN: weakref.WeakValueDictionary[int, Parallel] = weakref.WeakValueDictionary
 
 
 def handle_of(parallel: Parallel | None) -> int:
-    """A number for registered operators, whose arguments cannot be process groups; 0 is None. It keeps nothing alive."""
+    """A number for registered operators, whose arguments cannot be process groups; 0 is None. It
+    keeps nothing alive."""
     return 0 if parallel is None else parallel.handle
 
 
@@ -153,12 +186,17 @@ def from_handle(handle: int) -> Parallel | None:
         return None
     parallel = _KNOWN.get(handle)
     if parallel is None:
-        raise RuntimeError("The Parallel of this call is gone. Make it once and keep it for as long as calls and their backward run.")
+        raise RuntimeError(
+            "The Parallel of this call is gone. Make it once and keep it for as long as calls and"
+            " their backward run."
+        )
     return parallel
 
 
 def _device_of(group: ProcessGroup) -> torch.device:
-    on_host = {"gloo", "mpi"} & set(str(torch.distributed.get_backend(group)).replace(":", ",").split(","))
+    on_host = {"gloo", "mpi"} & set(
+        str(torch.distributed.get_backend(group)).replace(":", ",").split(",")
+    )
     return torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())
 
 

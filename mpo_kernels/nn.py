@@ -1,4 +1,5 @@
-"""Modules that hold the options of a loss, for people who configure their losses as modules. They have no parameters."""
+"""Modules that hold the options of a loss, for people who configure their losses as modules. They
+have no parameters."""
 
 from __future__ import annotations
 
@@ -15,7 +16,10 @@ class _Options(torch.nn.Module):
     def __init__(self, **options: Any) -> None:
         super().__init__()
         logit_scale, softcap, beta = (options[name] for name in ("logit_scale", "softcap", "beta"))
-        like = next((number for number in (logit_scale, softcap, beta) if isinstance(number, torch.Tensor)), None)  # any device, so far
+        like = next(
+            (number for number in (logit_scale, softcap, beta) if isinstance(number, torch.Tensor)),
+            None,
+        )  # any device, so far
         check.check_options(logit_scale, softcap, beta, options["reduction"], like=like)
         check.check_integers(options["ignore_index"], options.get("chunk_bytes"))
         check.check_parallel(options["parallel"])
@@ -67,7 +71,14 @@ class MPOLoss(_Options):
         cu_seqlens: torch.Tensor | None = None,
     ) -> MPOLossOutput:
         """See `mpo_kernels.mpo_loss`."""
-        return mpo_loss(logits, labels, reference_gap, pair_weights=pair_weights, cu_seqlens=cu_seqlens, **self.options)
+        return mpo_loss(
+            logits,
+            labels,
+            reference_gap,
+            pair_weights=pair_weights,
+            cu_seqlens=cu_seqlens,
+            **self.options,
+        )
 
 
 class LinearMPOLoss(_Options):
@@ -113,5 +124,12 @@ class LinearMPOLoss(_Options):
     ) -> MPOLossOutput:
         """See `mpo_kernels.linear_mpo_loss`."""
         return linear_mpo_loss(
-            hidden, weight, labels, reference_gap, bias=bias, pair_weights=pair_weights, cu_seqlens=cu_seqlens, **self.options
+            hidden,
+            weight,
+            labels,
+            reference_gap,
+            bias=bias,
+            pair_weights=pair_weights,
+            cu_seqlens=cu_seqlens,
+            **self.options,
         )

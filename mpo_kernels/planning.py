@@ -1,4 +1,5 @@
-"""Which rows of hidden states make a chunk of logits: whole pairs, in order, under a byte budget. Pure Python."""
+"""Which rows of hidden states make a chunk of logits: whole pairs, in order, under a byte budget.
+Pure Python."""
 
 from __future__ import annotations
 
@@ -6,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 DEFAULT_CHUNK_BYTES = 512 << 20
-"""Logits that exist at once. Each chunk streams the weight and its gradient once more, so small chunks are slow; more than this gains
-nothing."""
+"""Logits that exist at once. Each chunk streams the weight and its gradient once more, so small
+chunks are slow; more than this gains nothing."""
 
 ROW_MULTIPLE = 128
 """Rows of a full chunk are a multiple of this, which GEMM tiles divide."""
@@ -15,7 +16,8 @@ ROW_MULTIPLE = 128
 
 @dataclass(frozen=True)
 class Chunk:
-    """Pairs [first, last) computed together. `rows` exceeds the budget only for a single pair that is larger than it."""
+    """Pairs [first, last) computed together. `rows` exceeds the budget only for a single pair that
+    is larger than it."""
 
     first: int
     last: int
@@ -25,7 +27,8 @@ class Chunk:
 def rows_per_chunk(vocab: int, itemsize: int, chunk_bytes: int | None = None) -> int:
     """Rows of logits that fit the budget: a multiple of 128, at least 128.
 
-    Never a function of the hidden size or of vocab / hidden: that collapses to a few rows at large vocabularies.
+    Never a function of the hidden size or of vocab / hidden: that collapses to a few rows at large
+    vocabularies.
     """
     fit = (DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes) // (vocab * itemsize)
     return max(ROW_MULTIPLE, fit // ROW_MULTIPLE * ROW_MULTIPLE)

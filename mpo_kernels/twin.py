@@ -1,7 +1,9 @@
-"""The PyTorch backend: the functions of `mpo_kernels.kernels` for tensors on devices that Triton does not drive.
+"""The PyTorch backend: the functions of `mpo_kernels.kernels` for tensors on devices that Triton
+does not drive.
 
-Lean rather than clever: blocks of rows that stay in cache, in-place passes, no copy of the logits in fp32, ignored rows skipped.
-Float64 input is computed in float64, everything else in float32, but for sums over a sequence on the CPU, which are float64.
+Lean rather than clever: blocks of rows that stay in cache, in-place passes, no copy of the logits
+in fp32, ignored rows skipped. Float64 input is computed in float64, everything else in float32, but
+for sums over a sequence on the CPU, which are float64.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from itertools import pairwise
 import torch
 
 ROWS_BYTES = 2 << 20
-"""Bytes of a block of rows in the computing dtype: it should stay in the last-level cache between its passes."""
+"""Bytes of a block of rows in the computing dtype: it should stay in the last-level cache between
+its passes."""
 
 
 def logprob_stats(
@@ -24,10 +27,15 @@ def logprob_stats(
     softcap: float | torch.Tensor | None,
     token_outputs: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """logits (B, T, V), labels (N,) int64 -> logp (N,), normalizer (N, 2) (peak, total), and with `token_outputs` entropy (N,) and
-    is_argmax (N,) bool, else None."""
+    """logits (B, T, V), labels (N,) int64 -> logp (N,), normalizer (N, 2) (peak, total), and with
+    `token_outputs` entropy (N,) and is_argmax (N,) bool, else None."""
     partials = logprob_partials(
-        logits, labels, ignore_index=ignore_index, logit_scale=logit_scale, softcap=softcap, token_outputs=token_outputs
+        logits,
+        labels,
+        ignore_index=ignore_index,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        token_outputs=token_outputs,
     )
     unknown = (labels != ignore_index) & ((labels < 0) | (labels >= logits.shape[-1]))
     partials[:, 3].masked_fill_(unknown, float("nan"))
@@ -43,24 +51,28 @@ def logprob_partials(
     softcap: float | torch.Tensor | None,
     token_outputs: bool = False,
 ) -> torch.Tensor:
-    """A slice of the vocabulary, logits (B, T, V), labels (N,) counted from its start -> partials (N, 4) for `combine`:
-    peak, total and weighted sum of the columns besides the label, and the label's final logit, -inf where another slice has it."""
+    """A slice of the vocabulary, logits (B, T, V), labels (N,) counted from its start -> partials
+    (N, 4) for `combine`: peak, total and weighted sum of the columns besides the label, and the
+    label's final logit, -inf where another slice has it."""
     V, dtype = logits.shape[-1], _computing_dtype(logits)
     partials = torch.zeros(labels.numel(), 4, dtype=dtype, device=logits.device)
-    scratch = logits.new_empty(0, dtype=dtype)  # one for all blocks: new memory costs more than the arithmetic on it
+    # one for all blocks: new memory costs more than the arithmetic on it
+    scratch = logits.new_empty(0, dtype=dtype)
     for rows, block, keep in _scored_blocks(logits, labels, ignore_index, dtype):
         wanted = labels[rows][keep]
         here = ((wanted >= 0) & (wanted < V))[:, None]
         at_label = wanted.clamp(0, V - 1)[:, None]
         z = _final_logits(block, dtype, logit_scale, softcap)  # (rows, V)
         z_label = z.gather(1, at_label).masked_fill(~here, float("-inf"))
-        # The largest of all columns serves as the peak of the others: finite unless all are -inf, and one pass less.
+        # The largest of all columns serves as the peak of the others: finite unless all are -inf,
+        # and one pass less.
         peak = z.amax(-1, keepdim=True)
         shift = peak.masked_fill(peak == float("-inf"), 0)
         may_overwrite = z is not block and not token_outputs
         if not may_overwrite and scratch.shape[0] < z.shape[0]:
             scratch = torch.empty_like(z, memory_format=torch.contiguous_format)
-        powers = torch.sub(z, shift, out=z if may_overwrite else scratch[: z.shape[0]]).exp_()  # (rows, V)
+        # (rows, V)
+        powers = torch.sub(z, shift, out=z if may_overwrite else scratch[: z.shape[0]]).exp_()
         # The label is kept out of the sum, so that p -> 1 keeps its digits.
         powers.scatter_(1, at_label, powers.gather(1, at_label).masked_fill_(here, 0))
         total = powers.sum(-1, keepdim=True)
@@ -81,11 +93,17 @@ def combine(
     peak, z_label = part_peak.amax(0), part_label.amax(0)  # amax hands NaN on
     apart = (part_peak - peak).masked_fill(part_total == 0, 0)  # 0 also where -inf - -inf would be
     total = (part_total * apart.exp()).sum(0)
-    d = torch.where(total == 0, float("-inf"), peak - z_label + total.log())  # -inf where no other column counts
+    # -inf where no other column counts
+    d = torch.where(total == 0, float("-inf"), peak - z_label + total.log())
     new_peak = torch.maximum(peak, z_label)
-    new_total = torch.where(total == 0, 0, total * (peak - new_peak).exp()) + (z_label - new_peak).exp()
-    # Where all columns are -inf, one is +inf or one is NaN, the whole row's softmax is NaN, and so is its total by itself: inf - inf.
-    logp = torch.where(new_total.isnan(), new_total, -torch.logaddexp(d, torch.zeros_like(d))).where(scored, 0)
+    new_total = (
+        torch.where(total == 0, 0, total * (peak - new_peak).exp()) + (z_label - new_peak).exp()
+    )
+    # Where all columns are -inf, one is +inf or one is NaN, the whole row's softmax is NaN, and so
+    # is its total by itself: inf - inf.
+    logp = torch.where(
+        new_total.isnan(), new_total, -torch.logaddexp(d, torch.zeros_like(d))
+    ).where(scored, 0)
     normalizer = torch.stack([new_peak, new_total], -1)
     if not token_outputs:
         return logp, normalizer, None, None
@@ -110,7 +128,8 @@ def logprob_grad(
     logit_scale: float | torch.Tensor,
     softcap: float | torch.Tensor | None,
 ) -> None:
-    """Writes dL/dlogits into `out` (B, T, V), which may be `logits` itself; row_grad (B * T,) is dL/dlogp."""
+    """Writes dL/dlogits into `out` (B, T, V), which may be `logits` itself; row_grad (B * T,) is
+    dL/dlogp."""
     dtype, T = _computing_dtype(logits), logits.shape[1]
     ignored = labels == ignore_index
     if bool(ignored.any()):
@@ -123,11 +142,16 @@ def logprob_grad(
         wanted = labels[rows][keep][:, None]
         at_label = wanted.clamp(0, logits.shape[2] - 1)
         not_label = slope * -torch.expm1(logp[rows][keep][:, None])
-        here = at_label == wanted  # else the label is in another slice of the vocabulary, or unknown
+        # else the label is in another slice of the vocabulary, or unknown
+        here = at_label == wanted
         # Where the result has the computing dtype it is computed where it goes.
         buffer = target if target.dtype == dtype and target.shape == block.shape else None
         if softcap is None:
-            z = block if _is_one(logit_scale) else torch.mul(block.to(dtype), logit_scale, out=buffer)
+            z = (
+                block
+                if _is_one(logit_scale)
+                else torch.mul(block.to(dtype), logit_scale, out=buffer)
+            )
             grad = torch.sub(z, peak, out=buffer).exp_().mul_(-slope / total)
         else:
             t = torch.mul(block.to(dtype), logit_scale / softcap).tanh_()
@@ -135,15 +159,24 @@ def logprob_grad(
         grad.scatter_(1, at_label, torch.where(here, not_label, grad.gather(1, at_label)))
         if softcap is not None:
             # 1 - tanh^2 = 1 / cosh^2, which does not cancel where the cap saturates.
-            grad.mul_(torch.mul(block.to(dtype), logit_scale / softcap, out=t).cosh_().square_().reciprocal_())
+            grad.mul_(
+                torch.mul(block.to(dtype), logit_scale / softcap, out=t)
+                .cosh_()
+                .square_()
+                .reciprocal_()
+            )
         if grad is not target:
             target[keep] = grad.to(target.dtype)
 
 
-def sequence_sums(logp: torch.Tensor, labels: torch.Tensor, cu_seqlens: torch.Tensor, *, ignore_index: int) -> torch.Tensor:
+def sequence_sums(
+    logp: torch.Tensor, labels: torch.Tensor, cu_seqlens: torch.Tensor, *, ignore_index: int
+) -> torch.Tensor:
     """(N,) log-probs -> (S, 2): their sum over each sequence, and its number of scored rows."""
-    # One row after the other: in float32 the sum of a long response would lose digits that the difference of two such sums needs.
-    dtype = torch.float64 if logp.device.type == "cpu" else logp.dtype  # not every other device has float64
+    # One row after the other: in float32 the sum of a long response would lose digits that the
+    # difference of two such sums needs.
+    # not every other device has float64
+    dtype = torch.float64 if logp.device.type == "cpu" else logp.dtype
     rows = torch.stack([logp.to(dtype), (labels != ignore_index).to(dtype)], -1)
     zeros = torch.zeros(cu_seqlens.numel() - 1, 2, dtype=dtype, device=logp.device)
     return zeros.index_add(0, _sequence_of_row(cu_seqlens, labels.numel()), rows).to(logp.dtype)
@@ -160,11 +193,15 @@ def pair_loss(
     ignore_index: int,
     sums: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(N,) log-probs -> sequence means (2P,), scored counts (2P,), gaps (P,), weighted losses (P,), dloss/dgap (P,).
+    """(N,) log-probs -> sequence means (2P,), scored counts (2P,), gaps (P,), weighted losses (P,),
+    dloss/dgap (P,).
 
-    `sums` (2P, 2): the sequences' sums where the rows here are only a part of them (context-parallel).
+    `sums` (2P, 2): the sequences' sums where the rows here are only a part of them
+    (context-parallel).
     """
-    total, counts = (sequence_sums(logp, labels, cu_seqlens, ignore_index=ignore_index) if sums is None else sums).unbind(-1)
+    total, counts = (
+        sequence_sums(logp, labels, cu_seqlens, ignore_index=ignore_index) if sums is None else sums
+    ).unbind(-1)
     means = total / counts
     chosen, rejected = means.chunk(2)
     gap = chosen - rejected
@@ -174,15 +211,25 @@ def pair_loss(
 
 
 def row_grads(
-    gap_grad: torch.Tensor, counts: torch.Tensor, labels: torch.Tensor, cu_seqlens: torch.Tensor, *, ignore_index: int
+    gap_grad: torch.Tensor,
+    counts: torch.Tensor,
+    labels: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    ignore_index: int,
 ) -> torch.Tensor:
     """dL/dRG (P,) -> dL/dlogp of every row (N,), 0 for ignored rows."""
     per_sequence = torch.cat([gap_grad, -gap_grad]) / counts
-    return per_sequence[_sequence_of_row(cu_seqlens, labels.numel())].where(labels != ignore_index, 0)
+    return per_sequence[_sequence_of_row(cu_seqlens, labels.numel())].where(
+        labels != ignore_index, 0
+    )
 
 
-def pool(hidden: torch.Tensor, mask: torch.Tensor | None, cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """hidden (N, D), mask (N,) uint8 or None, cu_seqlens (S + 1,) int32 -> means (S, D) and row counts (S,)."""
+def pool(
+    hidden: torch.Tensor, mask: torch.Tensor | None, cu_seqlens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """hidden (N, D), mask (N,) uint8 or None, cu_seqlens (S + 1,) int32 -> means (S, D) and row
+    counts (S,)."""
     dtype = _computing_dtype(hidden)
     pooled, counts = [], []
     for rows in _slices(cu_seqlens):
@@ -192,7 +239,13 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor | None, cu_seqlens: torch.Tens
     return torch.stack(pooled), torch.tensor(counts, dtype=dtype, device=hidden.device)
 
 
-def unpool(grad_pooled: torch.Tensor, mask: torch.Tensor | None, cu_seqlens: torch.Tensor, counts: torch.Tensor, out: torch.Tensor) -> None:
+def unpool(
+    grad_pooled: torch.Tensor,
+    mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor,
+    counts: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
     """Writes the gradient of the pooled rows into `out` (N, D); 0 on rows that are not pooled."""
     for rows, grad, count in zip(_slices(cu_seqlens), grad_pooled, counts, strict=True):
         out[rows] = (grad / count).to(out.dtype)
@@ -201,7 +254,10 @@ def unpool(grad_pooled: torch.Tensor, mask: torch.Tensor | None, cu_seqlens: tor
 
 
 def _final_logits(
-    block: torch.Tensor, dtype: torch.dtype, logit_scale: float | torch.Tensor, softcap: float | torch.Tensor | None
+    block: torch.Tensor,
+    dtype: torch.dtype,
+    logit_scale: float | torch.Tensor,
+    softcap: float | torch.Tensor | None,
 ) -> torch.Tensor:
     z = block.to(dtype)
     if softcap is not None:
@@ -217,9 +273,11 @@ def _is_one(number: float | torch.Tensor) -> bool:
 def _scored_blocks(
     logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, dtype: torch.dtype
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """(rows, logits of the scored ones among them, which of them are scored), in blocks of rows that stay in cache.
+    """(rows, logits of the scored ones among them, which of them are scored), in blocks of rows
+    that stay in cache.
 
-    A block lies within one batch entry, so any pair of outer strides is a plain slice, and a block that is all scored is not copied.
+    A block lies within one batch entry, so any pair of outer strides is a plain slice, and a block
+    that is all scored is not copied.
     """
     B, T, V = logits.shape
     size = max(1, ROWS_BYTES // (V * dtype.itemsize))

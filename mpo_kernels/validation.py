@@ -1,8 +1,7 @@
 """What the public functions accept. Every message says what was given and what is needed.
 
-Checks of shapes, dtypes, devices and host values are always made. Checks that read tensor data are made where that costs no host sync,
-that is for
-CPU tensors, and elsewhere only with validate=True.
+Checks of shapes, dtypes, devices and host values are always made. Checks that read tensor data are
+made where that costs no host sync, that is for CPU tensors, and elsewhere only with validate=True.
 """
 
 from __future__ import annotations
@@ -21,25 +20,29 @@ OPTIONAL = ("bias", "pair_weights", "cu_seqlens", "mask", "sequence_weights")
 
 
 def check_tensors(**tensors: torch.Tensor | None) -> None:
-    """Refuses lists, arrays and tensors that are divided over ranks, under the names of the arguments that they are."""
+    """Refuses lists, arrays and tensors that are divided over ranks, under the names of the
+    arguments that they are."""
     for name, tensor in tensors.items():
         if tensor is None and name in OPTIONAL:
             continue
         if not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"{name} must be a tensor, not {type(tensor).__name__}; torch.as_tensor({name}) makes one.")
+            raise ValueError(
+                f"{name} must be a tensor, not {type(tensor).__name__}; torch.as_tensor({name})"
+                " makes one."
+            )
         if type(tensor).__name__ == "DTensor":
             if name in ("weight", "bias"):
                 raise ValueError(_partitioned(name, "a DTensor"))
             raise ValueError(
-                f"{name} is a DTensor, divided over ranks. Give {name}.to_local() and say with `parallel` how the work is divided, or give "
-                f"{name}.full_tensor()."
+                f"{name} is a DTensor, divided over ranks. Give {name}.to_local() and say with"
+                f" `parallel` how the work is divided, or give {name}.full_tensor()."
             )
 
 
 def _partitioned(name: str, kind: str) -> str:
     return (
-        f"{name} is {kind}: its data are partitioned (ZeRO-3, FSDP). Call the loss inside the head module's forward, where the hooks have "
-        "gathered the weight."
+        f"{name} is {kind}: its data are partitioned (ZeRO-3, FSDP). Call the loss inside the head"
+        " module's forward, where the hooks have gathered the weight."
     )
 
 
@@ -47,14 +50,18 @@ def check_parallel(parallel: Parallel | None) -> None:
     """Refuses what is no `Parallel`: a process group, say."""
     if parallel is not None and not isinstance(parallel, Parallel):
         raise ValueError(
-            f"parallel is {type(parallel).__name__}; needed is a mpo_kernels.Parallel, made once on all ranks of its groups, or None."
+            f"parallel is {type(parallel).__name__}; needed is a mpo_kernels.Parallel, made once on"
+            " all ranks of its groups, or None."
         )
 
 
 def check_float(name: str, tensor: torch.Tensor) -> None:
     """Refuses dtypes that the kernels do not compute with."""
     if tensor.dtype not in FLOATS:
-        raise ValueError(f"{name} has dtype {tensor.dtype}; needed is one of float32, bfloat16, float16 (float64 on the torch backend).")
+        raise ValueError(
+            f"{name} has dtype {tensor.dtype}; needed is one of float32, bfloat16, float16 (float64"
+            " on the torch backend)."
+        )
 
 
 def check_options(
@@ -64,105 +71,174 @@ def check_options(
     reduction: str = "mean",
     like: torch.Tensor | None = None,
 ) -> None:
-    """Refuses numbers that are not finite or out of range, and tensors for them that are no number, elsewhere than on the CPU or with
-    `like`, or trained. The value of a tensor is only read on the CPU, outside of torch.compile."""
+    """Refuses numbers that are not finite or out of range, and tensors for them that are no number,
+    elsewhere than on the CPU or with `like`, or trained. The value of a tensor is only read on the
+    CPU, outside of torch.compile."""
     for name, value in (("logit_scale", logit_scale), ("softcap", softcap), ("beta", beta)):
         if value is None and name == "softcap":
             continue
-        # Not math.isfinite, which torch.compile cannot trace for a dynamic float; nor `int | float`, which that of torch 2.8 cannot.
+        # Not math.isfinite, which torch.compile cannot trace for a dynamic float; nor `int |
+        # float`, which that of torch 2.8 cannot.
         if isinstance(value, torch.Tensor):
             _check_stored_number(name, value, like)
         elif not isinstance(value, (int, float)) or not abs(value) < float("inf"):
             raise ValueError(f"{name} must be a finite Python number, not {value!r}.")
     if softcap is not None and not isinstance(softcap, torch.Tensor) and softcap <= 0:
         raise ValueError(f"softcap is {softcap}; it must be positive, or None for no cap.")
-    if softcap is not None and not isinstance(softcap, torch.Tensor) and not 1e-30 <= softcap <= 1e30:
-        raise ValueError(f"softcap is {softcap}; it must lie between 1e-30 and 1e30, where float32 holds it and its reciprocal.")
+    if (
+        softcap is not None
+        and not isinstance(softcap, torch.Tensor)
+        and not 1e-30 <= softcap <= 1e30
+    ):
+        raise ValueError(
+            f"softcap is {softcap}; it must lie between 1e-30 and 1e30, where float32 holds it and"
+            " its reciprocal."
+        )
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is {reduction!r}; it can be 'mean', 'sum' or 'none'.")
 
 
 def _check_stored_number(name: str, value: torch.Tensor, like: torch.Tensor | None) -> None:
     if value.ndim or value.dtype == torch.bool or value.is_complex():
-        raise ValueError(f"{name} is {value.dtype} {tuple(value.shape)}; needed is a number, or a real tensor of shape ().")
+        raise ValueError(
+            f"{name} is {value.dtype} {tuple(value.shape)}; needed is a number, or a real tensor of"
+            " shape ()."
+        )
     if value.requires_grad:
-        raise ValueError(f"{name} requires a gradient, which is not computed: give {name}.detach(), or scale what comes in or out by it.")
+        raise ValueError(
+            f"{name} requires a gradient, which is not computed: give {name}.detach(), or scale"
+            " what comes in or out by it."
+        )
     if value.device.type != "cpu" and (like is None or value.device != like.device):
-        raise ValueError(f"{name} is on {value.device}; needed is a number, or a tensor on the CPU or on the device of the other tensors.")
-    if value.device.type == "cpu" and not torch.compiler.is_compiling() and type(value) is torch.Tensor:
+        raise ValueError(
+            f"{name} is on {value.device}; needed is a number, or a tensor on the CPU or on the"
+            " device of the other tensors."
+        )
+    if (
+        value.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and type(value) is torch.Tensor
+    ):
         number = value.item()
         if not abs(number) < float("inf") or (name == "softcap" and number <= 0):
-            raise ValueError(f"{name} is {number}; it must be {'positive' if name == 'softcap' else 'finite'}.")
+            raise ValueError(
+                f"{name} is {number}; it must be {'positive' if name == 'softcap' else 'finite'}."
+            )
 
 
 def check_integers(ignore_index: int, chunk_bytes: int | None = None) -> None:
     """Refuses what is no whole number, and a budget that holds nothing."""
-    if isinstance(ignore_index, (bool, float, torch.Tensor)) or ignore_index is None or not -(2**63) <= ignore_index < 2**63:
+    if (
+        isinstance(ignore_index, (bool, float, torch.Tensor))
+        or ignore_index is None
+        or not -(2**63) <= ignore_index < 2**63
+    ):
         raise ValueError(f"ignore_index must be an int of 64 bits, not {ignore_index!r}.")
-    if chunk_bytes is not None and (isinstance(chunk_bytes, (bool, float, torch.Tensor)) or chunk_bytes < 1):
-        raise ValueError(f"chunk_bytes is {chunk_bytes!r}; it must be a positive int, or None for 512 MiB.")
+    if chunk_bytes is not None and (
+        isinstance(chunk_bytes, (bool, float, torch.Tensor)) or chunk_bytes < 1
+    ):
+        raise ValueError(
+            f"chunk_bytes is {chunk_bytes!r}; it must be a positive int, or None for 512 MiB."
+        )
 
 
-def check_rows(name: str, rows: torch.Tensor, labels: torch.Tensor, *, host_labels_ok: bool = False) -> None:
+def check_rows(
+    name: str, rows: torch.Tensor, labels: torch.Tensor, *, host_labels_ok: bool = False
+) -> None:
     """rows (..., X) and labels (...) fit together. `host_labels_ok`: labels may stay on the CPU."""
     check_float(name, rows)
     if labels.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"labels have dtype {labels.dtype}; needed is int64 (or int32).")
     if rows.ndim < 2 or rows.shape[:-1] != labels.shape:
         raise ValueError(
-            f"{name} has shape {tuple(rows.shape)} and labels {tuple(labels.shape)}; labels must have the shape of {name} without its last "
-            "dimension, and labels[t] is the token that position t predicts (already shifted)."
+            f"{name} has shape {tuple(rows.shape)} and labels {tuple(labels.shape)}; labels must"
+            f" have the shape of {name} without its last dimension, and labels[t] is the token that"
+            " position t predicts (already shifted)."
         )
     if rows.shape[-1] == 0:
         raise ValueError(f"{name} has shape {tuple(rows.shape)}: its last dimension is empty.")
     if labels.device != rows.device and not (host_labels_ok and labels.device.type == "cpu"):
-        raise ValueError(f"labels are on {labels.device} and {name} on {rows.device}; move them to one device.")
+        raise ValueError(
+            f"labels are on {labels.device} and {name} on {rows.device}; move them to one device."
+        )
 
 
-def check_head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, any_dtype: bool = False) -> None:
-    """hidden (..., D), weight (V, D), bias (V,) fit together; `any_dtype`: their dtypes may differ (autocast)."""
+def check_head(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    any_dtype: bool = False,
+) -> None:
+    """hidden (..., D), weight (V, D), bias (V,) fit together; `any_dtype`: their dtypes may differ
+    (autocast)."""
     check_float("weight", weight)
     if weight.numel() == 0:
         raise ValueError(_partitioned("weight", f"of shape {tuple(weight.shape)}"))
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; needed is (V, {hidden.shape[-1]}) for hidden {tuple(hidden.shape)}.")
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}; needed is (V, {hidden.shape[-1]}) for hidden"
+            f" {tuple(hidden.shape)}."
+        )
     if bias is not None and bias.shape != (weight.shape[0],):
-        raise ValueError(f"bias has shape {tuple(bias.shape)}; needed is ({weight.shape[0]},), one value per row of weight.")
+        raise ValueError(
+            f"bias has shape {tuple(bias.shape)}; needed is ({weight.shape[0]},), one value per row"
+            " of weight."
+        )
     for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and ((tensor.dtype != hidden.dtype and not any_dtype) or tensor.device != hidden.device):
-            raise ValueError(f"{name} is {tensor.dtype} on {tensor.device} and hidden {hidden.dtype} on {hidden.device}; they must agree.")
+        if tensor is not None and (
+            (tensor.dtype != hidden.dtype and not any_dtype) or tensor.device != hidden.device
+        ):
+            raise ValueError(
+                f"{name} is {tensor.dtype} on {tensor.device} and hidden {hidden.dtype} on"
+                f" {hidden.device}; they must agree."
+            )
 
 
 def check_slice(name: str, tokens: int, parallel: Parallel | None) -> None:
     """A vocabulary-parallel call has the slice that its `Parallel` was made for."""
     if parallel is not None and parallel.vocab_group is not None and tokens != parallel.vocab_slice:
-        raise ValueError(f"{name} holds {tokens} tokens of the vocabulary, but parallel was made with vocab_slice={parallel.vocab_slice}.")
+        raise ValueError(
+            f"{name} holds {tokens} tokens of the vocabulary, but parallel was made with"
+            f" vocab_slice={parallel.vocab_slice}."
+        )
 
 
-def check_layout(rows: torch.Tensor, cu_seqlens: torch.Tensor | None, what: str, *, pairs: bool) -> int:
-    """The number of sequences. `rows` is (S, T, X) without cu_seqlens, (N, X) with it; `pairs` demands an even number."""
+def check_layout(
+    rows: torch.Tensor, cu_seqlens: torch.Tensor | None, what: str, *, pairs: bool
+) -> int:
+    """The number of sequences. `rows` is (S, T, X) without cu_seqlens, (N, X) with it; `pairs`
+    demands an even number."""
     if cu_seqlens is None:
         if rows.ndim != 3:
             raise ValueError(
-                f"{what} has shape {tuple(rows.shape)}; the dense layout is [sequences, T, {what} size]. For packed rows [N, ...] give "
-                "cu_seqlens."
+                f"{what} has shape {tuple(rows.shape)}; the dense layout is [sequences, T, {what}"
+                " size]. For packed rows [N, ...] give cu_seqlens."
             )
         sequences = rows.shape[0]
     else:
         if rows.ndim != 2:
-            raise ValueError(f"{what} has shape {tuple(rows.shape)}; with cu_seqlens the packed layout is [N, {what} size].")
+            raise ValueError(
+                f"{what} has shape {tuple(rows.shape)}; with cu_seqlens the packed layout is [N,"
+                f" {what} size]."
+            )
         if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32:
-            raise ValueError(f"cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}; needed is int32 of shape (sequences + 1,).")
+            raise ValueError(
+                f"cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}; needed is int32 of"
+                " shape (sequences + 1,)."
+            )
         if cu_seqlens.device != rows.device and cu_seqlens.device.type != "cpu":
-            raise ValueError(f"cu_seqlens is on {cu_seqlens.device} and {what} on {rows.device}; use that device or the CPU.")
+            raise ValueError(
+                f"cu_seqlens is on {cu_seqlens.device} and {what} on {rows.device}; use that device"
+                " or the CPU."
+            )
         sequences = cu_seqlens.numel() - 1
     if sequences < 1:
         raise ValueError(f"{what} holds no sequence.")
     if pairs and sequences % 2:
         raise ValueError(
-            f"{sequences} sequences cannot be pairs; needed are 2P sequences, the P chosen ones first, then the P rejected ones "
-            "in the same "
-            "order."
+            f"{sequences} sequences cannot be pairs; needed are 2P sequences, the P chosen ones"
+            " first, then the P rejected ones in the same order."
         )
     return sequences
 
@@ -171,7 +247,8 @@ def check_per(name: str, tensor: torch.Tensor, count: int, unit: str, device: to
     """A vector with one float per pair or sequence."""
     if tensor.shape != (count,) or not tensor.is_floating_point():
         raise ValueError(
-            f"{name} is {tensor.dtype} {tuple(tensor.shape)}; needed is a float tensor of shape ({count},), one value per {unit}."
+            f"{name} is {tensor.dtype} {tuple(tensor.shape)}; needed is a float tensor of shape"
+            f" ({count},), one value per {unit}."
         )
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}; move it to {device}.")
@@ -179,8 +256,15 @@ def check_per(name: str, tensor: torch.Tensor, count: int, unit: str, device: to
 
 def check_cu_seqlens_values(cu_seqlens: torch.Tensor, rows: int) -> None:
     """Reads cu_seqlens: from 0 to the number of rows, never falling."""
-    if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != rows or bool((cu_seqlens.diff() < 0).any()):
-        raise ValueError(f"cu_seqlens is {_short(cu_seqlens)}; it must rise from 0 to the number of rows, {rows}, without falling.")
+    if (
+        int(cu_seqlens[0]) != 0
+        or int(cu_seqlens[-1]) != rows
+        or bool((cu_seqlens.diff() < 0).any())
+    ):
+        raise ValueError(
+            f"cu_seqlens is {_short(cu_seqlens)}; it must rise from 0 to the number of rows,"
+            f" {rows}, without falling."
+        )
 
 
 def check_label_values(labels: torch.Tensor, vocab: int, ignore_index: int) -> None:
@@ -190,8 +274,8 @@ def check_label_values(labels: torch.Tensor, vocab: int, ignore_index: int) -> N
     if bad.numel():
         place = tuple(bad[0].tolist())
         raise ValueError(
-            f"labels{list(place)} is {int(labels[place])}; labels must be in [0, {vocab}) or the ignore_index {ignore_index} "
-            f"({bad.shape[0]} are not)."
+            f"labels{list(place)} is {int(labels[place])}; labels must be in [0, {vocab}) or the"
+            f" ignore_index {ignore_index} ({bad.shape[0]} are not)."
         )
 
 
@@ -199,7 +283,9 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
     """Reads a small vector: no NaN, no infinity."""
     bad = torch.nonzero(~tensor.isfinite())
     if bad.numel():
-        raise ValueError(f"{name}[{int(bad[0])}] is {float(tensor[int(bad[0])])}; all values must be finite.")
+        raise ValueError(
+            f"{name}[{int(bad[0])}] is {float(tensor[int(bad[0])])}; all values must be finite."
+        )
 
 
 def check_no_empty_sequence(counts: torch.Tensor, pairs: bool) -> None:
@@ -208,10 +294,15 @@ def check_no_empty_sequence(counts: torch.Tensor, pairs: bool) -> None:
     if empty.numel():
         sequence = int(empty[0])
         half = counts.numel() // 2
-        side = f" ({'chosen' if sequence < half else 'rejected'} of pair {sequence % half})" if pairs else ""
+        side = (
+            f" ({'chosen' if sequence < half else 'rejected'} of pair {sequence % half})"
+            if pairs
+            else ""
+        )
         kind = "scored" if pairs else "pooled"
         raise ValueError(
-            f"Sequence {sequence}{side} has no {kind} position, so its mean is undefined. Drop it, or keep at least one position."
+            f"Sequence {sequence}{side} has no {kind} position, so its mean is undefined. Drop it,"
+            " or keep at least one position."
         )
 
 

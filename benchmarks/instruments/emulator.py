@@ -1,9 +1,11 @@
-"""Follows compiled GPU code on the CPU: the PTX that Triton emitted, thread by thread in numpy, with checks that a GPU does not make.
+"""Follows compiled GPU code on the CPU: the PTX that Triton emitted, thread by thread in numpy,
+with checks that a GPU does not make.
 
-    findings = emulate(parse(compiled.asm["ptx"]), grid=(3,), arguments=[x, y, 1024], num_warps=4, shared_bytes=512)
-    assert findings.clean, findings
+    findings = emulate(parse(compiled.asm["ptx"]), grid=(3,), arguments=[x, y, 1024], num_warps=4,
+    shared_bytes=512) assert findings.clean, findings
 
-Arguments are those of the PTX: tensors in CPU memory, which the code reads and writes in place, and numbers.
+Arguments are those of the PTX: tensors in CPU memory, which the code reads and writes in place, and
+numbers.
 
 Reported, each in a list with one line per instruction (its first occurrence):
 
@@ -11,13 +13,16 @@ Reported, each in a list with one line per instruction (its first occurrence):
     misaligned      vector accesses at an address that their size does not divide
     races           two warps touch a byte, one of them writes another value to it, and no barrier lies between; or two programs do
     undefined       a register that was never written is read; one that another path wrote, or what was computed or shuffled from it, is
-                    stored, used as an address or decides where a thread goes; shared memory is read that was not written; a shuffle reads
-                    a thread that is not there; a barrier that some threads of the program miss
+                    stored, used as an address or decides where a thread goes; shared memory is read
+                    that was not written; a shuffle reads a thread that is not there; a barrier that
+                    some threads of the program miss
 
-Instructions are followed in an order that a GPU may choose but does not have to: programs one after another, all threads of a program
-together, those that went apart join at the lowest instruction. Approximate instructions (ex2.approx, div.full) give numpy's float32
-result, so their error on hardware is not seen here. An instruction that is not known stops the emulation with its name: atomics,
-asynchronous copies and matrix instructions are not known, since no kernel of this package has them.
+Instructions are followed in an order that a GPU may choose but does not have to: programs one after
+another, all threads of a program together, those that went apart join at the lowest instruction.
+Approximate instructions (ex2.approx, div.full) give numpy's float32 result, so their error on
+hardware is not seen here. An instruction that is not known stops the emulation with its name:
+atomics, asynchronous copies and matrix instructions are not known, since no kernel of this package
+has them.
 """
 
 from __future__ import annotations
@@ -77,9 +82,10 @@ def emulate(
     """Runs the programs of a launch.
 
     Args:
-        programs: only these, counted along the first axis first; of a large launch some may be enough. None: all.
-        arguments: in the order of the PTX parameters; parameters beyond them (Triton's scratch space) are null pointers. A float is
-            passed as float32.
+        programs: only these, counted along the first axis first; of a large launch some may be
+            enough. None: all.
+        arguments: in the order of the PTX parameters; parameters beyond them (Triton's scratch
+            space) are null pointers. A float is passed as float32.
 
     Raises:
         NotImplementedError: an instruction or operand that is not known.
@@ -92,7 +98,17 @@ def emulate(
     shape = (*grid, *(1,) * (3 - len(grid)))
     for number, place in enumerate(itertools.product(*(range(n) for n in reversed(shape)))):
         if programs is None or number in programs:
-            _Threads(program, num_warps, place[::-1], shape, values, memory, number, shared_bytes, findings).run()
+            _Threads(
+                program,
+                num_warps,
+                place[::-1],
+                shape,
+                values,
+                memory,
+                number,
+                shared_bytes,
+                findings,
+            ).run()
     memory.write_back()
     return findings
 
@@ -102,14 +118,17 @@ def _bits_of(argument: torch.Tensor | int | float | None) -> int:
         return 0
     if isinstance(argument, torch.Tensor):
         return argument.data_ptr()
-    return int(np.float32(argument).view(np.uint32)) if isinstance(argument, float) else int(argument)
+    return (
+        int(np.float32(argument).view(np.uint32)) if isinstance(argument, float) else int(argument)
+    )
 
 
 # Memory
 
 
 class _Memory:
-    """Bytes with, for each, who last wrote and read it: interval between barriers * 256 + warp, or 255 for several warps. -1: nobody."""
+    """Bytes with, for each, who last wrote and read it: interval between barriers * 256 + warp, or
+    255 for several warps. -1: nobody."""
 
     def __init__(self, name: str, size: int) -> None:
         self.name = name
@@ -117,9 +136,12 @@ class _Memory:
         self._writers = np.full(size, -1, np.int64)
         self._readers = np.full(size, -1, np.int64)
 
-    def track(self, places: np.ndarray, warps: np.ndarray, interval: int, changed: np.ndarray | None) -> str | None:
-        """Notes an access to `places` (threads, n) by `warps` (threads,); says what conflicts. `changed`: None for a read, else which
-        bytes get another value, for storing a value that is there already is no conflict."""
+    def track(
+        self, places: np.ndarray, warps: np.ndarray, interval: int, changed: np.ndarray | None
+    ) -> str | None:
+        """Notes an access to `places` (threads, n) by `warps` (threads,); says what conflicts.
+        `changed`: None for a read, else which bytes get another value, for storing a value that is
+        there already is no conflict."""
         warp = warps[:, None]
         writers, readers = self._writers[places], self._readers[places]
         conflict = (writers >> 8 == interval) & (writers & 255 != warp)
@@ -129,7 +151,11 @@ class _Memory:
             self._readers[places] = mine
             shared = self._readers[places] != mine  # by several warps in this very instruction
             self._readers[places[shared]] = interval << 8 | 255
-            return f"{self.name} memory: reads what another warp wrote since the last barrier" if conflict.any() else None
+            return (
+                f"{self.name} memory: reads what another warp wrote since the last barrier"
+                if conflict.any()
+                else None
+            )
         self._writers[places] = interval << 8 | warp
         if (conflict & changed).any():
             return f"{self.name} memory: writes what another warp wrote since the last barrier"
@@ -155,7 +181,10 @@ class _GlobalMemory(_Memory):
 
     def write_back(self) -> None:
         for start, end, offset in zip(self._starts, self._ends, self._offsets, strict=True):
-            target, source = _at(int(start), int(end - start)), self.bytes[offset : offset + end - start]
+            target, source = (
+                _at(int(start), int(end - start)),
+                self.bytes[offset : offset + end - start],
+            )
             if not np.array_equal(target, source):
                 target[:] = source
 
@@ -170,15 +199,29 @@ class _GlobalMemory(_Memory):
     def distance(self, address: int) -> int:
         """Bytes from the end of the nearest run that starts before."""
         return min(
-            (address - int(end) for start, end in zip(self._starts, self._ends, strict=True) if start <= address), default=0, key=abs
+            (
+                address - int(end)
+                for start, end in zip(self._starts, self._ends, strict=True)
+                if start <= address
+            ),
+            default=0,
+            key=abs,
         )
 
-    def between_programs(self, places: np.ndarray, program: int, changed: np.ndarray | None) -> str | None:
+    def between_programs(
+        self, places: np.ndarray, program: int, changed: np.ndarray | None
+    ) -> str | None:
         writers, readers = self._writing_program[places], self._reading_program[places]
         foreign = (writers >= 0) & (writers != program)
         if changed is None:
-            self._reading_program[places] = np.where((readers == -1) | (readers == program), program, -2)
-            return "global memory: reads what another program of the launch wrote" if foreign.any() else None
+            self._reading_program[places] = np.where(
+                (readers == -1) | (readers == program), program, -2
+            )
+            return (
+                "global memory: reads what another program of the launch wrote"
+                if foreign.any()
+                else None
+            )
         self._writing_program[places] = program
         if (foreign & changed).any():
             return "global memory: writes what another program of the launch wrote"
@@ -188,7 +231,8 @@ class _GlobalMemory(_Memory):
 
 
 def _runs(tensor: torch.Tensor) -> list[tuple[int, int]]:
-    """Address ranges that the elements of a tensor fill, outer dimensions one by one where their rows leave gaps."""
+    """Address ranges that the elements of a tensor fill, outer dimensions one by one where their
+    rows leave gaps."""
     if not tensor.numel():
         return []
     if tensor.is_contiguous():
@@ -226,7 +270,9 @@ def _from_bfloat16(bits: np.ndarray) -> np.ndarray:
 
 
 def _without_subnormals(value: np.ndarray) -> np.ndarray:
-    return np.where(np.abs(value) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), value), value)
+    return np.where(
+        np.abs(value) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), value), value
+    )
 
 
 def _halves(bits: np.ndarray) -> np.ndarray:
@@ -301,7 +347,12 @@ class _Threads:
         shared_bytes: int,
         findings: Findings,
     ) -> None:
-        self._program, self._memory, self._number, self._findings = program, memory, number, findings
+        self._program, self._memory, self._number, self._findings = (
+            program,
+            memory,
+            number,
+            findings,
+        )
         self._count = num_warps * _WARP
         self._lane = np.arange(self._count) % _WARP
         self._warp = np.arange(self._count) // _WARP
@@ -309,9 +360,12 @@ class _Threads:
         self._shared = _Memory("shared", max(shared_bytes, 16))
         self._shared_written = np.zeros(len(self._shared.bytes), bool)
         self._registers: dict[str, np.ndarray] = {}
-        self._written: dict[str, Mask] = {}  # threads in which a register was written, from what was written itself
-        self._unwritten: Mask = np.zeros(self._count, bool)  # threads in which the instruction at hand has read what was not
-        self._interval = number << 24  # of accesses between two barriers; never that of another program
+        # threads in which a register was written, from what was written itself
+        self._written: dict[str, Mask] = {}
+        # threads in which the instruction at hand has read what was not
+        self._unwritten: Mask = np.zeros(self._count, bool)
+        # of accesses between two barriers; never that of another program
+        self._interval = number << 24
         self._special = {
             "%tid.x": np.arange(self._count),
             "%laneid": self._lane,
@@ -324,15 +378,20 @@ class _Threads:
 
     def run(self) -> None:
         """From the first instruction until all threads have returned."""
-        groups = [(0, np.ones(self._count, bool))]  # threads that are together, and their next instruction
+        # threads that are together, and their next instruction
+        groups = [(0, np.ones(self._count, bool))]
         waiting: list[tuple[int, Mask]] = []
         steps = 0
         with np.errstate(all="ignore"):
             while groups or waiting:
                 if not groups:
-                    missing = self._count - int(np.logical_or.reduce([mask for _, mask in waiting]).sum())
+                    missing = self._count - int(
+                        np.logical_or.reduce([mask for _, mask in waiting]).sum()
+                    )
                     if missing:
-                        self._findings.add("undefined", f"a barrier that {missing} threads of the program miss")
+                        self._findings.add(
+                            "undefined", f"a barrier that {missing} threads of the program miss"
+                        )
                     self._interval += 1
                     groups, waiting = waiting, []
                 at, mask = self._next_group(groups)
@@ -340,9 +399,13 @@ class _Threads:
                 while mask.any() and at != meeting and at < len(self._program.instructions):
                     steps += 1
                     if steps > _MOST_STEPS:
-                        raise TimeoutError(f"A program still runs after {_MOST_STEPS} instructions.")
+                        raise TimeoutError(
+                            f"A program still runs after {_MOST_STEPS} instructions."
+                        )
                     instruction = self._program.instructions[at]
-                    taken = mask if instruction.guard is None else mask & self._guard(instruction, mask)
+                    taken = (
+                        mask if instruction.guard is None else mask & self._guard(instruction, mask)
+                    )
                     at += 1
                     if instruction.opcode == "bra":
                         target = self._program.labels[instruction.operands[0][0]]
@@ -352,7 +415,10 @@ class _Threads:
                             break
                     elif instruction.opcode in ("ret", "exit"):
                         mask = mask & ~taken
-                    elif instruction.opcode in ("bar", "barrier") and "warp" not in instruction.modifiers:
+                    elif (
+                        instruction.opcode in ("bar", "barrier")
+                        and "warp" not in instruction.modifiers
+                    ):
                         waiting.append((at, taken))
                         mask = mask & ~taken
                         break
@@ -363,7 +429,8 @@ class _Threads:
 
     @staticmethod
     def _next_group(groups: list[tuple[int, Mask]]) -> tuple[int, Mask]:
-        """Takes out the threads at the lowest instruction, so that those which went apart meet again where their paths do."""
+        """Takes out the threads at the lowest instruction, so that those which went apart meet
+        again where their paths do."""
         at = min(start for start, _ in groups)
         mask = np.logical_or.reduce([m for start, m in groups if start == at])
         groups[:] = [group for group in groups if group[0] != at]
@@ -381,15 +448,18 @@ class _Threads:
         if name in _NOTHING_TO_DO or (name == "bar" and "warp" in instruction.modifiers):
             return
         if name not in _OPERATIONS:
-            raise NotImplementedError(f"The emulator does not know the instruction {instruction.text!r}.")
+            raise NotImplementedError(
+                f"The emulator does not know the instruction {instruction.text!r}."
+            )
         self._unwritten[:] = False
         _OPERATIONS[name](self, instruction, mask)
 
     # Registers
 
     def _bits(self, operand: str, width: int, mask: Mask) -> np.ndarray:
-        """An operand's bits in all threads. Which of those in `mask` were not written is noted: triton before 3.7 lets threads that take no
-        part in a reduction shuffle such registers, and drops the result."""
+        """An operand's bits in all threads. Which of those in `mask` were not written is noted:
+        triton before 3.7 lets threads that take no part in a reduction shuffle such registers, and
+        drops the result."""
         if operand.startswith("!"):
             return ~self._bits(operand[1:], width, mask)
         if operand in self._program.widths:
@@ -400,35 +470,46 @@ class _Threads:
             value = self._registers[operand]
             return value if width == 1 else value.astype(_UNSIGNED[width], copy=False)
         if operand in self._special:
-            return np.broadcast_to(np.asarray(self._special[operand]), self._count).astype(_UNSIGNED[width])
+            return np.broadcast_to(np.asarray(self._special[operand]), self._count).astype(
+                _UNSIGNED[width]
+            )
         if float_bits := re.fullmatch(r"0[fd]([0-9A-Fa-f]+)", operand):
             return np.full(self._count, int(float_bits[1], 16), _UNSIGNED[width])
         if re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)U?", operand):
             number = int(operand.rstrip("U"), 0)
             return np.full(
-                self._count, bool(number) if width == 1 else number & ((1 << width) - 1), bool if width == 1 else _UNSIGNED[width]
+                self._count,
+                bool(number) if width == 1 else number & ((1 << width) - 1),
+                bool if width == 1 else _UNSIGNED[width],
             )
         raise NotImplementedError(f"The emulator does not know the operand {operand!r}.")
 
-    def read(self, instruction: Instruction, place: int, mask: Mask, kind: str | None = None) -> np.ndarray:
+    def read(
+        self, instruction: Instruction, place: int, mask: Mask, kind: str | None = None
+    ) -> np.ndarray:
         """Operand `place` as numbers of type `kind` (the instruction's last type)."""
         kind = kind or instruction.types[-1]
         return _decode(self._bits(instruction.operands[place][0], _width(kind), mask), kind)
 
     def write(self, register: str, value: np.ndarray, kind: str, mask: Mask) -> None:
-        """Stores numbers of type `kind`, extended to the register's width as PTX does: signed ones with their sign."""
+        """Stores numbers of type `kind`, extended to the register's width as PTX does: signed ones
+        with their sign."""
         if register == "_":
             return
         bits = _encode(value, kind)
         width = self._program.widths[register]
         if kind != "pred" and width != bits.dtype.itemsize * 8:
             bits = (
-                bits.view(_SIGNED[bits.dtype.itemsize * 8]).astype(_SIGNED[width]).view(_UNSIGNED[width])
+                bits.view(_SIGNED[bits.dtype.itemsize * 8])
+                .astype(_SIGNED[width])
+                .view(_UNSIGNED[width])
                 if kind[0] == "s"
                 else bits.astype(_UNSIGNED[width])
             )
         old = self._registers.get(register)
-        self._registers[register] = np.where(mask, bits, np.zeros_like(bits) if old is None else old)
+        self._registers[register] = np.where(
+            mask, bits, np.zeros_like(bits) if old is None else old
+        )
         written = self._written.get(register)
         kept = np.zeros_like(mask) if written is None else written & ~mask
         self._written[register] = kept | (mask & ~self._unwritten)
@@ -436,23 +517,33 @@ class _Threads:
     def _must_be_written(self, instruction: Instruction, mask: Mask) -> None:
         """What the instruction has read so far takes effect outside of registers."""
         if (self._unwritten & mask).any():
-            self._findings.add("undefined", f"a register is used in threads that did not write it: {instruction.text}")
+            self._findings.add(
+                "undefined",
+                f"a register is used in threads that did not write it: {instruction.text}",
+            )
 
     # Memory
 
     def load(self, instruction: Instruction, mask: Mask) -> None:
         names, width = instruction.operands[0], _width(instruction.types[-1])
-        kind = f"{'s' if instruction.types[-1][0] == 's' else 'b'}{width}"  # a signed number keeps its sign in a wider register
+        # a signed number keeps its sign in a wider register
+        kind = f"{'s' if instruction.types[-1][0] == 's' else 'b'}{width}"
         if "param" in instruction.modifiers:
             value = self._parameters[instruction.operands[1][0].strip("[] ")] & ((1 << width) - 1)
-            self.write(names[0], _decode(np.full(self._count, value, _UNSIGNED[width]), kind), kind, mask)
+            self.write(
+                names[0], _decode(np.full(self._count, value, _UNSIGNED[width]), kind), kind, mask
+            )
             return
         read = np.zeros((self._count, width // 8 * len(names)), np.uint8)
-        memory, threads, places = self._reach(instruction, instruction.operands[1][0], read.shape[1], mask)
+        memory, threads, places = self._reach(
+            instruction, instruction.operands[1][0], read.shape[1], mask
+        )
         self._track(instruction, memory, threads, places, None)
         read[threads] = memory.bytes[places]
         if memory is self._shared and not self._shared_written[places].all():
-            self._findings.add("undefined", f"shared memory is read and was not written: {instruction.text}")
+            self._findings.add(
+                "undefined", f"shared memory is read and was not written: {instruction.text}"
+            )
         columns: np.ndarray = read.view(_UNSIGNED[width])
         for i, name in enumerate(names):
             self.write(name, _decode(np.ascontiguousarray(columns[:, i]), kind), kind, mask)
@@ -462,28 +553,43 @@ class _Threads:
         parts = [self._bits(name, width, mask) for name in instruction.operands[1]]
         self._must_be_written(instruction, mask)
         data = np.ascontiguousarray(np.stack(parts, axis=1)).view(np.uint8)
-        memory, threads, places = self._reach(instruction, instruction.operands[0][0], data.shape[1], mask)
+        memory, threads, places = self._reach(
+            instruction, instruction.operands[0][0], data.shape[1], mask
+        )
         self._track(instruction, memory, threads, places, memory.bytes[places] != data[threads])
         memory.bytes[places] = data[threads]
         if (memory.bytes[places] != data[threads]).any():
-            self._findings.add("races", f"{memory.name} memory: threads write different values to a byte at once: {instruction.text}")
+            self._findings.add(
+                "races",
+                f"{memory.name} memory: threads write different values to a byte at once:"
+                f" {instruction.text}",
+            )
         if memory is self._shared:
             self._shared_written[places] = True
 
     def load_matrix(self, instruction: Instruction, mask: Mask) -> None:
-        """ldmatrix of 8 x 8 matrices of 16 bits: of the i-th, thread 4r + c gets elements 2c and 2c + 1 of row r in its i-th register, and
-        thread 8i + r holds that row's address."""
+        """ldmatrix of 8 x 8 matrices of 16 bits: of the i-th, thread 4r + c gets elements 2c and 2c
+        + 1 of row r in its i-th register, and thread 8i + r holds that row's address."""
         registers = instruction.operands[0]
         self._knows_matrix(instruction, mask)
         rows = np.zeros((self._count, 16), np.uint8)
-        memory, threads, places = self._reach(instruction, instruction.operands[1][0], 16, self._lane < 8 * len(registers))
+        memory, threads, places = self._reach(
+            instruction, instruction.operands[1][0], 16, self._lane < 8 * len(registers)
+        )
         self._track(instruction, memory, threads, places, None)
         rows[threads] = memory.bytes[places]
         if not self._shared_written[places].all():
-            self._findings.add("undefined", f"shared memory is read and was not written: {instruction.text}")
+            self._findings.add(
+                "undefined", f"shared memory is read and was not written: {instruction.text}"
+            )
         words = rows.view(np.uint32)
         for i, register in enumerate(registers):
-            self.write(register, words[self._warp * _WARP + 8 * i + self._lane // 4, self._lane % 4], "b32", mask)
+            self.write(
+                register,
+                words[self._warp * _WARP + 8 * i + self._lane // 4, self._lane % 4],
+                "b32",
+                mask,
+            )
 
     def store_matrix(self, instruction: Instruction, mask: Mask) -> None:
         """stmatrix, the inverse of `load_matrix`."""
@@ -491,20 +597,35 @@ class _Threads:
         self._knows_matrix(instruction, mask)
         words = np.zeros((self._count, 4), np.uint32)
         for i, register in enumerate(registers):
-            words[self._warp * _WARP + 8 * i + self._lane // 4, self._lane % 4] = self._bits(register, 32, mask)
+            words[self._warp * _WARP + 8 * i + self._lane // 4, self._lane % 4] = self._bits(
+                register, 32, mask
+            )
         data = words.view(np.uint8)
-        memory, threads, places = self._reach(instruction, instruction.operands[0][0], 16, self._lane < 8 * len(registers))
+        memory, threads, places = self._reach(
+            instruction, instruction.operands[0][0], 16, self._lane < 8 * len(registers)
+        )
         self._track(instruction, memory, threads, places, memory.bytes[places] != data[threads])
         memory.bytes[places] = data[threads]
         self._shared_written[places] = True
 
     def _knows_matrix(self, instruction: Instruction, mask: Mask) -> None:
-        if instruction.modifier("x1", "x2", "x4") is None or "trans" in instruction.modifiers or not mask.all():
-            raise NotImplementedError(f"The emulator does not know the instruction {instruction.text!r}.")
+        if (
+            instruction.modifier("x1", "x2", "x4") is None
+            or "trans" in instruction.modifiers
+            or not mask.all()
+        ):
+            raise NotImplementedError(
+                f"The emulator does not know the instruction {instruction.text!r}."
+            )
 
-    def _reach(self, instruction: Instruction, operand: str, size: int, mask: Mask) -> tuple[_Memory, np.ndarray, np.ndarray]:
-        """The memory, the threads whose access is good, and the bytes that they touch (threads, size)."""
-        base, sign, offset = re.fullmatch(r"\[\s*([^\s+\]]+)\s*(?:([+-])\s*(-?\w+))?\s*\]", operand).groups()  # type: ignore[union-attr]
+    def _reach(
+        self, instruction: Instruction, operand: str, size: int, mask: Mask
+    ) -> tuple[_Memory, np.ndarray, np.ndarray]:
+        """The memory, the threads whose access is good, and the bytes that they touch (threads,
+        size)."""
+        base, sign, offset = re.fullmatch(
+            r"\[\s*([^\s+\]]+)\s*(?:([+-])\s*(-?\w+))?\s*\]", operand
+        ).groups()  # type: ignore[union-attr]
         addresses = self._bits(base, 64, mask).astype(np.int64)
         self._must_be_written(instruction, mask)
         if offset:
@@ -513,7 +634,9 @@ class _Threads:
         addresses = addresses[threads]
         if (addresses % size).any():
             self._findings.add(
-                "misaligned", f"{size}-byte access at an address that is {int((addresses % size).max())} mod {size}: {instruction.text}"
+                "misaligned",
+                f"{size}-byte access at an address that is {int((addresses % size).max())} mod"
+                f" {size}: {instruction.text}",
             )
         memory: _Memory
         if instruction.modifier("shared", "shared::cta") is not None:
@@ -525,16 +648,26 @@ class _Threads:
             inside, places = self._memory.locate(addresses, size)
         if not inside.all():
             first = int(np.flatnonzero(~inside)[0])
-            far = self._memory.distance(int(addresses[first])) if memory is self._memory else int(addresses[first]) - _SHARED_BASE
+            far = (
+                self._memory.distance(int(addresses[first]))
+                if memory is self._memory
+                else int(addresses[first]) - _SHARED_BASE
+            )
             self._findings.add(
                 "out_of_bounds",
-                f"{memory.name} memory, {int((~inside).sum())} threads of program {self._number}, thread {threads[first]} at {far:+d} "
-                f"bytes from the end of the nearest argument: {instruction.text}",
+                f"{memory.name} memory, {int((~inside).sum())} threads of program {self._number},"
+                f" thread {threads[first]} at {far:+d} bytes from the end of the nearest argument:"
+                f" {instruction.text}",
             )
         return memory, threads[inside], places[:, None] + np.arange(size)
 
     def _track(
-        self, instruction: Instruction, memory: _Memory, threads: np.ndarray, places: np.ndarray, changed: np.ndarray | None
+        self,
+        instruction: Instruction,
+        memory: _Memory,
+        threads: np.ndarray,
+        places: np.ndarray,
+        changed: np.ndarray | None,
     ) -> None:
         conflict = memory.track(places, self._warp[threads], self._interval, changed)
         if memory is self._memory:
@@ -553,11 +686,19 @@ class _Threads:
         low = self._lane & segment
         high = low | (clamp & ~segment)
         mode = instruction.modifier("bfly", "down", "up", "idx")
-        source = {"bfly": self._lane ^ b, "down": self._lane + b, "up": self._lane - b, "idx": low | (b & ~segment)}[mode or ""]
+        source = {
+            "bfly": self._lane ^ b,
+            "down": self._lane + b,
+            "up": self._lane - b,
+            "idx": low | (b & ~segment),
+        }[mode or ""]
         inside = np.asarray(source >= high if mode == "up" else source <= high)
         source = np.where(inside, source, self._lane) + self._warp * _WARP
         if (~mask[source[mask]]).any():
-            self._findings.add("undefined", f"a shuffle reads a thread that takes no part in it: {instruction.text}")
+            self._findings.add(
+                "undefined",
+                f"a shuffle reads a thread that takes no part in it: {instruction.text}",
+            )
         target, _, flag = instruction.operands[0][0].partition("|")
         if flag:
             self.write(flag, inside, "pred", mask)
@@ -568,52 +709,80 @@ class _Threads:
         """redux.sync: every thread of a warp gets the reduction over the warp."""
         warps = mask.reshape(-1, _WARP)
         if (warps.any(1) & ~warps.all(1)).any():
-            self._findings.add("undefined", f"a reduction over a warp that not all of its threads reach: {instruction.text}")
+            self._findings.add(
+                "undefined",
+                f"a reduction over a warp that not all of its threads reach: {instruction.text}",
+            )
         value = self.read(instruction, 1, mask).reshape(-1, _WARP)
         self._unwritten = self._unwritten.reshape(-1, _WARP).any(1).repeat(_WARP)
         name = instruction.modifier(*_REDUCTIONS)
         if name is None:
-            raise NotImplementedError(f"The emulator does not know the instruction {instruction.text!r}.")
-        self.write(instruction.operands[0][0], np.repeat(_REDUCTIONS[name](value), _WARP).astype(value.dtype), instruction.types[-1], mask)
+            raise NotImplementedError(
+                f"The emulator does not know the instruction {instruction.text!r}."
+            )
+        self.write(
+            instruction.operands[0][0],
+            np.repeat(_REDUCTIONS[name](value), _WARP).astype(value.dtype),
+            instruction.types[-1],
+            mask,
+        )
 
     # Arithmetic
 
     def arithmetic(self, instruction: Instruction, mask: Mask) -> None:
-        """One or several operands of one type to a result of the same type, with or without flushing of subnormal numbers."""
+        """One or several operands of one type to a result of the same type, with or without
+        flushing of subnormal numbers."""
         kind = instruction.types[-1]
-        if len(instruction.types) == 2 and instruction.types[0] == "f32" and kind in ("bf16", "f16"):
+        if (
+            len(instruction.types) == 2
+            and instruction.types[0] == "f32"
+            and kind in ("bf16", "f16")
+        ):
             self._mixed(instruction, mask)
             return
         if len(instruction.types) != 1 or "sat" in instruction.modifiers:
-            raise NotImplementedError(f"The emulator does not know the instruction {instruction.text!r}.")
+            raise NotImplementedError(
+                f"The emulator does not know the instruction {instruction.text!r}."
+            )
         operands = [self.read(instruction, i, mask) for i in range(1, len(instruction.operands))]
         flush = _without_subnormals if "ftz" in instruction.modifiers else np.asarray
         floats = kind[0] == "f" or kind.startswith("bf")
         if floats:
             operands = [flush(operand) for operand in operands]
         function = (_FLOAT_FUNCTIONS if floats else _INTEGER_FUNCTIONS)[instruction.opcode]
-        if isinstance(function, np.ufunc) and function.nin != len(operands):  # numpy would take one too many for its output
-            raise NotImplementedError(f"The emulator does not know the instruction {instruction.text!r}.")
+        # numpy would take one too many for its output
+        if isinstance(function, np.ufunc) and function.nin != len(operands):
+            raise NotImplementedError(
+                f"The emulator does not know the instruction {instruction.text!r}."
+            )
         result = function(*operands)
         self.write(instruction.operands[0][0], flush(result) if floats else result, kind, mask)
 
     def _mixed(self, instruction: Instruction, mask: Mask) -> None:
         """add, sub, fma of sm_100: half-precision operands, a float32 last one and result."""
         *narrow, last = range(1, len(instruction.operands))
-        operands = [self.read(instruction, i, mask).astype(np.float32) for i in narrow] + [self.read(instruction, last, mask, "f32")]
-        self.write(instruction.operands[0][0], _FLOAT_FUNCTIONS[instruction.opcode](*operands), "f32", mask)
+        operands = [self.read(instruction, i, mask).astype(np.float32) for i in narrow] + [
+            self.read(instruction, last, mask, "f32")
+        ]
+        self.write(
+            instruction.operands[0][0], _FLOAT_FUNCTIONS[instruction.opcode](*operands), "f32", mask
+        )
 
     def multiply(self, instruction: Instruction, mask: Mask) -> None:
         """mul and mad; of integers the low half of the product, or the whole of it (wide)."""
         kind = instruction.types[-1]
         if "hi" in instruction.modifiers:
-            raise NotImplementedError(f"The emulator does not know the instruction {instruction.text!r}.")
+            raise NotImplementedError(
+                f"The emulator does not know the instruction {instruction.text!r}."
+            )
         if "wide" not in instruction.modifiers:
             self.arithmetic(instruction, mask)
             return
         wide = f"{kind[0]}{2 * _width(kind)}"
         number = {"s": _SIGNED, "u": _UNSIGNED}[kind[0]][2 * _width(kind)]
-        result: np.ndarray = self.read(instruction, 1, mask).astype(number) * self.read(instruction, 2, mask).astype(number)
+        result: np.ndarray = self.read(instruction, 1, mask).astype(number) * self.read(
+            instruction, 2, mask
+        ).astype(number)
         if instruction.opcode == "mad":
             result = result + self.read(instruction, 3, mask, wide)
         self.write(instruction.operands[0][0], result, wide, mask)
@@ -626,14 +795,22 @@ class _Threads:
         short = np.minimum(distance, width - 1).astype(value.dtype)
         result = value << short if instruction.opcode == "shl" else value >> short
         clears = (distance >= width) & ((instruction.opcode == "shl") | (kind[0] != "s"))
-        self.write(instruction.operands[0][0], np.where(clears, 0, result).astype(value.dtype), kind, mask)
+        self.write(
+            instruction.operands[0][0], np.where(clears, 0, result).astype(value.dtype), kind, mask
+        )
 
     def extract(self, instruction: Instruction, mask: Mask) -> None:
         """bfe.u32: `length` bits from `start` on."""
         if instruction.types[-1] != "u32":
-            raise NotImplementedError(f"The emulator does not know the instruction {instruction.text!r}.")
-        value, start, length = (self._bits(instruction.operands[i][0], 32, mask).astype(np.uint64) for i in (1, 2, 3))
-        result = value >> (start & np.uint64(255)) & ((np.uint64(1) << (length & np.uint64(255))) - np.uint64(1))
+            raise NotImplementedError(
+                f"The emulator does not know the instruction {instruction.text!r}."
+            )
+        value, start, length = (
+            self._bits(instruction.operands[i][0], 32, mask).astype(np.uint64) for i in (1, 2, 3)
+        )
+        result = value >> (start & np.uint64(255)) & (
+            (np.uint64(1) << (length & np.uint64(255))) - np.uint64(1)
+        )
         self.write(instruction.operands[0][0], result.astype(np.uint32), "u32", mask)
 
     def compare(self, instruction: Instruction, mask: Mask) -> None:
@@ -649,7 +826,9 @@ class _Threads:
             else:
                 result = _COMPARISONS[name](a, b) & ordered
         else:
-            result = _COMPARISONS[{"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}.get(name, name)](a, b)
+            result = _COMPARISONS[{"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}.get(name, name)](
+                a, b
+            )
         if combine := instruction.modifier("and", "or", "xor"):
             result = _INTEGER_FUNCTIONS[combine](result, self.read(instruction, 3, mask, "pred"))
         target, _, opposite = instruction.operands[0][0].partition("|")
@@ -658,14 +837,19 @@ class _Threads:
             self.write(opposite, ~result, "pred", mask)
 
     def select(self, instruction: Instruction, mask: Mask) -> None:
-        """selp: the first operand where the predicate holds, else the second; only the one that is taken must be defined."""
+        """selp: the first operand where the predicate holds, else the second; only the one that is
+        taken must be defined."""
         kind = f"b{_width(instruction.types[-1])}"
         chosen = self.read(instruction, 3, mask, "pred")
-        a, b = self.read(instruction, 1, mask & chosen, kind), self.read(instruction, 2, mask & ~chosen, kind)
+        a, b = (
+            self.read(instruction, 1, mask & chosen, kind),
+            self.read(instruction, 2, mask & ~chosen, kind),
+        )
         self.write(instruction.operands[0][0], np.where(chosen, a, b), kind, mask)
 
     def move(self, instruction: Instruction, mask: Mask) -> None:
-        """mov, also between one register and several in braces, the first of which holds the lowest bits."""
+        """mov, also between one register and several in braces, the first of which holds the lowest
+        bits."""
         kind, (targets, sources) = instruction.types[-1], instruction.operands
         if len(targets) == 1 and len(sources) == 1:
             self.write(targets[0], self.read(instruction, 1, mask), kind, mask)
@@ -673,7 +857,14 @@ class _Threads:
             # Half of a pair that is not used may be a register that nobody wrote.
             size = _width(kind) // len(sources)
             nothing: np.ndarray = np.zeros(self._count, _UNSIGNED[size])
-            parts = [self._bits(s, size, mask) if s in self._registers or not s.startswith("%") else nothing for s in sources]
+            parts = [
+                (
+                    self._bits(s, size, mask)
+                    if s in self._registers or not s.startswith("%")
+                    else nothing
+                )
+                for s in sources
+            ]
             self.write(targets[0], _joined(parts), kind, mask)
         else:
             size = _width(kind) // len(targets)
@@ -688,13 +879,20 @@ class _Threads:
         value = self.read(instruction, 1, mask)
         rounding = instruction.modifier(*_ROUNDINGS)
         if to in ("bf16x2", "f16x2"):
-            value = np.stack([self.read(instruction, 2, mask), value])  # the first operand is the high half
+            # the first operand is the high half
+            value = np.stack([self.read(instruction, 2, mask), value])
         elif to[0] in "su" and (source[0] == "f" or source == "bf16"):
             if rounding is None:
-                raise NotImplementedError(f"The emulator does not know the instruction {instruction.text!r}.")
+                raise NotImplementedError(
+                    f"The emulator does not know the instruction {instruction.text!r}."
+                )
             limits = np.iinfo((_SIGNED if to[0] == "s" else _UNSIGNED)[_width(to)])
             whole = _ROUNDINGS[rounding](np.nan_to_num(value.astype(np.float64), nan=0.0))
-            inner = np.clip(whole, float(limits.min), float(limits.max) if _width(to) < 64 else float(limits.max) / 2).astype(limits.dtype)
+            inner = np.clip(
+                whole,
+                float(limits.min),
+                float(limits.max) if _width(to) < 64 else float(limits.max) / 2,
+            ).astype(limits.dtype)
             value = np.where(whole >= float(limits.max), limits.max, inner)
         elif rounding is not None:
             value = _ROUNDINGS[rounding](value)
@@ -704,7 +902,9 @@ class _Threads:
 
     def to_generic(self, instruction: Instruction, mask: Mask) -> None:
         """cvta: global and generic addresses are the same here."""
-        self.write(instruction.operands[0][0], self.read(instruction, 1, mask), instruction.types[-1], mask)
+        self.write(
+            instruction.operands[0][0], self.read(instruction, 1, mask), instruction.types[-1], mask
+        )
 
 
 def _rounded_to_zero(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -744,7 +944,8 @@ _FLOAT_FUNCTIONS: dict[str, Callable] = {
     "ex2": np.exp2,
     "fma": _fused,
     "lg2": np.log2,
-    "max": lambda *v: functools.reduce(np.fmax, v),  # of a NaN and a number, the number; sm_100 takes three
+    # of a NaN and a number, the number; sm_100 takes three
+    "max": lambda *v: functools.reduce(np.fmax, v),
     "min": lambda *v: functools.reduce(np.fmin, v),
     "mul": np.multiply,
     "neg": np.negative,

@@ -1,12 +1,15 @@
-"""Static facts of a Triton kernel's machine code, for GPUs that this machine lacks. Nothing is run and no time is modelled.
+"""Static facts of a Triton kernel's machine code, for GPUs that this machine lacks. Nothing is run
+and no time is modelled.
 
-    facts = report(kernel, signature, constants, aligned, "sm_90", num_warps=8)
-    facts.registers, facts.spill_ops, facts.accesses[("load", 128)], facts.bodies[0].instructions_per_element
+    facts = report(kernel, signature, constants, aligned, "sm_90", num_warps=8) facts.registers,
+    facts.spill_ops, facts.accesses[("load", 128)], facts.bodies[0].instructions_per_element
 
-Counted are instructions as they stand in the code, each once: one under a predicate or in a branch that few threads take weighs as much as
-any other, and packed ones (two additions in one) are one. Padding is left out. Per-element figures are those of a body: one trip through an
-innermost loop that accesses global memory or, where there is none, the whole function. A function with several paths (a row that is ignored
-and one that is not) is counted with all of them, so its figures are upper bounds of what one path does, bytes included.
+Counted are instructions as they stand in the code, each once: one under a predicate or in a branch
+that few threads take weighs as much as any other, and packed ones (two additions in one) are one.
+Padding is left out. Per-element figures are those of a body: one trip through an innermost loop
+that accesses global memory or, where there is none, the whole function. A function with several
+paths (a row that is ignored and one that is not) is counted with all of them, so its figures are
+upper bounds of what one path does, bytes included.
 
 Needs triton's wheel alone: its compiler, and for NVIDIA the disassembler that it ships.
 """
@@ -46,7 +49,8 @@ Access = tuple[Literal["load", "store"], int]
 
 @dataclass(frozen=True)
 class Body:
-    """What is counted per element. An element is `elem_bytes` of the body's widest loads (stores where it loads nothing)."""
+    """What is counted per element. An element is `elem_bytes` of the body's widest loads (stores
+    where it loads nothing)."""
 
     kind: Literal["loop", "straight"]
     first: str  # address or label of its first instruction
@@ -55,7 +59,9 @@ class Body:
     bytes_loaded: int  # per thread, from global memory
     bytes_stored: int
     mix: Mapping[str, int]  # instructions per class
-    main_path: int  # instructions of the shortest way through it among those that access the most elements; of a loop all of them
+    # instructions of the shortest way through it among those that access the most elements; of a
+    # loop all of them
+    main_path: int
 
     @property
     def instructions_per_element(self) -> float:
@@ -90,7 +96,8 @@ class Report:
     shared_bytes: int  # per program
     instructions: int
     accesses: Mapping[Access, int]  # instructions that access global memory
-    ctas_per_sm: int  # programs that registers, shared memory and warps allow at a time; 0: it cannot be launched
+    # programs that registers, shared memory and warps allow at a time; 0: it cannot be launched
+    ctas_per_sm: int
     occupancy: float  # their share of the warps that a multiprocessor can hold
     bodies: tuple[Body, ...]
 
@@ -102,7 +109,9 @@ class Report:
     @property
     def main_width(self) -> int:
         """Bits of the loads that bring most of its bytes; 0 without loads."""
-        brought = {bits: number * bits for (kind, bits), number in self.accesses.items() if kind == "load"}
+        brought = {
+            bits: number * bits for (kind, bits), number in self.accesses.items() if kind == "load"
+        }
         return max(brought, key=lambda bits: (brought[bits], bits), default=0)
 
 
@@ -126,8 +135,9 @@ def report(
         aligned: arguments that divide by 16, as triton specialises them at a launch.
         target: one of TARGETS.
         elem_bytes: size of the elements that per-element figures refer to.
-        elements_per_program: elements that a program handles, for a kernel without a loop over global memory; else they follow from its
-            widest accesses, which is wrong where several paths access the same elements.
+        elements_per_program: elements that a program handles, for a kernel without a loop over
+            global memory; else they follow from its widest accesses, which is wrong where several
+            paths access the same elements.
         options: further options of the compiler (maxnreg, waves_per_eu).
 
     Raises:
@@ -138,11 +148,19 @@ def report(
         raise ValueError(f"target is {target!r}; it must be one of {', '.join(TARGETS)}.")
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("Kernels cannot be compiled under TRITON_INTERPRET=1.")
-    compiled = _compile(kernel, signature, constants, aligned, target, {"num_warps": num_warps, **(options or {})})
-    facts = _read_amd(compiled.asm["amdgcn"]) if target.startswith("gfx") else _read_nvidia(compiled.asm["cubin"])
+    compiled = _compile(
+        kernel, signature, constants, aligned, target, {"num_warps": num_warps, **(options or {})}
+    )
+    facts = (
+        _read_amd(compiled.asm["amdgcn"])
+        if target.startswith("gfx")
+        else _read_nvidia(compiled.asm["cubin"])
+    )
     limits = _LIMITS[target]
     ctas = limits.ctas(facts.registers, compiled.metadata.shared, num_warps)
-    per_thread = None if elements_per_program is None else elements_per_program / (limits.lanes * num_warps)
+    per_thread = (
+        None if elements_per_program is None else elements_per_program / (limits.lanes * num_warps)
+    )
     return Report(
         target=target,
         num_warps=num_warps,
@@ -159,16 +177,33 @@ def report(
 
 
 def _compile(
-    kernel: Any, signature: Mapping[str, str], constants: Mapping[str, Any], aligned: AbstractSet[str], target: str, options: dict[str, Any]
+    kernel: Any,
+    signature: Mapping[str, str],
+    constants: Mapping[str, Any],
+    aligned: AbstractSet[str],
+    target: str,
+    options: dict[str, Any],
 ) -> Any:
     import triton  # late, as everywhere in this package
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kinds = {name: "constexpr" if name in constants else signature[name] for name in kernel.arg_names}
-    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in aligned}
-    gpu = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
-    return triton.compile(ASTSource(kernel, kinds, dict(constants), attributes), target=gpu, options=options)
+    kinds = {
+        name: "constexpr" if name in constants else signature[name] for name in kernel.arg_names
+    }
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if name in aligned
+    }
+    gpu = (
+        GPUTarget("hip", target, 64)
+        if target.startswith("gfx")
+        else GPUTarget("cuda", int(target[3:]), 32)
+    )
+    return triton.compile(
+        ASTSource(kernel, kinds, dict(constants), attributes), target=gpu, options=options
+    )
 
 
 # What a multiprocessor holds
@@ -176,7 +211,8 @@ def _compile(
 
 @dataclass(frozen=True)
 class _Limits:
-    """Resources of one multiprocessor, from NVIDIA's occupancy calculator and LLVM's AMDGPU subtarget."""
+    """Resources of one multiprocessor, from NVIDIA's occupancy calculator and LLVM's AMDGPU
+    subtarget."""
 
     lanes: int  # threads of a warp
     warps: int
@@ -184,14 +220,16 @@ class _Limits:
 
 
 def _nvidia_ctas(registers: int, shared: int, num_warps: int, shared_per_sm: int) -> int:
-    per_warp = _round_up(registers * 32, 256)  # registers are given out in units of 256, from four files of 16384
+    # registers are given out in units of 256, from four files of 16384
+    per_warp = _round_up(registers * 32, 256)
     by_registers = 4 * (16384 // per_warp) // num_warps
     by_shared = shared_per_sm // (_round_up(shared, 128) + 1024)  # 1 KB of each CTA is the system's
     return min(by_registers, by_shared, 64 // num_warps, 32)
 
 
 def _amd_ctas(registers: int, shared: int, num_warps: int) -> int:
-    waves = 4 * min(8, 512 // _round_up(max(registers, 1), 8))  # four SIMDs, each with 512 registers and 8 waves
+    # four SIMDs, each with 512 registers and 8 waves
+    waves = 4 * min(8, 512 // _round_up(max(registers, 1), 8))
     by_shared = 65536 // _round_up(shared, 512) if shared else waves
     by_barriers = waves if num_warps == 1 else 16
     return min(waves // num_warps, by_shared, by_barriers)
@@ -202,9 +240,15 @@ def _round_up(number: int, unit: int) -> int:
 
 
 _LIMITS = {
-    "sm_80": _Limits(32, 64, lambda registers, shared, warps: _nvidia_ctas(registers, shared, warps, 164 << 10)),
-    "sm_90": _Limits(32, 64, lambda registers, shared, warps: _nvidia_ctas(registers, shared, warps, 228 << 10)),
-    "sm_100": _Limits(32, 64, lambda registers, shared, warps: _nvidia_ctas(registers, shared, warps, 228 << 10)),
+    "sm_80": _Limits(
+        32, 64, lambda registers, shared, warps: _nvidia_ctas(registers, shared, warps, 164 << 10)
+    ),
+    "sm_90": _Limits(
+        32, 64, lambda registers, shared, warps: _nvidia_ctas(registers, shared, warps, 228 << 10)
+    ),
+    "sm_100": _Limits(
+        32, 64, lambda registers, shared, warps: _nvidia_ctas(registers, shared, warps, 228 << 10)
+    ),
     "gfx942": _Limits(64, 32, _amd_ctas),
 }
 
@@ -232,19 +276,33 @@ class _Facts:
     code: list[_Instruction]
 
 
-def _bodies(code: list[_Instruction], elem_bytes: int, straight_elements: float | None) -> tuple[Body, ...]:
-    """The innermost ones of the loops that access global memory, in the order of the code; or the whole function."""
+def _bodies(
+    code: list[_Instruction], elem_bytes: int, straight_elements: float | None
+) -> tuple[Body, ...]:
+    """The innermost ones of the loops that access global memory, in the order of the code; or the
+    whole function."""
     loops = [loop for loop in _loops(code) if any(code[i].access for i in loop)]
     innermost = [loop for loop in loops if not any(other < loop for other in loops)]
     if innermost:
-        return tuple(_body("loop", [code[i] for i in sorted(loop)], elem_bytes, None) for loop in sorted(innermost, key=min))
+        return tuple(
+            _body("loop", [code[i] for i in sorted(loop)], elem_bytes, None)
+            for loop in sorted(innermost, key=min)
+        )
     if straight_elements is None and not any(i.access for i in code):
         return ()
     return (_body("straight", code, elem_bytes, straight_elements),)
 
 
-def _body(kind: Literal["loop", "straight"], code: list[_Instruction], elem_bytes: int, elements: float | None) -> Body:
-    loads, stores = ([i.access[1] // 8 for i in code if i.access and i.access[0] == what] for what in ("load", "store"))
+def _body(
+    kind: Literal["loop", "straight"],
+    code: list[_Instruction],
+    elem_bytes: int,
+    elements: float | None,
+) -> Body:
+    loads, stores = (
+        [i.access[1] // 8 for i in code if i.access and i.access[0] == what]
+        for what in ("load", "store")
+    )
     if elements is None:
         main = loads or stores
         elements = max(main) * main.count(max(main)) / elem_bytes
@@ -262,25 +320,34 @@ def _body(kind: Literal["loop", "straight"], code: list[_Instruction], elem_byte
 
 
 def _main_path(code: list[_Instruction]) -> int:
-    """Instructions of the shortest way from the first instruction to an end, among those with the most bytes at the widths that carry most
-    bytes: not the way of a row that is ignored, nor that of the one block which holds the label. Jumps back are not followed."""
+    """Instructions of the shortest way from the first instruction to an end, among those with the
+    most bytes at the widths that carry most bytes: not the way of a row that is ignored, nor that
+    of the one block which holds the label. Jumps back are not followed."""
     carried: Counter[Access] = Counter()
     for access in (i.access for i in code if i.access):
         carried[access] += access[1]
-    main = {max((a for a in carried if a[0] == kind), key=lambda a: (carried[a], a[1]), default=None) for kind in ("load", "store")}
+    main = {
+        max((a for a in carried if a[0] == kind), key=lambda a: (carried[a], a[1]), default=None)
+        for kind in ("load", "store")
+    }
     leaders, successors = _blocks(code)
-    best: list[tuple[int, int]] = [(0, 0)] * len(leaders)  # bytes and negative instructions from a block's start to the end
+    # bytes and negative instructions from a block's start to the end
+    best: list[tuple[int, int]] = [(0, 0)] * len(leaders)
     for block in reversed(range(len(leaders))):
         own = code[leaders[block] : [*leaders[1:], len(code)][block]]
         bits = sum(i.access[1] for i in own if i.access and i.access in main)
-        onward = max((best[following] for following in successors[block] if following > block), default=(0, 0))
+        onward = max(
+            (best[following] for following in successors[block] if following > block),
+            default=(0, 0),
+        )
         best[block] = (bits + onward[0], onward[1] - len(own))
     return -best[0][1]
 
 
 def _loops(code: list[_Instruction]) -> list[frozenset[int]]:
-    """The natural loops, as sets of instructions: for a jump back to an instruction that dominates it, all that can reach the jump without
-    passing there. Jumps in the text's order do not do: compilers place a part of a loop above its first instruction."""
+    """The natural loops, as sets of instructions: for a jump back to an instruction that dominates
+    it, all that can reach the jump without passing there. Jumps in the text's order do not do:
+    compilers place a part of a loop above its first instruction."""
     leaders, successors = _blocks(code)
     predecessors: list[set[int]] = [set() for _ in leaders]
     for block, following in enumerate(successors):
@@ -292,14 +359,21 @@ def _loops(code: list[_Instruction]) -> list[frozenset[int]]:
         for header in following & dominators[block]:
             bodies.setdefault(header, {header}).update(_reaching(block, header, predecessors))
     ends = [*leaders[1:], len(code)]
-    return [frozenset(i for block in blocks for i in range(leaders[block], ends[block])) for blocks in bodies.values()]
+    return [
+        frozenset(i for block in blocks for i in range(leaders[block], ends[block]))
+        for blocks in bodies.values()
+    ]
 
 
 def _blocks(code: list[_Instruction]) -> tuple[list[int], list[set[int]]]:
     """First instruction of each basic block, and the blocks that may follow it."""
     labels = {label: i for i, instruction in enumerate(code) for label in instruction.labels}
     starts = {0} | {labels[i.jumps_to] for i in code if i.jumps_to in labels}
-    starts |= {i + 1 for i, instruction in enumerate(code[:-1]) if instruction.jumps_to or not instruction.falls_through}
+    starts |= {
+        i + 1
+        for i, instruction in enumerate(code[:-1])
+        if instruction.jumps_to or not instruction.falls_through
+    }
     leaders = sorted(starts)
     block_of = {leader: block for block, leader in enumerate(leaders)}
     successors = []
@@ -313,15 +387,20 @@ def _blocks(code: list[_Instruction]) -> tuple[list[int], list[set[int]]]:
 
 
 def _dominators(successors: list[set[int]], predecessors: list[set[int]]) -> list[set[int]]:
-    """Per block those that every path from the first block to it passes, itself included; none for a block that cannot be reached."""
+    """Per block those that every path from the first block to it passes, itself included; none for
+    a block that cannot be reached."""
     reachable = _reachable(successors)
-    dominators = [set(reachable) if block in reachable else set() for block in range(len(successors))]
+    dominators = [
+        set(reachable) if block in reachable else set() for block in range(len(successors))
+    ]
     dominators[0] = {0}
     changed = True
     while changed:
         changed = False
         for block in sorted(reachable - {0}):
-            new = {block} | set.intersection(*(dominators[p] for p in predecessors[block] & reachable))
+            new = {block} | set.intersection(
+                *(dominators[p] for p in predecessors[block] & reachable)
+            )
             if new != dominators[block]:
                 dominators[block], changed = new, True
     return dominators
@@ -351,18 +430,32 @@ def _reaching(block: int, header: int, predecessors: list[set[int]]) -> set[int]
 _SASS_LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 _SASS_LABEL = re.compile(r"^(\.L[\w.$]*|\$[\w.$]+):")
 _SASS_TARGET = re.compile(r"`\(([^)]+)\)")
-# LD and ST are generic, but triton's code has them for global memory only. An atomic counts as a store.
+# LD and ST are generic, but triton's code has them for global memory only. An atomic counts as a
+# store.
 _SASS_GLOBAL: dict[str, Literal["load", "store"]] = {
     **dict.fromkeys(("LDG", "LD", "LDGSTS"), "load"),
     **dict.fromkeys(("STG", "ST", "RED", "REDG", "ATOM", "ATOMG"), "store"),
 }
-_SASS_BITS = {"256": 256, "128": 128, "64": 64, "U16": 16, "S16": 16, "16": 16, "U8": 8, "S8": 8, "8": 8}
+_SASS_BITS = {
+    "256": 256,
+    "128": 128,
+    "64": 64,
+    "U16": 16,
+    "S16": 16,
+    "16": 16,
+    "U8": 8,
+    "S8": 8,
+    "8": 8,
+}
 _SASS_CLASSES = (
     ("tensor", r"(H|I|D|B|Q|O|F)MMA|(H|I|Q|B)GMMA|UTC\w*MMA"),
     ("fma", r"F(ADD|MUL|FMA)2?|D(ADD|MUL|FMA)|H(ADD|MUL|FMA)2|IMAD|FSWZADD"),
     ("special", r"MUFU"),
     ("conversion", r"F2F|F2I|I2F|I2I|FRND|F2FP|I2FP|F2IP|I2IP"),
-    ("memory", r"LD|ST|LD[GSL]|ST[GSL]|LDGSTS|LDC|LDSM|STSM|SHFL|RED\w*|ATOM\w?|UBLK\w+|UTMA\w+|LDT\w*|STT\w*|MATCH|REDUX|CREDUX"),
+    (
+        "memory",
+        r"LD|ST|LD[GSL]|ST[GSL]|LDGSTS|LDC|LDSM|STSM|SHFL|RED\w*|ATOM\w?|UBLK\w+|UTMA\w+|LDT\w*|STT\w*|MATCH|REDUX|CREDUX",
+    ),
     (
         "control",
         r"BAR|BRA|BRX|BRXU|JMP|JMX|EXIT|CALL|RET|BSSY|BSYNC|BREAK|WARPSYNC|DEPBAR|LDGDEPBAR|MEMBAR|ERRBAR|CCTL\w*|SYNCS|ELECT|"
@@ -388,7 +481,9 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
         file.write(cubin)
         file.flush()
         usage, code = (
-            subprocess.run([str(tools / tool), option, file.name], capture_output=True, text=True, check=True).stdout
+            subprocess.run(
+                [str(tools / tool), option, file.name], capture_output=True, text=True, check=True
+            ).stdout
             for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
         )
     return usage, code
@@ -415,17 +510,23 @@ def _is_padding(opcode: str, operands: str, labels: list[str]) -> bool:
     return opcode == "BRA" and target is not None and target[1] in labels
 
 
-def _sass_instruction(place: str, predicate: str, opcode: str, operands: str, labels: tuple[str, ...]) -> _Instruction:
+def _sass_instruction(
+    place: str, predicate: str, opcode: str, operands: str, labels: tuple[str, ...]
+) -> _Instruction:
     name = opcode.split(".")[0]
     target = _SASS_TARGET.search(operands) if name in ("BRA", "CALL") else None
-    # A jump can be conditional by its predicate or by an operand (BRA.U !UP0, `(.L_x_1)). ptxas also uses CALL for far jumps.
-    conditional = bool(predicate) or name == "CALL" or (target is not None and not operands.startswith("`"))
+    # A jump can be conditional by its predicate or by an operand (BRA.U !UP0, `(.L_x_1)). ptxas
+    # also uses CALL for far jumps.
+    conditional = (
+        bool(predicate) or name == "CALL" or (target is not None and not operands.startswith("`"))
+    )
     return _Instruction(
         place=place,
         kind=next((kind for kind, names in _SASS_CLASSES if re.fullmatch(names, name)), "alu"),
         access=_sass_access(name, opcode),
         jumps_to=target[1] if target else None,
-        falls_through=conditional or name not in ("BRA", "EXIT", "RET", "BRX", "BRXU", "JMP", "JMX"),
+        falls_through=conditional
+        or name not in ("BRA", "EXIT", "RET", "BRX", "BRXU", "JMP", "JMX"),
         labels=labels,
     )
 
@@ -433,14 +534,18 @@ def _sass_instruction(place: str, predicate: str, opcode: str, operands: str, la
 def _sass_access(name: str, opcode: str) -> Access | None:
     if name not in _SASS_GLOBAL:
         return None
-    return _SASS_GLOBAL[name], next((_SASS_BITS[mark] for mark in opcode.split(".")[1:] if mark in _SASS_BITS), 32)
+    return _SASS_GLOBAL[name], next(
+        (_SASS_BITS[mark] for mark in opcode.split(".")[1:] if mark in _SASS_BITS), 32
+    )
 
 
 # AMD
 
 _AMD_LINE = re.compile(r"^\s+([a-z]\w*_\w+)\b\s*([^;]*)")
 _AMD_LABEL = re.compile(r"^(\.?\w+):")
-_AMD_ACCESS = re.compile(r"(?:global|buffer|flat)_(load|store|atomic)_(?:lds_)?(dwordx\d|dword|[us]?short|[us]?byte)?")
+_AMD_ACCESS = re.compile(
+    r"(?:global|buffer|flat)_(load|store|atomic)_(?:lds_)?(dwordx\d|dword|[us]?short|[us]?byte)?"
+)
 _AMD_BITS = {
     "dwordx4": 128,
     "dwordx3": 96,
@@ -457,9 +562,15 @@ _AMD_CLASSES = (
     ("tensor", r"v_s?mfma\w+"),
     ("special", r"v_(exp|log|rcp|rsq|sqrt|sin|cos)_\w+"),
     ("conversion", r"v_cvt_\w+"),
-    ("fma", r"v_(pk_)?(fma|fmac|mac|mad|mul|add|sub|subrev|dot2c?)_(legacy_|mix\w*_)?(f|bf)(16|32|64)\w*|v_div_(fmas|fixup)_\w+"),
+    (
+        "fma",
+        r"v_(pk_)?(fma|fmac|mac|mad|mul|add|sub|subrev|dot2c?)_(legacy_|mix\w*_)?(f|bf)(16|32|64)\w*|v_div_(fmas|fixup)_\w+",
+    ),
     ("memory", r"(global|buffer|flat|scratch|ds|s_load|s_store|s_buffer|tbuffer)_\w+"),
-    ("control", r"s_(branch|cbranch|barrier|waitcnt|nop|endpgm|sleep|setprio|setpc|swappc|sethalt|trap|sendmsg|sched|inst)\w*"),
+    (
+        "control",
+        r"s_(branch|cbranch|barrier|waitcnt|nop|endpgm|sleep|setprio|setpc|swappc|sethalt|trap|sendmsg|sched|inst)\w*",
+    ),
     ("scalar", r"s_\w+"),
 )
 
@@ -470,7 +581,9 @@ def _read_amd(assembly: str) -> _Facts:
         return int(match[1]) if match else 0
 
     spills = len(re.findall(r"^\s+scratch_(?:load|store)_", assembly, re.MULTILINE))
-    return _Facts(fact("vgpr_count"), spills, fact("private_segment_fixed_size"), _parse_amd(assembly))
+    return _Facts(
+        fact("vgpr_count"), spills, fact("private_segment_fixed_size"), _parse_amd(assembly)
+    )
 
 
 def _parse_amd(assembly: str) -> list[_Instruction]:
@@ -490,7 +603,9 @@ def _parse_amd(assembly: str) -> list[_Instruction]:
 def _amd_instruction(opcode: str, operands: str, labels: tuple[str, ...]) -> _Instruction:
     is_jump = opcode == "s_branch" or opcode.startswith("s_cbranch")
     return _Instruction(
-        place=next((label for label in labels if label.startswith(".LBB")), labels[0] if labels else ""),
+        place=next(
+            (label for label in labels if label.startswith(".LBB")), labels[0] if labels else ""
+        ),
         kind=next((kind for kind, names in _AMD_CLASSES if re.fullmatch(names, opcode)), "alu"),
         access=_amd_access(opcode),
         jumps_to=operands if is_jump else None,

@@ -19,7 +19,18 @@ AXES: dict[str, tuple] = {
     "hidden": (64, 896, 2048, 33),
     "pairs": (1, 2, 7),
     "mask": ("none", "prompt", "all but one"),
-    "option": ("softcap", "bias", "scale", "frozen weight", "frozen hidden", "tied", "strided", "packed", "left-padded", "right-padded"),
+    "option": (
+        "softcap",
+        "bias",
+        "scale",
+        "frozen weight",
+        "frozen hidden",
+        "tied",
+        "strided",
+        "packed",
+        "left-padded",
+        "right-padded",
+    ),
     "regime": ("flat", "certain", "unlikely", "huge", "minus infinity", "equal", "error near 0"),
 }
 EXTREMES: dict[str, dict] = {
@@ -34,15 +45,25 @@ FP32_BAR = 1e-5
 HALF_BAR = 1.25  # times the error of plain autograd in the same dtype
 
 
-def covering(axes: Mapping[str, Sequence], together: Sequence[tuple[str, ...]], seed: int = 0) -> Iterator[dict]:
-    """Cases that hold every combination of values of each group of axes in `together`, greedily few, always the same."""
+def covering(
+    axes: Mapping[str, Sequence], together: Sequence[tuple[str, ...]], seed: int = 0
+) -> Iterator[dict]:
+    """Cases that hold every combination of values of each group of axes in `together`, greedily
+    few, always the same."""
     rng = random.Random(seed)
-    open_sets = {group: set(itertools.product(*(range(len(axes[name])) for name in group))) for group in together}
+    open_sets = {
+        group: set(itertools.product(*(range(len(axes[name])) for name in group)))
+        for group in together
+    }
     while any(open_sets.values()):
-        group, values = max(((g, v) for g, v in open_sets.items() if v), key=lambda item: len(item[1]))
+        group, values = max(
+            ((g, v) for g, v in open_sets.items() if v), key=lambda item: len(item[1])
+        )
         fixed = dict(zip(group, min(values), strict=True))
         tries = [{n: fixed.get(n, rng.randrange(len(axes[n]))) for n in axes} for _ in range(40)]
-        best = max(tries, key=lambda t: sum(tuple(t[n] for n in g) in v for g, v in open_sets.items()))
+        best = max(
+            tries, key=lambda t: sum(tuple(t[n] for n in g) in v for g, v in open_sets.items())
+        )
         for g, v in open_sets.items():
             v.discard(tuple(best[n] for n in g))
         yield {name: axes[name][index] for name, index in best.items()}
@@ -63,12 +84,23 @@ class Problem:
 def problem(case: Mapping) -> Problem:
     """A problem of the case's regime, as far as its options allow the regime."""
     generator = torch.Generator().manual_seed(_seed(case))
-    dtype, V, D, S, option = case["dtype"], case["vocab"], case["hidden"], 2 * case["pairs"], case["option"]
+    dtype, V, D, S, option = (
+        case["dtype"],
+        case["vocab"],
+        case["hidden"],
+        2 * case["pairs"],
+        case["option"],
+    )
     labels = torch.randint(0, V, (S, TOKENS), generator=generator)
     weight = torch.randn(V, D, generator=generator).mul_(D**-0.5)
     hidden = torch.randn(S, TOKENS, D, generator=generator)
-    bias = torch.randn(V, generator=generator) if option == "bias" or case["regime"] == "minus infinity" else None
-    toward = weight[labels] / weight[labels].square().sum(-1, keepdim=True)  # moves the label's logit by 1 each
+    bias = (
+        torch.randn(V, generator=generator)
+        if option == "bias" or case["regime"] == "minus infinity"
+        else None
+    )
+    # moves the label's logit by 1 each
+    toward = weight[labels] / weight[labels].square().sum(-1, keepdim=True)
     match case["regime"]:
         case "flat":
             hidden.mul_(1e-2)
@@ -93,7 +125,10 @@ def problem(case: Mapping) -> Problem:
     elif option == "right-padded" and case["mask"] != "all but one":
         labels[::2, -1] = -100
         hidden[::2, -1] = 3e4
-    options = {"beta": 1.3, **{"softcap": {"softcap": 30.0}, "scale": {"logit_scale": 0.5}, **EXTREMES}.get(option, {})}
+    options = {
+        "beta": 1.3,
+        **{"softcap": {"softcap": 30.0}, "scale": {"logit_scale": 0.5}, **EXTREMES}.get(option, {}),
+    }
     rounded: list[Any] = [None if t is None else t.to(dtype) for t in (hidden, weight, bias)]
     gap = torch.randn(case["pairs"], generator=generator)
     if case["regime"] == "error near 0":
@@ -106,7 +141,10 @@ def problem(case: Mapping) -> Problem:
 def _seed(case: Mapping) -> int:
     """The same in every process, unlike hash()."""
     axes = {**AXES, "option": (*AXES["option"], *EXTREMES)}
-    return sum((i + 1) * 7919 * axis.index(case[name]) for i, (name, axis) in enumerate(axes.items())) % 100_003
+    return (
+        sum((i + 1) * 7919 * axis.index(case[name]) for i, (name, axis) in enumerate(axes.items()))
+        % 100_003
+    )
 
 
 def _plain(hidden, weight, bias, labels, gap, options):
@@ -128,7 +166,11 @@ def results(function, given: Problem, option: str, wide: bool = False) -> dict[s
     """Loss, gaps and gradients of one way to compute."""
 
     def leaf(tensor: torch.Tensor | None, trained: bool) -> Any:
-        return None if tensor is None else tensor.detach().to(torch.float64 if wide else tensor.dtype).requires_grad_(trained)
+        return (
+            None
+            if tensor is None
+            else tensor.detach().to(torch.float64 if wide else tensor.dtype).requires_grad_(trained)
+        )
 
     hidden, weight, bias = (
         leaf(given.hidden, option != "frozen hidden"),
@@ -136,7 +178,8 @@ def results(function, given: Problem, option: str, wide: bool = False) -> dict[s
         leaf(given.bias, False),
     )
     labels, options, shown = given.labels, dict(given.options), hidden
-    if option == "tied":  # the embedding of some tokens is added, so the weight gets gradients from both ends
+    # the embedding of some tokens is added, so the weight gets gradients from both ends
+    if option == "tied":
         shown = hidden + weight[given.labels.clamp_min(0)]
     elif option == "strided":
         shown = torch.cat([hidden, hidden.detach()], 1)[:, :TOKENS]
@@ -145,7 +188,8 @@ def results(function, given: Problem, option: str, wide: bool = False) -> dict[s
         shown, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
         options["cu_seqlens"] = torch.arange(0, sequences * TOKENS + 1, TOKENS, dtype=torch.int32)
     elif option in ("left-padded", "right-padded") and function is _plain:
-        shown = hidden.masked_fill((labels == -100)[..., None], 0)  # where it would overflow float16 and become NaN
+        # where it would overflow float16 and become NaN
+        shown = hidden.masked_fill((labels == -100)[..., None], 0)
     out = function(shown, weight, bias, labels, given.gap, options)
     (out.loss * 1.7).backward()
     found = {"loss": out.loss, "reward_gap": out.reward_gap, "dH": hidden.grad, "dW": weight.grad}
@@ -160,16 +204,20 @@ def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def check(case: Mapping) -> dict[str, tuple[float, float]]:
-    """The error of each result and that of plain autograd, and an AssertionError where one misses its bar."""
+    """The error of each result and that of plain autograd, and an AssertionError where one misses
+    its bar."""
     given, option = problem(case), case["option"]
     ours, plain = results(_ours, given, option), results(_plain, given, option)
     exact = results(_oracle, given, option, wide=True)
     beta = given.options["beta"]
     wrong_by = (beta * exact["reward_gap"] - given.gap).abs().clamp_min(1e-12)
-    # Where the gap is nearly right, the last digits of the two means are all that is left of the error, and of what is proportional to it.
+    # Where the gap is nearly right, the last digits of the two means are all that is left of the
+    # error, and of what is proportional to it.
     means = exact["chosen"].abs() + exact["rejected"].abs()
     lost = {"reward_gap": float((means / exact["reward_gap"].abs().clamp_min(1e-12)).max()) * 2e-7}
-    lost |= dict.fromkeys(("loss", "dH", "dW"), float(((beta * means + given.gap.abs()) / wrong_by).max()) * 2e-7)
+    lost |= dict.fromkeys(
+        ("loss", "dH", "dW"), float(((beta * means + given.gap.abs()) / wrong_by).max()) * 2e-7
+    )
     rounding = torch.finfo(case["dtype"]).eps / 2
     errors = {}
     for name in exact.keys() - {"chosen", "rejected"}:
@@ -178,9 +226,11 @@ def check(case: Mapping) -> dict[str, tuple[float, float]]:
             continue  # float16 cannot hold it
         assert torch.isfinite(ours[name]).all(), name
         error, theirs = relative_error(ours[name], want), relative_error(plain[name], want)
-        overflowed = not torch.isfinite(plain[name]).all()  # float16 under a large scale: no yardstick but rounding, times the scale
+        # float16 under a large scale: no yardstick but rounding, times the scale
+        overflowed = not torch.isfinite(plain[name]).all()
         bar = max(FP32_BAR, lost.get(name, 0.0), 10 * rounding if overflowed else HALF_BAR * theirs)
-        if int((given.labels != -100).sum()) < 16:  # so few rows that their luck in rounding decides
+        # so few rows that their luck in rounding decides
+        if int((given.labels != -100).sum()) < 16:
             if case["dtype"] != torch.float32:
                 bar = max(bar, 2 * rounding)
             elif name == "dH":  # BLAS adds the V terms of such a thin product one after another

@@ -1,4 +1,5 @@
-"""Dispatch modes that see what the package's registered operators do inside; to a plain mode they are opaque."""
+"""Dispatch modes that see what the package's registered operators do inside; to a plain mode they
+are opaque."""
 
 from __future__ import annotations
 
@@ -40,14 +41,16 @@ class Flops:
 
 
 class _Opener(TorchDispatchMode):
-    """Runs a registered operator as the plain function that it is, under the modes below this one."""
+    """Runs a registered operator as the plain function that it is, under the modes below this
+    one."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return (_implementation(func) or func)(*args, **(kwargs or {}))
 
 
 class Memory(TorchDispatchMode):
-    """Bytes of storages that operations make anew: `peak` alive at once, `alive` now, `total` of all, `largest` of one."""
+    """Bytes of storages that operations make anew: `peak` alive at once, `alive` now, `total` of
+    all, `largest` of one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +62,11 @@ class Memory(TorchDispatchMode):
         if implementation is not None:
             with self:
                 return implementation(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        given = {
+            t.untyped_storage()._cdata
+            for t in torch.utils._pytree.tree_leaves((args, kwargs))
+            if isinstance(t, torch.Tensor)
+        }
         result = func(*args, **(kwargs or {}))
         for tensor in torch.utils._pytree.tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in given:
@@ -85,8 +92,8 @@ class Memory(TorchDispatchMode):
 
 
 class Moved(TorchDispatchMode):
-    """`total` bytes of the tensors that torch's operations read and write, each once per operation. Not counted: views, empty tensors, and
-    what Triton kernels do."""
+    """`total` bytes of the tensors that torch's operations read and write, each once per operation.
+    Not counted: views, empty tensors, and what Triton kernels do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +108,9 @@ class Moved(TorchDispatchMode):
         if not (func.is_view or "empty" in func.name() or _in_interpreter()):
             for tensor in torch.utils._pytree.tree_leaves((args, kwargs, result)):
                 if isinstance(tensor, torch.Tensor):
-                    self.total += min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())  # one that is expanded
+                    self.total += min(
+                        tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
+                    )  # one that is expanded
         return result
 
 

@@ -1,5 +1,6 @@
-"""Bytes per bf16 logit for the loss of log-probabilities, forward and backward, of this package and of the peers whose kernels start from
-logits. Counted: what kernels ask for, in Triton's interpreter, and the tensors that torch's operations read and write. Prints JSON:
+"""Bytes per bf16 logit for the loss of log-probabilities, forward and backward, of this package and
+of the peers whose kernels start from logits. Counted: what kernels ask for, in Triton's
+interpreter, and the tensors that torch's operations read and write. Prints JSON:
 
 TRITON_INTERPRET=1 MPO_KERNELS_BACKEND=triton python -m benchmarks.instruments.peer_bytes 8192 20011
 """
@@ -38,7 +39,9 @@ Moved = dict[str, dict[str, Bytes]]
 def _ours(logits: torch.Tensor, labels: torch.Tensor, inplace: bool) -> torch.Tensor:
     import mpo_kernels
 
-    return mpo_kernels.mpo_loss(logits, labels, torch.zeros(PAIRS), inplace_backward=inplace, validate=False).loss
+    return mpo_kernels.mpo_loss(
+        logits, labels, torch.zeros(PAIRS), inplace_backward=inplace, validate=False
+    ).loss
 
 
 def _liger(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -83,7 +86,9 @@ def _of(loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], vocab: int) 
 
 
 def _count(
-    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], logits: torch.Tensor, labels: torch.Tensor
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    logits: torch.Tensor,
+    labels: torch.Tensor,
 ) -> tuple[int, int]:  # by kernels, by torch
     from benchmarks.instruments.operators import Moved as OfTorch
     from benchmarks.instruments.traffic import Meter
@@ -95,7 +100,8 @@ def _count(
 
 
 def in_interpreter(vocabularies: list[int]) -> Moved:
-    """`moved` of each vocabulary, from a process of its own: the interpreter must be chosen before triton is imported."""
+    """`moved` of each vocabulary, from a process of its own: the interpreter must be chosen before
+    triton is imported."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "MPO_KERNELS_BACKEND": "triton"}
     command = [sys.executable, "-m", "benchmarks.instruments.peer_bytes", *map(str, vocabularies)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
@@ -103,4 +109,11 @@ def in_interpreter(vocabularies: list[int]) -> Moved:
 
 
 if __name__ == "__main__":
-    print(json.dumps({vocab: {name: found.model_dump() for name, found in moved(int(vocab)).items()} for vocab in sys.argv[1:]}))
+    print(
+        json.dumps(
+            {
+                vocab: {name: found.model_dump() for name, found in moved(int(vocab)).items()}
+                for vocab in sys.argv[1:]
+            }
+        )
+    )

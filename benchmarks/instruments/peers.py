@@ -1,10 +1,11 @@
-"""Triton kernels of other libraries that do this package's job, as their own launch code specialises them; none is run.
+"""Triton kernels of other libraries that do this package's job, as their own launch code
+specialises them; none is run.
 
     for kernel in PEERS[0].kernels(128256, "sm_90"):
         kernel.report.registers
 
-The libraries are optional and their names are private: any may be missing or have moved. Whoever calls catches what is raised and shows the
-peer as absent.
+The libraries are optional and their names are private: any may be missing or have moved. Whoever
+calls catches what is raised and shows the peer as absent.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from benchmarks.instruments.launch import Specialised, recorded
 from benchmarks.instruments.machine_code import Report
 
 ROWS, TOKENS, HIDDEN = 4, 2048, 4096
-"""Sequences, tokens of each and hidden size of the launches; they decide only which arguments 16 divides."""
+"""Sequences, tokens of each and hidden size of the launches; they decide only which arguments 16
+divides."""
 ARCHITECTURES = {"sm_80": "ampere_ada", "sm_90": "hopper", "sm_100": "blackwell", "gfx942": "cdna3"}
 """Liger's names of the targets."""
 
@@ -47,7 +49,8 @@ class Peer:
     does: Mapping[str, str]
     """What one launch does, by kernel; other kernels that it launches are left out."""
     has_logits: bool = True
-    """False where the kernel makes the logits itself, by matrix products: then nothing can be said per logit."""
+    """False where the kernel makes the logits itself, by matrix products: then nothing can be said
+    per logit."""
 
     def kernels(self, vocab: int, target: str) -> Iterator[Kernel]:
         """The first launch of each kernel, for bf16 logits of `vocab` columns.
@@ -68,17 +71,23 @@ class Peer:
 
 
 def _block(launch: Specialised) -> int | None:
-    return next((launch.bound[name] for name in ("BLOCK_SIZE", "BLOCK_N", "BLOCK") if name in launch.bound), None)
+    return next(
+        (launch.bound[name] for name in ("BLOCK_SIZE", "BLOCK_N", "BLOCK") if name in launch.bound),
+        None,
+    )
 
 
-# Calls that give log-probabilities (B, T) from logits (B, T, V) and labels (B, T), -100 for none; also run in the interpreter
+# Calls that give log-probabilities (B, T) from logits (B, T, V) and labels (B, T), -100 for none;
+# also run in the interpreter
 
 
 def liger(logits: torch.Tensor, labels: torch.Tensor, softcap: float | None = None) -> torch.Tensor:
     """Liger's cross-entropy without a reduction. It writes over the logits."""
     from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
 
-    losses = LigerCrossEntropyFunction.apply(logits.flatten(0, 1), labels.flatten(), None, -100, 0.0, 0.0, "none", softcap)[0]
+    losses = LigerCrossEntropyFunction.apply(
+        logits.flatten(0, 1), labels.flatten(), None, -100, 0.0, 0.0, "none", softcap
+    )[0]
     return -losses.view(labels.shape)
 
 
@@ -86,7 +95,9 @@ def trl(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """TRL's selective log-softmax on a GPU."""
     from trl.kernels.logprob_entropy import selective_log_softmax_and_entropy
 
-    return selective_log_softmax_and_entropy(logits, labels.clamp_min(0), row_mask=labels != -100)[0]
+    return selective_log_softmax_and_entropy(logits, labels.clamp_min(0), row_mask=labels != -100)[
+        0
+    ]
 
 
 # Launches
@@ -105,7 +116,11 @@ def _liger_cross_entropy(vocab: int, target: str, softcap: float | None = None) 
     from liger_kernel.ops import cross_entropy
 
     with _liger_on(target, cross_entropy):  # it reads labels back to the host, so real tensors
-        liger(torch.zeros(1, ROWS, vocab, dtype=torch.bfloat16, requires_grad=True), torch.zeros(1, ROWS, dtype=torch.int64), softcap)
+        liger(
+            torch.zeros(1, ROWS, vocab, dtype=torch.bfloat16, requires_grad=True),
+            torch.zeros(1, ROWS, dtype=torch.int64),
+            softcap,
+        )
 
 
 def _liger_grpo(vocab: int, target: str) -> None:
@@ -114,7 +129,19 @@ def _liger_grpo(vocab: int, target: str) -> None:
     labels, mask = _labels(ROWS, TOKENS), torch.ones(ROWS, TOKENS, device="meta")
     advantages = torch.ones(ROWS, device="meta")
     # Temperature 1, no penalty, so that nothing but the log-probability is computed per logit.
-    loss = GrpoLossFunction.apply(_bf16(ROWS, TOKENS + 1, vocab), None, None, labels, advantages, mask, 1.0, 0.0, 0.2, 0.2, False)[0]
+    loss = GrpoLossFunction.apply(
+        _bf16(ROWS, TOKENS + 1, vocab),
+        None,
+        None,
+        labels,
+        advantages,
+        mask,
+        1.0,
+        0.0,
+        0.2,
+        0.2,
+        False,
+    )[0]
     loss.backward()
 
 
@@ -132,11 +159,16 @@ def _trl_selective(vocab: int, target: str) -> None:
 def _trl_chunked(vocab: int, target: str) -> None:
     from trl.kernels import chunked_logprob
 
-    # Autocast, which it asks about, knows no meta device; the hidden size is no argument of its kernels.
-    hidden, weight = (torch.zeros(n, 16, dtype=torch.bfloat16, requires_grad=True) for n in (16, vocab))
+    # Autocast, which it asks about, knows no meta device; the hidden size is no argument of its
+    # kernels.
+    hidden, weight = (
+        torch.zeros(n, 16, dtype=torch.bfloat16, requires_grad=True) for n in (16, vocab)
+    )
     labels = torch.zeros(16, dtype=torch.int64)
     with patch.object(chunked_logprob, "_use_triton", lambda device: True):
-        chunked_logprob.ChunkedLogProbFunction.apply(hidden, weight, None, labels, 1.0, 8192, None, 1.0, ())[0].sum().backward()
+        chunked_logprob.ChunkedLogProbFunction.apply(
+            hidden, weight, None, labels, 1.0, 8192, None, 1.0, ()
+        )[0].sum().backward()
 
 
 def _cut_cross_entropy(vocab: int, target: str) -> None:
@@ -146,7 +178,16 @@ def _cut_cross_entropy(vocab: int, target: str) -> None:
     hidden, weight = _bf16(TOKENS, HIDDEN), _bf16(vocab, HIDDEN)
     normalizer = cce_lse_forward_kernel(hidden, weight)
     # Without its filter, which drops small gradients.
-    cce_backward_kernel(torch.ones(TOKENS, device="meta"), hidden, weight, normalizer, None, None, None, targets=_labels(TOKENS))
+    cce_backward_kernel(
+        torch.ones(TOKENS, device="meta"),
+        hidden,
+        weight,
+        normalizer,
+        None,
+        None,
+        None,
+        targets=_labels(TOKENS),
+    )
 
 
 @contextlib.contextmanager
@@ -167,7 +208,12 @@ _LIGER = (
 )
 
 PEERS = (
-    Peer("Liger cross-entropy", "liger-kernel", _liger_cross_entropy, {"liger_cross_entropy_kernel": _LIGER}),
+    Peer(
+        "Liger cross-entropy",
+        "liger-kernel",
+        _liger_cross_entropy,
+        {"liger_cross_entropy_kernel": _LIGER},
+    ),
     Peer(
         "Liger cross-entropy, softcap",
         "liger-kernel",
@@ -178,10 +224,16 @@ PEERS = (
         "Liger GRPO",
         "liger-kernel",
         _liger_grpo,
-        {"_grpo_loss_fwd_kernel": "one read: log-probability and GRPO's loss", "_grpo_loss_bwd_kernel": _GRADIENT},
+        {
+            "_grpo_loss_fwd_kernel": "one read: log-probability and GRPO's loss",
+            "_grpo_loss_bwd_kernel": _GRADIENT,
+        },
     ),
     Peer(
-        "Liger selective log-softmax", "liger-kernel", _liger_selective, {"_selective_log_softmax_kernel": _LOGPROB + "; has no gradient"}
+        "Liger selective log-softmax",
+        "liger-kernel",
+        _liger_selective,
+        {"_selective_log_softmax_kernel": _LOGPROB + "; has no gradient"},
     ),
     Peer(
         "TRL selective log-softmax",
@@ -195,7 +247,9 @@ PEERS = (
         _trl_chunked,
         {
             "_forward_kernel": "one read of a tile of 8192 columns: updates the row's sums",
-            "_backward_kernel": "one read, one write of a tile of 8192 columns: gradient for any upstream gradient",
+            "_backward_kernel": (
+                "one read, one write of a tile of 8192 columns: gradient for any upstream gradient"
+            ),
         },
     ),
     Peer(
@@ -203,7 +257,9 @@ PEERS = (
         "cut-cross-entropy",
         _cut_cross_entropy,
         {
-            "_cce_lse_forward_kernel": "makes logits by matrix products and keeps their log-sum-exp",
+            "_cce_lse_forward_kernel": (
+                "makes logits by matrix products and keeps their log-sum-exp"
+            ),
             "_cce_backward_kernel": "makes logits again, and both gradients by matrix products",
         },
         has_logits=False,

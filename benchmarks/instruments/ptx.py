@@ -1,4 +1,5 @@
-"""Reads the PTX of one kernel, as Triton's compiler writes it, into instructions that can be followed one by one.
+"""Reads the PTX of one kernel, as Triton's compiler writes it, into instructions that can be
+followed one by one.
 
 program = parse(compiled.asm["ptx"])
 program.instructions[0].opcode, program.instructions[0].types, program.instructions[0].operands
@@ -25,8 +26,10 @@ class Instruction:
     opcode: str  # "ld"
     modifiers: tuple[str, ...]  # ("global", "v2", "b32")
     types: tuple[str, ...]  # ("b32",): those of the modifiers that are types
-    operands: tuple[tuple[str, ...], ...]  # (("%r1", "%r2"), ("[%rd1+8]",)): a vector in braces has several names
-    guard: str | None  # "%p1": the threads in which it is false (true, if negated) leave the instruction out
+    # (("%r1", "%r2"), ("[%rd1+8]",)): a vector in braces has several names
+    operands: tuple[tuple[str, ...], ...]
+    # "%p1": the threads in which it is false (true, if negated) leave the instruction out
+    guard: str | None
     guard_negated: bool
     text: str
 
@@ -37,7 +40,8 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Program:
-    """A kernel. Registers declared in an inner block have names of their own there, such as `%r1#3`."""
+    """A kernel. Registers declared in an inner block have names of their own there, such as
+    `%r1#3`."""
 
     parameters: tuple[str, ...]
     instructions: tuple[Instruction, ...]
@@ -114,7 +118,11 @@ class _Reader:
         names: dict[str, str] = {}
         for block in self._blocks:
             names.update(block)
-        return _NAME.sub(lambda match: names.get(match[0], match[0]), statement) if names else statement
+        return (
+            _NAME.sub(lambda match: names.get(match[0], match[0]), statement)
+            if names
+            else statement
+        )
 
 
 def _instruction(text: str) -> Instruction:
@@ -137,4 +145,8 @@ def _instruction(text: str) -> Instruction:
 def _operands(text: str):
     """Splits at the commas outside of braces and brackets."""
     for operand in re.findall(r"\s*(\{[^}]*\}|\[[^\]]*\]|[^,]+)\s*(?:,|$)", text):
-        yield tuple(part.strip() for part in operand.strip("{} ").split(",")) if operand.startswith("{") else (operand.strip(),)
+        yield (
+            tuple(part.strip() for part in operand.strip("{} ").split(","))
+            if operand.startswith("{")
+            else (operand.strip(),)
+        )

@@ -1,12 +1,14 @@
-"""Counts the bytes that Triton kernels move under the interpreter, and finds accesses that are wrong or depend on luck.
+"""Counts the bytes that Triton kernels move under the interpreter, and finds accesses that are
+wrong or depend on luck.
 
     with Meter() as meter: launch(...)                          any launch inside; TRITON_INTERPRET=1, CPU tensors
     meter.loaded["x_ptr"], meter.stored["y_ptr"]                bytes per argument, summed over launches
     meter.clean                                                 True if there is no finding of any kind
 
-Counted: bytes of unmasked lanes, per load or store of one program; lanes that share an address count once. An atomic counts as a load and
-a store. Where arguments overlap, a byte goes to the shortest of them, and of equal ones to the first. It is what the kernel asks for: what
-caches and the width of memory transactions make of it is not modelled.
+Counted: bytes of unmasked lanes, per load or store of one program; lanes that share an address
+count once. An atomic counts as a load and a store. Where arguments overlap, a byte goes to the
+shortest of them, and of equal ones to the first. It is what the kernel asks for: what caches and
+the width of memory transactions make of it is not modelled.
 
 Checked, each in a list with one line per statement and argument (its first occurrence):
 
@@ -17,10 +19,12 @@ Checked, each in a list with one line per statement and argument (its first occu
                     are atomic: the threads that do so may be different ones.
     uninitialised   bytes read before a kernel wrote them, in tensors given as `uninitialised`. Writes by the host are not seen.
 
-Not checked: an overrun of one argument that ends in another one, or in the gaps between a strided view's rows; a program's stores to what
-it loaded before (in place, with another layout); order that programs make by atomics or by spinning, which is reported as a race although
-it may be none; two stores of the same value, which are reported too. The interpreter runs programs one after another, so results that
-depend on their order show only under another `order`. The bookkeeping takes eight bytes for each byte that a launch touches.
+Not checked: an overrun of one argument that ends in another one, or in the gaps between a strided
+view's rows; a program's stores to what it loaded before (in place, with another layout); order that
+programs make by atomics or by spinning, which is reported as a race although it may be none; two
+stores of the same value, which are reported too. The interpreter runs programs one after another,
+so results that depend on their order show only under another `order`. The bookkeeping takes eight
+bytes for each byte that a launch touches.
 """
 
 from __future__ import annotations
@@ -39,17 +43,20 @@ import torch
 
 Kind = Literal["load", "store", "atomic"]
 Where = slice | np.ndarray
-"""Bytes of a range, as an index. A slice wherever they adjoin, which numpy reads many times faster."""
+"""Bytes of a range, as an index. A slice wherever they adjoin, which numpy reads many times
+faster."""
 
 SEVERAL = -1
 """In place of a program's number."""
 
 
 class Meter:
-    """A context manager; launches inside it are counted and checked. See the module's docstring for what that means.
+    """A context manager; launches inside it are counted and checked. See the module's docstring for
+    what that means.
 
     Args:
-        order: programs run in the grid's order (None), backwards ("reverse") or in a random one, new for each launch ("shuffle").
+        order: programs run in the grid's order (None), backwards ("reverse") or in a random one,
+            new for each launch ("shuffle").
         uninitialised: tensors whose present contents no kernel may read.
         seed: of the shuffles.
 
@@ -59,7 +66,11 @@ class Meter:
     """
 
     def __init__(
-        self, order: Literal["reverse", "shuffle"] | None = None, uninitialised: Sequence[torch.Tensor] = (), *, seed: int = 0
+        self,
+        order: Literal["reverse", "shuffle"] | None = None,
+        uninitialised: Sequence[torch.Tensor] = (),
+        *,
+        seed: int = 0,
     ) -> None:
         if order not in (None, "reverse", "shuffle"):
             raise ValueError(f'order is {order!r}; it must be None, "reverse" or "shuffle".')
@@ -83,7 +94,10 @@ class Meter:
 
     def __enter__(self) -> Meter:
         if os.environ.get("TRITON_INTERPRET") != "1":
-            raise RuntimeError("Meter counts under Triton's interpreter: set TRITON_INTERPRET=1 before the kernels are imported.")
+            raise RuntimeError(
+                "Meter counts under Triton's interpreter: set TRITON_INTERPRET=1 before the kernels"
+                " are imported."
+            )
         _Hooks(self).install(self._saved)
         return self
 
@@ -104,7 +118,9 @@ class Meter:
     def _access(self, kind: Kind, pointers: Any, mask: Any) -> np.ndarray | None:
         """Books an access. Returns which lanes may go ahead, None for all."""
         lanes = np.asarray(pointers.data).astype(np.int64)
-        wanted = lanes if mask is None else lanes[np.broadcast_to(np.asarray(mask.data), lanes.shape)]
+        wanted = (
+            lanes if mask is None else lanes[np.broadcast_to(np.asarray(mask.data), lanes.shape)]
+        )
         if not wanted.size:
             return None
         addresses = _distinct(wanted.ravel())
@@ -116,15 +132,30 @@ class Meter:
             inside = (addresses >= argument.low) & (addresses + size <= argument.high)
             if not inside.any():
                 continue
-            self._book(kind, argument, addresses if inside.all() else addresses[inside], size, statement)
+            self._book(
+                kind, argument, addresses if inside.all() else addresses[inside], size, statement
+            )
             addresses = addresses[~inside]
         if not addresses.size:
             return None
         where = self._launch.nearest(int(addresses[0]))
-        self._report(self.out_of_bounds, kind, statement, "", f"{kind} of {addresses.size} x {size} bytes outside of every argument{where}")
+        self._report(
+            self.out_of_bounds,
+            kind,
+            statement,
+            "",
+            f"{kind} of {addresses.size} x {size} bytes outside of every argument{where}",
+        )
         return ~np.isin(lanes, addresses)
 
-    def _book(self, kind: Kind, argument: _Argument, addresses: np.ndarray, size: int, statement: Statement) -> None:
+    def _book(
+        self,
+        kind: Kind,
+        argument: _Argument,
+        addresses: np.ndarray,
+        size: int,
+        statement: Statement,
+    ) -> None:
         """Counts and checks an access to distinct, sorted addresses inside of one argument."""
         if kind != "store":
             self.loaded[argument.name] += addresses.size * size
@@ -134,29 +165,48 @@ class Meter:
         where = _bytes(addresses - memory.low, size)
         for finding in self._launch.check(kind, memory, where, statement):
             findings = self.races if finding.kind == "race" else self.hazards
-            self._report(findings, kind, statement, argument.name, f"{kind} of {argument.name}: {finding.text}")
+            self._report(
+                findings,
+                kind,
+                statement,
+                argument.name,
+                f"{kind} of {argument.name}: {finding.text}",
+            )
         self._launch.record(kind, memory, where, statement)
         for unwritten in self._unwritten:
             number = unwritten.touch(kind, addresses, size)
             if number:
-                self._report(self.uninitialised, kind, statement, argument.name, f"reads {number} unwritten bytes of {argument.name}")
+                self._report(
+                    self.uninitialised,
+                    kind,
+                    statement,
+                    argument.name,
+                    f"reads {number} unwritten bytes of {argument.name}",
+                )
 
-    def _report(self, findings: list[str], kind: Kind, statement: Statement, argument: str, text: str) -> None:
+    def _report(
+        self, findings: list[str], kind: Kind, statement: Statement, argument: str, text: str
+    ) -> None:
         key = (id(findings), kind, statement, argument)
         if key in self._reported:
             return
         self._reported.add(key)
         file, line = statement[0] if statement else ("?", 0)
-        findings.append(f"{os.path.basename(file)}:{line} ({self._launch.kernel}, program {self._launch.program}) {text}")
+        findings.append(
+            f"{os.path.basename(file)}:{line} ({self._launch.kernel}, program"
+            f" {self._launch.program}) {text}"
+        )
 
 
 Statement = tuple[tuple[str, int], ...]
-"""File and line, then those of the callers up to the kernel: a helper that is called in two places makes two statements."""
+"""File and line, then those of the callers up to the kernel: a helper that is called in two places
+makes two statements."""
 
 
 @dataclass(frozen=True)
 class _Argument:
-    """A tensor that a kernel was launched with: the addresses from its first to its last element."""
+    """A tensor that a kernel was launched with: the addresses from its first to its last
+    element."""
 
     name: str
     low: int
@@ -164,12 +214,15 @@ class _Argument:
 
     @classmethod
     def of(cls, name: str, tensor: torch.Tensor) -> _Argument:
-        last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        last = sum(
+            (n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        )
         return cls(name, tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size())
 
 
 class _Memory:
-    """Who touched each byte of a stretch of addresses in one launch. Arguments that overlap share one, so aliases see each other."""
+    """Who touched each byte of a stretch of addresses in one launch. Arguments that overlap share
+    one, so aliases see each other."""
 
     def __init__(self, low: int, high: int) -> None:
         self.low, self.high = low, high
@@ -195,7 +248,8 @@ class _Finding:
 
 @dataclass
 class _Launch:
-    """State of one launch. `epoch` counts barriers and programs: accesses of one epoch are ordered by nothing."""
+    """State of one launch. `epoch` counts barriers and programs: accesses of one epoch are ordered
+    by nothing."""
 
     kernel: str
     arguments: list[_Argument]
@@ -211,20 +265,29 @@ class _Launch:
         self.arguments = sorted(self.arguments, key=lambda argument: argument.high - argument.low)
 
     def memory_of(self, argument: _Argument) -> _Memory:
-        return next(memory for memory in self._memories if memory.low <= argument.low and argument.high <= memory.high)
+        return next(
+            memory
+            for memory in self._memories
+            if memory.low <= argument.low and argument.high <= memory.high
+        )
 
     def nearest(self, address: int) -> str:
         """Tells where an address lies that is in no argument."""
         if not self.arguments:
             return ""
-        argument = min(self.arguments, key=lambda a: min(abs(address - a.low), abs(address - a.high)))
+        argument = min(
+            self.arguments, key=lambda a: min(abs(address - a.low), abs(address - a.high))
+        )
         if address < argument.low:
             return f"; the first lies {argument.low - address} bytes before {argument.name}"
         return (
-            f"; the first lies {address - argument.low} bytes after the start of {argument.name}, which has {argument.high - argument.low}"
+            f"; the first lies {address - argument.low} bytes after the start of {argument.name},"
+            f" which has {argument.high - argument.low}"
         )
 
-    def check(self, kind: Kind, memory: _Memory, where: Where, statement: Statement) -> list[_Finding]:
+    def check(
+        self, kind: Kind, memory: _Memory, where: Where, statement: Statement
+    ) -> list[_Finding]:
         """Conflicts of an access with those before it."""
         findings = []
         for index in _indices(memory.last_store[where]):
@@ -233,10 +296,20 @@ class _Launch:
             if store.is_atomic and kind == "atomic":
                 continue
             if store.program != self.program:
-                writer = "several programs have" if store.program == SEVERAL else f"program {store.program} has"
+                writer = (
+                    "several programs have"
+                    if store.program == SEVERAL
+                    else f"program {store.program} has"
+                )
                 findings.append(_Finding("race", f"{writer} written it"))
             elif store.epoch == self.epoch and store.statement != statement:
-                findings.append(_Finding("hazard", f"line {store.statement[0][1]} has stored it, and there is no barrier in between"))
+                findings.append(
+                    _Finding(
+                        "hazard",
+                        f"line {store.statement[0][1]} has stored it, and there is no barrier in"
+                        " between",
+                    )
+                )
         if kind != "load":
             readers = memory.reader[where]
             if ((readers != 0) & (readers != self.program + 1)).any():
@@ -252,10 +325,13 @@ class _Launch:
         own = self._index_of(_Store(self.program, kind == "atomic", self.epoch, statement))
         before = memory.last_store[where]
         if kind == "atomic" and before.any():
-            # A later plain access of the last program conflicts with the atomics of those before it, so they must not be forgotten.
+            # A later plain access of the last program conflicts with the atomics of those before
+            # it, so they must not be forgotten.
             others = [i for i in _indices(before) if self.stores[i].program != self.program]  # type: ignore[union-attr]
             met = self._index_of(_Store(SEVERAL, True, self.epoch, statement)) if others else own
-            memory.last_store[where] = np.where(np.isin(before, others), np.int32(met), np.int32(own))
+            memory.last_store[where] = np.where(
+                np.isin(before, others), np.int32(met), np.int32(own)
+            )
         else:
             memory.last_store[where] = own
 
@@ -267,7 +343,8 @@ class _Launch:
 
 
 class _Unwritten:
-    """Which bytes of a tensor's storage no kernel has written yet; lives as long as its meter, over all launches."""
+    """Which bytes of a tensor's storage no kernel has written yet; lives as long as its meter, over
+    all launches."""
 
     def __init__(self, low: int, size: int) -> None:
         self.low, self.high = low, low + size
@@ -291,15 +368,18 @@ class _Unwritten:
 
 
 class _Hooks:
-    """Wraps what every access of the interpreter goes through: the memory operations of its builder, and the start of a launch."""
+    """Wraps what every access of the interpreter goes through: the memory operations of its
+    builder, and the start of a launch."""
 
     def __init__(self, meter: Meter) -> None:
-        import triton.runtime.interpreter as interpreter  # late: this module can then be imported without triton
+        # late: this module can then be imported without triton
+        import triton.runtime.interpreter as interpreter
 
         self._meter = meter
         self._interpreter = interpreter
         self._inside_atomic = False
-        self._scratch = np.zeros(4, np.int64)  # where lanes of a compare-and-swap go that are out of bounds: it takes no mask
+        # where lanes of a compare-and-swap go that are out of bounds: it takes no mask
+        self._scratch = np.zeros(4, np.int64)
 
     def install(self, saved: list[tuple[type, str, Callable]]) -> None:
         """Puts the wrappers in place and appends what they replace to `saved`."""
@@ -326,20 +406,33 @@ class _Hooks:
     def _allowed(self, mask: Any, lanes: np.ndarray | None) -> Any:
         if lanes is None:
             return mask
-        data = lanes if mask is None else lanes & np.broadcast_to(np.asarray(mask.data), lanes.shape)
+        data = (
+            lanes if mask is None else lanes & np.broadcast_to(np.asarray(mask.data), lanes.shape)
+        )
         return self._interpreter.TensorHandle(data, self._interpreter.tl.int1)
 
     def _load(self, load: Callable) -> Callable:
         def metered(builder, pointers, mask, *rest):
             kind: Kind = "atomic" if self._inside_atomic else "load"
-            return load(builder, pointers, self._allowed(mask, self._meter._access(kind, pointers, mask)), *rest)
+            return load(
+                builder,
+                pointers,
+                self._allowed(mask, self._meter._access(kind, pointers, mask)),
+                *rest,
+            )
 
         return metered
 
     def _store(self, store: Callable) -> Callable:
         def metered(builder, pointers, value, mask, *rest):
             kind: Kind = "atomic" if self._inside_atomic else "store"
-            return store(builder, pointers, value, self._allowed(mask, self._meter._access(kind, pointers, mask)), *rest)
+            return store(
+                builder,
+                pointers,
+                value,
+                self._allowed(mask, self._meter._access(kind, pointers, mask)),
+                *rest,
+            )
 
         return metered
 
@@ -393,7 +486,9 @@ class _Hooks:
             number = (x * ny + y) * nz + z
             launch.program = launch.permutation[number] if launch.permutation else number
             launch.epoch += 1
-            return set_program(builder, launch.program // (ny * nz), launch.program // nz % ny, launch.program % nz)
+            return set_program(
+                builder, launch.program // (ny * nz), launch.program // nz % ny, launch.program % nz
+            )
 
         return metered
 
@@ -409,10 +504,15 @@ class _Hooks:
 
 
 def _tensors(name: str, value: Any) -> list[_Argument]:
-    """The tensors in an argument: itself, those of a tuple, or the one that a descriptor or a reinterpretation wraps."""
+    """The tensors in an argument: itself, those of a tuple, or the one that a descriptor or a
+    reinterpretation wraps."""
     if isinstance(value, tuple):
-        return [argument for i, item in enumerate(value) for argument in _tensors(f"{name}.{i}", item)]
-    if not isinstance(value, torch.Tensor) and isinstance(getattr(value, "base", None), torch.Tensor):
+        return [
+            argument for i, item in enumerate(value) for argument in _tensors(f"{name}.{i}", item)
+        ]
+    if not isinstance(value, torch.Tensor) and isinstance(
+        getattr(value, "base", None), torch.Tensor
+    ):
         value = value.base
     return [_Argument.of(name, value)] if isinstance(value, torch.Tensor) and value.numel() else []
 
@@ -430,7 +530,8 @@ def _stretches(arguments: list[_Argument]) -> list[tuple[int, int]]:
 
 
 def _distinct(addresses: np.ndarray) -> np.ndarray:
-    """Sorted and each once; most accesses are so already, and to see it costs far less than to sort."""
+    """Sorted and each once; most accesses are so already, and to see it costs far less than to
+    sort."""
     return addresses if (addresses[1:] > addresses[:-1]).all() else np.unique(addresses)
 
 
@@ -451,7 +552,8 @@ def _indices(last_store: np.ndarray) -> list[int]:
 
 
 def _statement() -> Statement:
-    """Where the kernel is that runs, from the frames between this module and the interpreter's grid."""
+    """Where the kernel is that runs, from the frames between this module and the interpreter's
+    grid."""
     import triton
     from triton.runtime.interpreter import GridExecutor
 

@@ -1,10 +1,11 @@
-"""The package's kernels as they are launched: argument types, alignment and tiles, for whoever compiles them without launching them.
+"""The package's kernels as they are launched: argument types, alignment and tiles, for whoever
+compiles them without launching them.
 
-`python -m benchmarks.instruments.variants tests/kernels/compiled` writes the table that the tests hold the kernels to, one for each version
-of triton: other compilers, other registers.
+`python -m benchmarks.instruments.variants tests/kernels/compiled` writes the table that the tests
+hold the kernels to, one for each version of triton: other compilers, other registers.
 
-`aligned` variants stand for every vocabulary that divides by 16 (128256, 151936, 152064, 256000, 262144: triton specialises on nothing
-else), `odd` ones for the others (50257, 128257).
+`aligned` variants stand for every vocabulary that divides by 16 (128256, 151936, 152064, 256000,
+262144: triton specialises on nothing else), `odd` ones for the others (50257, 128257).
 """
 
 from __future__ import annotations
@@ -22,7 +23,13 @@ import triton
 from benchmarks.instruments.machine_code import TARGETS, Report, report
 from mpo_kernels.kernels.logprob import _combine_kernel, _logprob_grad_kernel, _logprob_stats_kernel
 from mpo_kernels.kernels.pair import _pair_kernel, _row_grad_kernel, _sequence_sums_kernel
-from mpo_kernels.kernels.pool import POOL_BLOCK, POOL_ROWS, UNPOOL_BLOCK, _pool_kernel, _unpool_kernel
+from mpo_kernels.kernels.pool import (
+    POOL_BLOCK,
+    POOL_ROWS,
+    UNPOOL_BLOCK,
+    _pool_kernel,
+    _unpool_kernel,
+)
 from mpo_kernels.kernels.tiles import TILES, Tile
 
 _TYPES = {
@@ -34,7 +41,8 @@ _TYPES = {
     **dict.fromkeys(("logit_scale", "softcap", "inverse_softcap", "beta"), "fp32"),
 }
 _INTEGERS = {"N", "P", "D", "T", "V", "splits", "split_columns", "parts", "blocks", "ignore_index"}
-_DIVISIBLE = {"V", "D", "split_columns"}  # and all strides, where the vocabulary or the hidden size divides by 16
+# and all strides, where the vocabulary or the hidden size divides by 16
+_DIVISIBLE = {"V", "D", "split_columns"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,15 @@ class Variant:
         aligned = {n for n in names if n.endswith("_ptr")}
         if self.aligned:
             aligned |= {n for n in names if n in _DIVISIBLE or "stride" in n}
-        return report(self.kernel, {n: _type(n) for n in names}, constants, aligned, target, tile.num_warps, elements_per_program=elements)
+        return report(
+            self.kernel,
+            {n: _type(n) for n in names},
+            constants,
+            aligned,
+            target,
+            tile.num_warps,
+            elements_per_program=elements,
+        )
 
 
 def _type(name: str) -> str:
@@ -80,24 +96,56 @@ def variants() -> Iterator[Variant]:
         place = "aligned" if aligned else "odd"
         for kind in ("plain", "softcap", "wide softcap"):
             is_wide = kind == "wide softcap"
-            head = {"ARE_STORED": False, "HAS_SCALE": False, "HAS_SOFTCAP": kind != "plain", "IS_WIDE_CAP": is_wide}
+            head = {
+                "ARE_STORED": False,
+                "HAS_SCALE": False,
+                "HAS_SOFTCAP": kind != "plain",
+                "IS_WIDE_CAP": is_wide,
+            }
             tile = "wide stats" if is_wide else "stats"
-            for form, flags in (("", {}), (" split", {"IS_PARTIAL": True}), (" token outputs", {"HAS_TOKEN_OUTPUTS": True})):
-                constants = {**head, "HAS_TOKEN_OUTPUTS": False, "IS_PARTIAL": False, "IS_SLICE": False, **flags}
-                yield Variant(f"stats{form} {kind} {place}", _logprob_stats_kernel, constants, aligned, tile)
+            for form, flags in (
+                ("", {}),
+                (" split", {"IS_PARTIAL": True}),
+                (" token outputs", {"HAS_TOKEN_OUTPUTS": True}),
+            ):
+                constants = {
+                    **head,
+                    "HAS_TOKEN_OUTPUTS": False,
+                    "IS_PARTIAL": False,
+                    "IS_SLICE": False,
+                    **flags,
+                }
+                yield Variant(
+                    f"stats{form} {kind} {place}", _logprob_stats_kernel, constants, aligned, tile
+                )
             yield Variant(f"grad {kind} {place}", _logprob_grad_kernel, head, aligned, "grad")
-        yield Variant(f"pool {place}", _pool_kernel, {"HAS_MASK": True, "ROWS": POOL_ROWS, "BLOCK": POOL_BLOCK}, aligned)
-        yield Variant(f"unpool {place}", _unpool_kernel, {"HAS_MASK": True, "BLOCK": UNPOOL_BLOCK}, aligned)
+        yield Variant(
+            f"pool {place}",
+            _pool_kernel,
+            {"HAS_MASK": True, "ROWS": POOL_ROWS, "BLOCK": POOL_BLOCK},
+            aligned,
+        )
+        yield Variant(
+            f"unpool {place}", _unpool_kernel, {"HAS_MASK": True, "BLOCK": UNPOOL_BLOCK}, aligned
+        )
     yield Variant("combine", _combine_kernel, {"HAS_TOKEN_OUTPUTS": True, "BLOCK": 128}, True)
     yield Variant("sequence sums", _sequence_sums_kernel, {"BLOCK": 1024}, True)
-    yield Variant("pair", _pair_kernel, {"BETA_IS_STORED": False, "HAS_SUMS": False, "HAS_WEIGHTS": True, "BLOCK": 1024}, True)
+    yield Variant(
+        "pair",
+        _pair_kernel,
+        {"BETA_IS_STORED": False, "HAS_SUMS": False, "HAS_WEIGHTS": True, "BLOCK": 1024},
+        True,
+    )
     yield Variant("row grad", _row_grad_kernel, {"BLOCK": 1024}, True)
 
 
 def facts(made: Report) -> dict[str, int | float]:
-    """What is held at bars: the fewer the better, except for the widest access. `main` is the body with the least work per element, through
-    which all but a block or two of a row go; not one that only writes, which is an ignored row's."""
-    main = min((body.instructions_per_element for body in made.bodies if body.bytes_loaded), default=0.0)
+    """What is held at bars: the fewer the better, except for the widest access. `main` is the body
+    with the least work per element, through which all but a block or two of a row go; not one that
+    only writes, which is an ignored row's."""
+    main = min(
+        (body.instructions_per_element for body in made.bodies if body.bytes_loaded), default=0.0
+    )
     return {
         "registers": made.registers,
         "spilled": made.local_bytes + made.spill_ops,
@@ -109,18 +157,27 @@ def facts(made: Report) -> dict[str, int | float]:
 
 def table() -> dict[str, dict[str, dict[str, int | float]]]:
     """Facts by variant and target."""
-    return {variant.name: {target: facts(variant.compiled(target)) for target in TARGETS} for variant in variants()}
+    return {
+        variant.name: {target: facts(variant.compiled(target)) for target in TARGETS}
+        for variant in variants()
+    }
 
 
 def _write(folder: Path) -> None:
-    """`<triton's version>.json`: one line per variant and target, so that a change shows as one in a diff."""
+    """`<triton's version>.json`: one line per variant and target, so that a change shows as one in
+    a diff."""
     lines = []
     for name, targets in table().items():
-        rows = ",\n    ".join(f"{json.dumps(target)}: {json.dumps(values)}" for target, values in targets.items())
+        rows = ",\n    ".join(
+            f"{json.dumps(target)}: {json.dumps(values)}" for target, values in targets.items()
+        )
         lines.append(f"  {json.dumps(name)}: {{\n    {rows}\n  }}")
-    (folder / f"{triton.__version__}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    (folder / f"{triton.__version__}.json").write_text(
+        "{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default until triton 3.10; it decides about instruction counts
+    # the default until triton 3.10; it decides about instruction counts
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     _write(Path(sys.argv[1]))

@@ -35,13 +35,18 @@ class Answerer:
         # Eager attention serves every architecture, and padding on the left.
         try:
             path = resolve_model(config.path, log)
-            self._source = ModelConfig(path=path, revision=config.revision, dtype=config.dtype, attention="eager")
+            self._source = ModelConfig(
+                path=path, revision=config.revision, dtype=config.dtype, attention="eager"
+            )
             check_model(self._source)
             self._tokenizer: Any = load_tokenizer(self._source)
         except UserError as error:
             raise UserError(f"chosen_from_model: {error}") from error
         if not self._tokenizer.chat_template:
-            raise UserError(f"The tokenizer of chosen_from_model.path {config.path} has no chat template. Use the instruction-tuned model.")
+            raise UserError(
+                f"The tokenizer of chosen_from_model.path {config.path} has no chat template. Use"
+                " the instruction-tuned model."
+            )
         self._tokenizer.padding_side = "left"
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
@@ -65,14 +70,24 @@ class Answerer:
         failed: list[tuple[Prompt, str | Failure]] = []
         for prompt in prompts:
             try:
-                text = self._tokenizer.apply_chat_template([m.model_dump() for m in prompt], tokenize=False, add_generation_prompt=True)
+                text = self._tokenizer.apply_chat_template(
+                    [m.model_dump() for m in prompt], tokenize=False, add_generation_prompt=True
+                )
             except TemplateError as error:
-                failed.append((prompt, Failure("refused_by_template", f"the chat template refuses it: {error}")))
+                failed.append(
+                    (
+                        prompt,
+                        Failure("refused_by_template", f"the chat template refuses it: {error}"),
+                    )
+                )
                 continue
             length = len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
             if room is not None and length + self._config.max_new_tokens > room:
                 limit = self._config.max_new_tokens
-                detail = f"its {length} tokens and chosen_from_model.max_new_tokens={limit} are more than the model's {room}"
+                detail = (
+                    f"its {length} tokens and chosen_from_model.max_new_tokens={limit} are more"
+                    f" than the model's {room}"
+                )
                 failed.append((prompt, Failure("prompt_too_long", detail)))
                 continue
             rendered.append((prompt, text))
@@ -82,13 +97,25 @@ class Answerer:
         for start in range(0, len(rendered), self._config.batch_size):
             batch = rendered[start : start + self._config.batch_size]
             seed = int(self.key(batch[0][0])[:15], 16)
-            yield list(zip((prompt for prompt, _ in batch), self._generate([text for _, text in batch], seed), strict=True))
+            yield list(
+                zip(
+                    (prompt for prompt, _ in batch),
+                    self._generate([text for _, text in batch], seed),
+                    strict=True,
+                )
+            )
 
     @torch.inference_mode()
     def _generate(self, texts: Sequence[str], seed: int) -> list[str | Failure]:
-        model, limit, temperature = self._model, self._config.max_new_tokens, self._config.temperature
+        model, limit, temperature = (
+            self._model,
+            self._config.max_new_tokens,
+            self._config.temperature,
+        )
         own = model.generation_config.eos_token_id
-        ends = {*([own] if isinstance(own, int) else own or []), self._tokenizer.eos_token_id} - {None}
+        ends = {*([own] if isinstance(own, int) else own or []), self._tokenizer.eos_token_id} - {
+            None
+        }
         settings = GenerationConfig(
             max_new_tokens=limit,
             do_sample=temperature > 0,
@@ -97,11 +124,20 @@ class Answerer:
             pad_token_id=self._tokenizer.pad_token_id,
         )
         torch.manual_seed(seed)
-        inputs = self._tokenizer(list(texts), return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
+        inputs = self._tokenizer(
+            list(texts), return_tensors="pt", padding=True, add_special_tokens=False
+        ).to(model.device)
         inputs.pop("token_type_ids", None)
         refuse_foreign_ids(int(inputs["input_ids"].max()), "a prompt", self._source)
-        output = model.generate(**inputs, generation_config=settings)[:, inputs["input_ids"].shape[1] :]
-        ended = torch.isin(output, torch.tensor(sorted(ends), device=output.device)).any(dim=1).tolist()
+        output = model.generate(**inputs, generation_config=settings)[
+            :, inputs["input_ids"].shape[1] :
+        ]
+        ended = (
+            torch.isin(output, torch.tensor(sorted(ends), device=output.device)).any(dim=1).tolist()
+        )
         answers = self._tokenizer.batch_decode(output, skip_special_tokens=True)
-        cut = Failure("answer_truncated", f"no end within {limit} tokens; raise chosen_from_model.max_new_tokens")
+        cut = Failure(
+            "answer_truncated",
+            f"no end within {limit} tokens; raise chosen_from_model.max_new_tokens",
+        )
         return [answer.strip() if end else cut for answer, end in zip(answers, ended, strict=True)]

@@ -1,4 +1,5 @@
-"""One build, from the preference rows to the report. Every step that takes long can be interrupted and goes on where it was."""
+"""One build, from the preference rows to the report. Every step that takes long can be interrupted
+and goes on where it was."""
 
 from __future__ import annotations
 
@@ -30,11 +31,16 @@ def build(config: BuildConfig, progress: Progress) -> dict[str, Any]:
     """Makes the rows of `config` and returns the report, which lies beside them too.
 
     Raises:
-        UserError: something is wrong with configuration, input, output, model or server; or no row is left.
+        UserError: something is wrong with configuration, input, output, model or server; or no row
+            is left.
         Interrupted: after Ctrl-C or SIGTERM. What is finished is kept.
     """
     output = Output(Path(config.output))
-    with output.claimed(_identity(config)), interruptions() as stop, stop.deferred("after what is being made"):
+    with (
+        output.claimed(_identity(config)),
+        interruptions() as stop,
+        stop.deferred("after what is being made"),
+    ):
         preferences, bad = read_preferences(config)
         filters = Filters(config.filters, config.languages, config.dominant_language)
         translator = _open_translator(config)
@@ -43,18 +49,32 @@ def build(config: BuildConfig, progress: Progress) -> dict[str, Any]:
         rows, untranslated = _assemble(answered, translations, filters, config)
         dropped = [asdict(row) for row in bad] + unanswered + untranslated
         trimmed = sum(preference.trimmed for preference in preferences)
-        work = {"output": config.output, "translated": made, "translations_kept": kept, "trimmed": trimmed, "build": _identity(config)}
+        work = {
+            "output": config.output,
+            "translated": made,
+            "translations_kept": kept,
+            "trimmed": trimmed,
+            "build": _identity(config),
+        }
         report = make_report(len(preferences) + len(bad), rows, dropped, config.languages, work)
         output.write(report, rows, dropped)
         if not rows:
-            reasons = ", ".join(f"{reason} ({shown[0]['detail']})" for reason, shown in report["examples"].items())
-            raise UserError(f"No row is left: {reasons}. {output.dropped} has all of them, {output.report} the counts.")
+            reasons = ", ".join(
+                f"{reason} ({shown[0]['detail']})" for reason, shown in report["examples"].items()
+            )
+            raise UserError(
+                f"No row is left: {reasons}. {output.dropped} has all of them, {output.report} the"
+                " counts."
+            )
     return report
 
 
 def _identity(config: BuildConfig) -> dict[str, Any]:
-    """What makes it this build, so that it may replace its own output: not the filters, and not what only changes speed."""
-    kind, translator = next((name, section) for name, section in config.translator if section is not None)
+    """What makes it this build, so that it may replace its own output: not the filters, and not
+    what only changes speed."""
+    kind, translator = next(
+        (name, section) for name, section in config.translator if section is not None
+    )
     return {
         "input": list(config.input),
         "dominant_language": config.dominant_language,
@@ -77,9 +97,14 @@ def _open_translator(config: BuildConfig) -> Translator:
 
 
 def _answer(
-    preferences: Sequence[Preference], config: BuildConfig, output: Output, progress: Progress, stop: Interruption
+    preferences: Sequence[Preference],
+    config: BuildConfig,
+    output: Output,
+    progress: Progress,
+    stop: Interruption,
 ) -> tuple[list[Preference], list[dict[str, Any]]]:
-    """The rows with the model's answers as chosen ones, where that is asked, and the rows that this leaves without a usable pair."""
+    """The rows with the model's answers as chosen ones, where that is asked, and the rows that this
+    leaves without a usable pair."""
     if config.chosen_from_model is None:
         return list(preferences), []
     from mpo.data_build.answers import Answerer, Prompt  # transformers takes seconds to import
@@ -96,7 +121,11 @@ def _answer(
             with progress.task("Answering", len(pending), "prompts") as advance:
                 for batch in answerer.answer(pending):
                     journal.add(
-                        {"key": answerer.key(prompt), "prompt": [m.model_dump() for m in prompt], "answer": answer}
+                        {
+                            "key": answerer.key(prompt),
+                            "prompt": [m.model_dump() for m in prompt],
+                            "answer": answer,
+                        }
                         for prompt, answer in batch
                         if isinstance(answer, str)
                     )
@@ -116,18 +145,38 @@ def _answer(
         if problem is None:
             good.append(preference)
         else:
-            dropped += [_dropped(preference, language, problem, None) for language in config.languages]
+            dropped += [
+                _dropped(preference, language, problem, None) for language in config.languages
+            ]
     return good, dropped
 
 
 def _translate(
-    preferences: Sequence[Preference], translator: Translator, config: BuildConfig, output: Output, progress: Progress, stop: Interruption
+    preferences: Sequence[Preference],
+    translator: Translator,
+    config: BuildConfig,
+    output: Output,
+    progress: Progress,
+    stop: Interruption,
 ) -> tuple[Translations, int, int]:
-    """Translations of every text into every language, how many were made now, and how many the journal had."""
-    texts = list(dict.fromkeys(text for preference in preferences for text in texts_of(preference.pair) if text.strip()))
+    """Translations of every text into every language, how many were made now, and how many the
+    journal had."""
+    texts = list(
+        dict.fromkeys(
+            text for preference in preferences for text in texts_of(preference.pair) if text.strip()
+        )
+    )
     translations: Translations = {}
-    with _journal(output.translations, "translation", needed=translator.identity(config.languages[0]) is not None) as journal:
-        keys = {(text, language): key_of(text, translator.identity(language)) for language in config.languages for text in texts}
+    with _journal(
+        output.translations,
+        "translation",
+        needed=translator.identity(config.languages[0]) is not None,
+    ) as journal:
+        keys = {
+            (text, language): key_of(text, translator.identity(language))
+            for language in config.languages
+            for text in texts
+        }
         for job, key in keys.items():
             if journal is not None and (known := journal.get(key)) is not None:
                 translations[job] = known
@@ -140,7 +189,12 @@ def _translate(
                     for batch in translator.translate(pending, language) if pending else ():
                         if journal is not None:
                             journal.add(
-                                {"key": keys[text, language], "source": text, "language": language, "translation": translation}
+                                {
+                                    "key": keys[text, language],
+                                    "source": text,
+                                    "language": language,
+                                    "translation": translation,
+                                }
                                 for text, translation in batch
                                 if isinstance(translation, str)
                             )
@@ -151,7 +205,10 @@ def _translate(
 
 
 def _assemble(
-    preferences: Sequence[Preference], translations: Translations, filters: Filters, config: BuildConfig
+    preferences: Sequence[Preference],
+    translations: Translations,
+    filters: Filters,
+    config: BuildConfig,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Native rows, and those that are left out."""
     rows, dropped = [], []
@@ -176,7 +233,9 @@ def _assemble(
     return rows, dropped
 
 
-def _dropped(preference: Preference, language: str, problem: Failure | Problem | BadRow, target: Pair | None) -> dict[str, Any]:
+def _dropped(
+    preference: Preference, language: str, problem: Failure | Problem | BadRow, target: Pair | None
+) -> dict[str, Any]:
     return {
         "id": f"{preference.id}-{language}",
         "source": preference.source,
@@ -200,4 +259,7 @@ def _journal(path: Path, value: str, needed: bool = True) -> Iterator[Any]:
 
 def _heed(stop: Interruption, output: Output) -> None:
     if stop.requested:
-        raise Interrupted(f"Interrupted. What is finished is kept beside {output.rows}; the same command goes on from there.")
+        raise Interrupted(
+            f"Interrupted. What is finished is kept beside {output.rows}; the same command goes on"
+            " from there."
+        )

@@ -1,4 +1,5 @@
-"""What drops a translated row, and why: one stable reason for each thing that goes wrong in translation."""
+"""What drops a translated row, and why: one stable reason for each thing that goes wrong in
+translation."""
 
 from __future__ import annotations
 
@@ -33,12 +34,31 @@ class Filters:
 
     def __init__(self, config: FiltersConfig, languages: Sequence[str], dominant: str) -> None:
         self._config = config
-        self._loop = re.compile(rf"(.{{1,60}}?)\1{{{config.max_repeats},}}", re.DOTALL) if config.max_repeats else None
-        # Between languages of scripts of their own no statistics are needed, and they would misread a text that quotes another language.
+        self._loop = (
+            re.compile(rf"(.{{1,60}}?)\1{{{config.max_repeats},}}", re.DOTALL)
+            if config.max_repeats
+            else None
+        )
+        # Between languages of scripts of their own no statistics are needed, and they would misread
+        # a text that quotes another language.
         candidates = [*languages, dominant]
-        shared = [a for a in candidates if any(set(scripts_of(a) or ()) & set(scripts_of(b) or ()) for b in candidates if a != b)]
-        self._detected = [a for a in shared if all(told_apart(a, b) for b in shared if a != b)] if config.detect_from else []
-        self._detector = LanguageDetector(self._detected[1:], self._detected[0]) if len(self._detected) > 1 else None
+        shared = [
+            a
+            for a in candidates
+            if any(
+                set(scripts_of(a) or ()) & set(scripts_of(b) or ()) for b in candidates if a != b
+            )
+        ]
+        self._detected = (
+            [a for a in shared if all(told_apart(a, b) for b in shared if a != b)]
+            if config.detect_from
+            else []
+        )
+        self._detector = (
+            LanguageDetector(self._detected[1:], self._detected[0])
+            if len(self._detected) > 1
+            else None
+        )
 
     def clean(self, text: str) -> str:
         """A translation as it goes into the row."""
@@ -46,7 +66,9 @@ class Filters:
 
     def problem_of(self, dominant: Pair, target: Pair, language: str) -> Problem | None:
         """The first problem of a translated pair, or None."""
-        for place, source, text in zip(places_of(target), texts_of(dominant), texts_of(target), strict=True):
+        for place, source, text in zip(
+            places_of(target), texts_of(dominant), texts_of(target), strict=True
+        ):
             for problem in self._problems_of(source, text, language):
                 return Problem(problem.reason, f"{place}: {problem.detail}")
         if target.chosen == target.rejected:
@@ -66,14 +88,25 @@ class Filters:
             yield Problem("untranslated", f"is its source, word for word: {_excerpt(text)}")
         share = script_share(text, language)
         if share < config.min_script_share:
-            yield Problem("wrong_script", f"{share:.0%} of the letters are of the script of {language}: {_excerpt(text)}")
+            yield Problem(
+                "wrong_script",
+                f"{share:.0%} of the letters are of the script of {language}: {_excerpt(text)}",
+            )
         ratio = (weighted_length(text) + SLACK) / (weighted_length(source) + SLACK)
         if not config.min_length_ratio <= ratio <= config.max_length_ratio:
-            yield Problem("length_ratio", f"has {ratio:.2f} times the weighted length of its source: {_excerpt(text)}")
+            yield Problem(
+                "length_ratio",
+                f"has {ratio:.2f} times the weighted length of its source: {_excerpt(text)}",
+            )
         loop = self._loop_in(text)
         if loop and not self._loop_in(source):
             yield Problem("repetition", f"repeats {_excerpt(loop)} over and over")
-        if self._detector and language in self._detected and config.detect_from and sum(map(str.isalpha, text)) >= config.detect_from:
+        if (
+            self._detector
+            and language in self._detected
+            and config.detect_from
+            and sum(map(str.isalpha, text)) >= config.detect_from
+        ):
             found = self._detector.detect(text)
             if found != language:
                 yield Problem("wrong_language", f"reads as {found}: {_excerpt(text)}")
@@ -82,7 +115,9 @@ class Filters:
         """The piece that a text repeats, if it does."""
         if self._loop is None:
             return None
-        found = (match for match in self._loop.finditer(text) if len(match.group()) >= SHORTEST_LOOP)
+        found = (
+            match for match in self._loop.finditer(text) if len(match.group()) >= SHORTEST_LOOP
+        )
         return next((match.group(1) for match in found), None)
 
 

@@ -1,4 +1,5 @@
-"""Finished texts on disk, one JSON object a line, so that a build that stopped anywhere goes on without asking for them again."""
+"""Finished texts on disk, one JSON object a line, so that a build that stopped anywhere goes on
+without asking for them again."""
 
 from __future__ import annotations
 
@@ -17,11 +18,14 @@ from mpo.files import to_json
 
 def key_of(*parts: Any) -> str:
     """What a finished text depends on, as 32 hexadecimal digits. Parts are whatever JSON holds."""
-    return hashlib.sha256(json.dumps(parts, ensure_ascii=False, sort_keys=True, allow_nan=False).encode()).hexdigest()[:32]
+    return hashlib.sha256(
+        json.dumps(parts, ensure_ascii=False, sort_keys=True, allow_nan=False).encode()
+    ).hexdigest()[:32]
 
 
 class Journal:
-    """Texts by key. What `add` has returned from survives a kill and a power cut; a line that one cut short is removed.
+    """Texts by key. What `add` has returned from survives a kill and a power cut; a line that one
+    cut short is removed.
 
     Raises:
         UserError: the file holds something else, or cannot be written.
@@ -39,16 +43,26 @@ class Journal:
             elif size and not path.read_bytes().endswith(b"\n"):
                 self._file.write(b"\n")
         except OSError as error:
-            raise UserError(f"{path} cannot be written ({error}). Choose another output.") from error
+            raise UserError(
+                f"{path} cannot be written ({error}). Choose another output."
+            ) from error
         for record in records:
             if not (isinstance(record.get("key"), str) and isinstance(record.get(value), str)):
-                raise UserError(f"{path} is no journal of this command: a line lacks key or {value}. Move it away.")
+                raise UserError(
+                    f"{path} is no journal of this command: a line lacks key or {value}. Move it"
+                    " away."
+                )
             self._texts[record["key"]] = record[value]
 
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._file.close()
 
     def get(self, key: str) -> str | None:
@@ -63,12 +77,16 @@ class Journal:
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise UserError(f"{self.path} cannot be written ({error}). Make room; the same command goes on from what is there.") from error
+            raise UserError(
+                f"{self.path} cannot be written ({error}). Make room; the same command goes on from"
+                " what is there."
+            ) from error
         self._texts.update((record["key"], record[self._value]) for record in records)
 
 
 def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The objects of a JSONL file, and how many bytes they take: less than the file has if its last line was cut short.
+    """The objects of a JSONL file, and how many bytes they take: less than the file has if its last
+    line was cut short.
 
     Raises:
         UserError: a line before the last is no JSON object.
@@ -86,6 +104,8 @@ def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
                 return records, len(whole) - len(line)
             raise
         if not isinstance(record, dict):
-            raise UserError(f"{path}, line {number}: holds {type(record).__name__}; a line is a JSON object.")
+            raise UserError(
+                f"{path}, line {number}: holds {type(record).__name__}; a line is a JSON object."
+            )
         records.append(record)
     return records, len(whole)

@@ -26,7 +26,8 @@ class Output:
     def __init__(self, path: Path) -> None:
         self.rows = path
         self.report, self.dropped, self.translations, self.answers = (
-            path.with_name(f"{path.name}.{name}") for name in ("report.json", "dropped.jsonl", "translations.jsonl", "answers.jsonl")
+            path.with_name(f"{path.name}.{name}")
+            for name in ("report.json", "dropped.jsonl", "translations.jsonl", "answers.jsonl")
         )
 
     @contextmanager
@@ -36,20 +37,32 @@ class Output:
         Args:
             build: what makes it this build, as JSON holds it.
         Raises:
-            UserError: no folder to write to; another process is at it; or rows are there that are not this build's.
+            UserError: no folder to write to; another process is at it; or rows are there that are
+                not this build's.
         """
-        again = f"Choose another output, or move {self.rows} away; translations that are finished stay in {self.translations.name}."
+        again = (
+            f"Choose another output, or move {self.rows} away; translations that are finished stay"
+            f" in {self.translations.name}."
+        )
         try:
             self.rows.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"The folder of output {self.rows} cannot be made: {error}") from error
         if not os.access(self.rows.parent, os.W_OK):
-            raise UserError(f"The folder of output {self.rows} cannot be written to. Choose another output.")
+            raise UserError(
+                f"The folder of output {self.rows} cannot be written to. Choose another output."
+            )
         if self.rows.is_dir():
-            raise UserError(f"output {self.rows} is a folder. Give the name of a file, such as {self.rows / 'rows.jsonl'}.")
+            raise UserError(
+                f"output {self.rows} is a folder. Give the name of a file, such as"
+                f" {self.rows / 'rows.jsonl'}."
+            )
         claim = Claim(self.rows.with_name(f".{self.rows.name}.lock"))
         if (holder := claim.take()) is not None:
-            raise UserError(f"Another process is building {self.rows} right now ({holder}). Wait for it, or choose another output.")
+            raise UserError(
+                f"Another process is building {self.rows} right now ({holder}). Wait for it, or"
+                " choose another output."
+            )
         try:
             if self.rows.exists():
                 self._check_owner(build, again)
@@ -59,23 +72,38 @@ class Output:
 
     def _check_owner(self, build: dict[str, Any], again: str) -> None:
         if not self.report.is_file():
-            raise UserError(f"output {self.rows} exists, and no report beside it says that this command wrote it. {again}")
+            raise UserError(
+                f"output {self.rows} exists, and no report beside it says that this command wrote"
+                f" it. {again}"
+            )
         try:
             report = read_object(self.report)
         except UserError as error:
             raise UserError(f"The report beside output {self.rows} is damaged: {error}") from error
         theirs = report.get("build")
         if not isinstance(theirs, dict):
-            raise UserError(f"output {self.rows} exists, and no report beside it says that this command wrote it. {again}")
+            raise UserError(
+                f"output {self.rows} exists, and no report beside it says that this command wrote"
+                f" it. {again}"
+            )
         differing = [
-            f"{name} is {theirs.get(name)!r} there and {value!r} here" for name, value in build.items() if theirs.get(name) != value
+            f"{name} is {theirs.get(name)!r} there and {value!r} here"
+            for name, value in build.items()
+            if theirs.get(name) != value
         ]
         if differing:
-            raise UserError(f"output {self.rows} is of another build: {'; '.join(differing)}. {again}")
+            raise UserError(
+                f"output {self.rows} is of another build: {'; '.join(differing)}. {again}"
+            )
         if report.get("sha256") != hashlib.sha256(self.rows.read_bytes()).hexdigest():
             raise UserError(f"output {self.rows} was changed after it was built. {again}")
 
-    def write(self, report: dict[str, Any], rows: Sequence[dict[str, Any]], dropped: Sequence[dict[str, Any]]) -> None:
+    def write(
+        self,
+        report: dict[str, Any],
+        rows: Sequence[dict[str, Any]],
+        dropped: Sequence[dict[str, Any]],
+    ) -> None:
         """Writes everything but the journals; rows last, and none if there are none.
 
         Raises:
@@ -92,4 +120,7 @@ class Output:
                 with new_file(self.rows) as file:
                     file.writelines(lines)
         except OSError as error:
-            raise UserError(f"{self.rows} cannot be written ({error}). Make room; the same command goes on from the journals.") from error
+            raise UserError(
+                f"{self.rows} cannot be written ({error}). Make room; the same command goes on from"
+                " the journals."
+            ) from error

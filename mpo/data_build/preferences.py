@@ -36,14 +36,16 @@ class PreferenceRow(BaseModel):
 
 @dataclass(frozen=True)
 class Preference:
-    """A pair in the dominant language. `source` says where it came from; where the model is to answer, `pair.chosen` is empty."""
+    """A pair in the dominant language. `source` says where it came from; where the model is to
+    answer, `pair.chosen` is empty."""
 
     id: str
     source: str
     pair: Pair
     trimmed: bool = False
-    """Whether white space around an answer was taken off, as it is around a translation: a tokenizer may join it with what a chat template
-    writes before an answer, and then the answer cannot be scored."""
+    """Whether white space around an answer was taken off, as it is around a translation: a
+    tokenizer may join it with what a chat template writes before an answer, and then the answer
+    cannot be scored."""
 
 
 def read_preferences(config: BuildConfig) -> tuple[list[Preference], list[BadRow]]:
@@ -52,7 +54,8 @@ def read_preferences(config: BuildConfig) -> tuple[list[Preference], list[BadRow
     Returns:
         The good rows, and the bad ones (none of them where config.on_bad_row is "error").
     Raises:
-        UserError: input is missing or unreadable; or a row is bad and config.on_bad_row is "error"; or no row is left.
+        UserError: input is missing or unreadable; or a row is bad and config.on_bad_row is "error";
+            or no row is left.
     """
     rows: list[Preference] = []
     bad: list[BadRow] = []
@@ -60,13 +63,23 @@ def read_preferences(config: BuildConfig) -> tuple[list[Preference], list[BadRow
     labels = labels_of(config.input)
     for name in config.input:
         if not name.startswith("hf:") and not Path(name).exists():
-            raise UserError(f"No input at {name}. Check `input`; paths are relative to the configuration or to here.")
-        read = [_read(source, value, config) for source, value in objects(name, labels[name], tuple(PreferenceRow.model_fields))]
+            raise UserError(
+                f"No input at {name}. Check `input`; paths are relative to the configuration or to"
+                " here."
+            )
+        read = [
+            _read(source, value, config)
+            for source, value in objects(name, labels[name], tuple(PreferenceRow.model_fields))
+        ]
         pairs = [row.pair for row in read if isinstance(row, Preference)]
         check_dominant_language(name, pairs, config.dominant_language, "dominant_language")
         for row in read:
             if isinstance(row, Preference) and row.id in seen:
-                row = BadRow(row.source, "duplicate_id", f"id {row.id!r} is that of {seen[row.id]} too; give each row its own")
+                row = BadRow(
+                    row.source,
+                    "duplicate_id",
+                    f"id {row.id!r} is that of {seen[row.id]} too; give each row its own",
+                )
             if isinstance(row, BadRow):
                 bad.append(row)
             else:
@@ -78,7 +91,9 @@ def read_preferences(config: BuildConfig) -> tuple[list[Preference], list[BadRow
 
 def _read(source: str, value: Any, config: BuildConfig) -> Preference | BadRow:
     if not isinstance(value, dict):
-        return BadRow(source, "not_an_object", f"holds {type(value).__name__}; a row is a JSON object")
+        return BadRow(
+            source, "not_an_object", f"holds {type(value).__name__}; a row is a JSON object"
+        )
     try:
         row = PreferenceRow.model_validate(value)
     except ValidationError as error:
@@ -89,17 +104,34 @@ def _read(source: str, value: Any, config: BuildConfig) -> Preference | BadRow:
         wanted = "text or a list of messages with role and content" if field == "prompt" else "text"
         return BadRow(source, "wrong_type", f"{field} is no {wanted}: {value.get(field)!r}"[:300])
     if not is_unicode(str(row.id)):
-        return BadRow(source, "not_unicode", "id holds half of a surrogate pair, which no file can; remove it")
+        return BadRow(
+            source, "not_unicode", "id holds half of a surrogate pair, which no file can; remove it"
+        )
     answered_later = config.chosen_from_model is not None
     if row.chosen is None and not answered_later:
-        return BadRow(source, "missing_field", "has no 'chosen'; give it, or set chosen_from_model.path to let a model answer")
-    messages = (Message(role="user", content=row.prompt),) if isinstance(row.prompt, str) else row.prompt
+        return BadRow(
+            source,
+            "missing_field",
+            "has no 'chosen'; give it, or set chosen_from_model.path to let a model answer",
+        )
+    messages = (
+        (Message(role="user", content=row.prompt),) if isinstance(row.prompt, str) else row.prompt
+    )
     clean = html.unescape if config.filters.html_entities == "unescape" else str
-    pair = map_texts(Pair(prompt=messages, chosen="" if answered_later else row.chosen or "", rejected=row.rejected), clean)
+    pair = map_texts(
+        Pair(
+            prompt=messages,
+            chosen="" if answered_later else row.chosen or "",
+            rejected=row.rejected,
+        ),
+        clean,
+    )
     for problem in problems_of_pair(source, "dominant", pair):
         if not (answered_later and problem.reason == "empty_chosen"):
             return problem
-    trimmed = pair.model_copy(update={"chosen": pair.chosen.strip(), "rejected": pair.rejected.strip()})
+    trimmed = pair.model_copy(
+        update={"chosen": pair.chosen.strip(), "rejected": pair.rejected.strip()}
+    )
     return Preference(source if row.id is None else str(row.id), source, trimmed, trimmed != pair)
 
 
@@ -111,5 +143,7 @@ def places_of(pair: Pair) -> list[str]:
 
 def map_texts(pair: Pair, change: Callable[[str], str]) -> Pair:
     """The pair with every text changed."""
-    prompt = tuple(message.model_copy(update={"content": change(message.content)}) for message in pair.prompt)
+    prompt = tuple(
+        message.model_copy(update={"content": change(message.content)}) for message in pair.prompt
+    )
     return Pair(prompt=prompt, chosen=change(pair.chosen), rejected=change(pair.rejected))

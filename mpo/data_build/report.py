@@ -1,4 +1,5 @@
-"""What a build did: rows in and out, what was dropped for each language and reason, and examples."""
+"""What a build did: rows in and out, what was dropped for each language and reason, and
+examples."""
 
 from __future__ import annotations
 
@@ -16,10 +17,14 @@ EXAMPLES = 3
 
 
 def make_report(
-    rows_in: int, rows: Sequence[dict[str, Any]], dropped: Sequence[dict[str, Any]], languages: Sequence[str], work: dict[str, Any]
+    rows_in: int,
+    rows: Sequence[dict[str, Any]],
+    dropped: Sequence[dict[str, Any]],
+    languages: Sequence[str],
+    work: dict[str, Any],
 ) -> dict[str, Any]:
-    """The report as JSON: `rows_in`, `bad_input` (reason: rows), `languages` ({code: {rows, dropped: {reason: rows}}}), `examples`, and
-    the fields of `work`.
+    """The report as JSON: `rows_in`, `bad_input` (reason: rows), `languages` ({code: {rows,
+    dropped: {reason: rows}}}), `examples`, and the fields of `work`.
 
     For each language rows_in = rows + the sum of what it dropped + the sum of bad_input.
     """
@@ -27,7 +32,9 @@ def make_report(
     for row in dropped:
         shown = examples.setdefault(row["reason"], [])
         if len(shown) < EXAMPLES:
-            shown.append({name: row[name] for name in ("id", "source", "language", "detail") if name in row})
+            shown.append(
+                {name: row[name] for name in ("id", "source", "language", "detail") if name in row}
+            )
     return {
         "rows_in": rows_in,
         "bad_input": _counted(row for row in dropped if "language" not in row),
@@ -59,12 +66,25 @@ def show(report: dict[str, Any], console: Console) -> None:
         table.add_row(language, str(row["rows"]), str(sum(row["dropped"].values())), why)
     show_table(table, console)
     if report["bad_input"]:
-        console.print("Bad input: " + ", ".join(f"{count} {reason}" for reason, count in report["bad_input"].items()), markup=False)
+        console.print(
+            "Bad input: "
+            + ", ".join(f"{count} {reason}" for reason, count in report["bad_input"].items()),
+            markup=False,
+        )
     for reason, examples in report["examples"].items():
         for row in examples:
-            where = " ".join(row[name] for name in ("id", "language") if name in row) or row["source"]
+            where = (
+                " ".join(row[name] for name in ("id", "language") if name in row) or row["source"]
+            )
             console.print(f"  {reason}: {where}: {row['detail']}", markup=False, soft_wrap=True)
     if report["trimmed"]:
-        console.print(f"White space around answers was taken off in {report['trimmed']} rows of the input.", markup=False)
+        console.print(
+            f"White space around answers was taken off in {report['trimmed']} rows of the input.",
+            markup=False,
+        )
     made, kept = report["translated"], report["translations_kept"]
-    console.print(f"Texts translated: {made} now, {kept} before. Report and dropped rows lie beside the rows.", markup=False)
+    console.print(
+        f"Texts translated: {made} now, {kept} before. Report and dropped rows lie beside the"
+        " rows.",
+        markup=False,
+    )

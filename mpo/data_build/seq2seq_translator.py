@@ -1,4 +1,5 @@
-"""Translation here, by a model of transformers that is told source and target language by tokens of its own: NLLB, M2M100, MBart-50."""
+"""Translation here, by a model of transformers that is told source and target language by tokens of
+its own: NLLB, M2M100, MBart-50."""
 
 from __future__ import annotations
 
@@ -27,29 +28,37 @@ class Seq2SeqTranslator:
     The weights are loaded with the first text.
 
     Raises:
-        UserError: no model or tokenizer there, another kind of model, or a language that it does not know.
+        UserError: no model or tokenizer there, another kind of model, or a language that it does
+            not know.
     """
 
     def __init__(self, config: Seq2SeqConfig, dominant: str, languages: Sequence[str]) -> None:
         self._config, self._dominant = config, dominant
         try:
             model = AutoConfig.from_pretrained(config.path, revision=config.revision)
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(config.path, revision=config.revision)
-        except Exception as error:  # a damaged file makes the libraries raise whatever they happen to trip over
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(
+                config.path, revision=config.revision
+            )
+        # a damaged file makes the libraries raise whatever they happen to trip over
+        except Exception as error:
             raise UserError(
-                f"translator.seq2seq.path {config.path} is neither a model folder nor a hub id that can be read: {first_line(error)}."
-                f"{damaged(Path(config.path))}"
+                f"translator.seq2seq.path {config.path} is neither a model folder nor a hub id that"
+                f" can be read: {first_line(error)}.{damaged(Path(config.path))}"
             ) from error
         if not model.is_encoder_decoder:
             raise UserError(
-                f"translator.seq2seq.path {config.path} is of type {model.model_type!r}, which does not translate from one sequence to "
-                "another. Serve a chat model and use translator.server."
+                f"translator.seq2seq.path {config.path} is of type {model.model_type!r}, which does"
+                " not translate from one sequence to another. Serve a chat model and use"
+                " translator.server."
             )
         if Path(config.path).exists():
             check_weights(config.path, kind=AutoModelForSeq2SeqLM)
         room = getattr(model, "max_position_embeddings", None) or config.max_source_tokens
         if config.max_source_tokens > room:
-            raise UserError(f"translator.seq2seq.max_source_tokens={config.max_source_tokens} is more than the model's {room}; lower it.")
+            raise UserError(
+                f"translator.seq2seq.max_source_tokens={config.max_source_tokens} is more than the"
+                f" model's {room}; lower it."
+            )
         self._codes = {language: self._code_of(language) for language in (dominant, *languages)}
         self._model: Any = None
 
@@ -57,7 +66,14 @@ class Seq2SeqTranslator:
         """Model, codes, and what shapes the search; not what only makes it faster."""
         c = self._config
         codes = [self._codes[self._dominant][0], self._codes[language][0]]
-        return ["seq2seq", c.path, str(c.revision), c.dtype, *codes, *map(str, (c.num_beams, c.max_source_tokens, c.max_new_tokens))]
+        return [
+            "seq2seq",
+            c.path,
+            str(c.revision),
+            c.dtype,
+            *codes,
+            *map(str, (c.num_beams, c.max_source_tokens, c.max_new_tokens)),
+        ]
 
     def translate(self, texts: Sequence[str], language: str) -> Iterator[Finished]:
         """Shortest texts first, so that those of one batch are of about one length."""
@@ -67,17 +83,36 @@ class Seq2SeqTranslator:
         ordered = sorted(texts, key=len)
         for start in range(0, len(ordered), self._config.batch_size):
             batch = ordered[start : start + self._config.batch_size]
-            parts = {text: split(text, self._count, self._config.max_source_tokens) for text in batch}
-            pieces = list(dict.fromkeys(piece for found in parts.values() if not isinstance(found, Failure) for piece, _ in found if piece))
+            parts = {
+                text: split(text, self._count, self._config.max_source_tokens) for text in batch
+            }
+            pieces = list(
+                dict.fromkeys(
+                    piece
+                    for found in parts.values()
+                    if not isinstance(found, Failure)
+                    for piece, _ in found
+                    if piece
+                )
+            )
             done = dict(zip(pieces, self._translate_pieces(pieces, language), strict=True))
-            yield [(text, found if isinstance(found, Failure) else _join(found, done)) for text, found in parts.items()]
+            yield [
+                (text, found if isinstance(found, Failure) else _join(found, done))
+                for text, found in parts.items()
+            ]
 
     def _translate_pieces(self, pieces: Sequence[str], language: str) -> list[str | Failure]:
         results: list[str | Failure] = []
         ordered = sorted(range(len(pieces)), key=lambda i: len(pieces[i]))
         for start in range(0, len(pieces), self._config.batch_size):
-            results += self._generate([pieces[i] for i in ordered[start : start + self._config.batch_size]], self._codes[language][1])
-        return [result for _, result in sorted(zip(ordered, results, strict=True), key=lambda pair: pair[0])]
+            results += self._generate(
+                [pieces[i] for i in ordered[start : start + self._config.batch_size]],
+                self._codes[language][1],
+            )
+        return [
+            result
+            for _, result in sorted(zip(ordered, results, strict=True), key=lambda pair: pair[0])
+        ]
 
     @torch.inference_mode()
     def _generate(self, pieces: Sequence[str], first_token: int) -> list[str | Failure]:
@@ -95,10 +130,19 @@ class Seq2SeqTranslator:
             pad_token_id=own.pad_token_id,
         )
         inputs = self._tokenizer(list(pieces), return_tensors="pt", padding=True).to(model.device)
-        output = model.generate(**inputs, generation_config=settings)[:, 1:]  # without the token that starts the decoder, which may be EOS
-        ends = torch.isin(output, torch.tensor(own.eos_token_id, device=output.device)).any(dim=1).tolist()
+        # without the token that starts the decoder, which may be EOS
+        output = model.generate(**inputs, generation_config=settings)[:, 1:]
+        ends = (
+            torch.isin(output, torch.tensor(own.eos_token_id, device=output.device))
+            .any(dim=1)
+            .tolist()
+        )
         texts = self._tokenizer.batch_decode(output, skip_special_tokens=True)
-        cut = Failure("truncated", f"no end within {limit} tokens; raise translator.seq2seq.max_new_tokens or lower max_source_tokens")
+        cut = Failure(
+            "truncated",
+            f"no end within {limit} tokens; raise translator.seq2seq.max_new_tokens or lower"
+            " max_source_tokens",
+        )
         return [text.strip() if ended else cut for text, ended in zip(texts, ends, strict=True)]
 
     def _load(self) -> Any:
@@ -106,11 +150,17 @@ class Seq2SeqTranslator:
         if not sys.stderr.isatty():
             disable_progress_bar()  # none in a log
         try:
-            options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, with their names
+            # refused below, with their names
+            options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
             dtype = getattr(torch, config.dtype)
-            model, found = AutoModelForSeq2SeqLM.from_pretrained(config.path, revision=config.revision, dtype=dtype, **options)
-        except Exception as error:  # a damaged file makes the libraries raise whatever they happen to trip over
-            raise UserError(f"The model at {config.path} could not be loaded: {first_line(error)}.") from error
+            model, found = AutoModelForSeq2SeqLM.from_pretrained(
+                config.path, revision=config.revision, dtype=dtype, **options
+            )
+        # a damaged file makes the libraries raise whatever they happen to trip over
+        except Exception as error:
+            raise UserError(
+                f"The model at {config.path} could not be loaded: {first_line(error)}."
+            ) from error
         refuse_partial(config.path, found)
         return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
@@ -123,12 +173,21 @@ class Seq2SeqTranslator:
         own = self._config.codes.get(language)
         known = self._known_codes()
         # FLORES codes are NLLB's, plain ones M2M100's, and MBart-50 adds a country.
-        names = [own] if own else [str(flores_of(language)), language, *(c for c in known if c.startswith(f"{language}_"))]
+        names = (
+            [own]
+            if own
+            else [
+                str(flores_of(language)),
+                language,
+                *(c for c in known if c.startswith(f"{language}_")),
+            ]
+        )
         for name in names:
             if name in known:
                 return name, known[name]
         raise UserError(
-            f"The model at {self._config.path} knows no language {own or language!r}. Set translator.seq2seq.codes.{language} to one of: "
+            f"The model at {self._config.path} knows no language {own or language!r}. Set"
+            f" translator.seq2seq.codes.{language} to one of: "
             f"{', '.join(known) or 'none; it has no tokens of languages, so it is of another kind than NLLB, M2M100 and MBart-50'}."
         )
 
@@ -137,8 +196,13 @@ class Seq2SeqTranslator:
         tokenizer = self._tokenizer
         if hasattr(tokenizer, "lang_code_to_id"):  # M2M100, whose tokens are not the codes
             return dict(sorted(tokenizer.lang_code_to_id.items()))
-        special = [*tokenizer.all_special_tokens, *(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)]
-        codes = sorted({token for token in special if re.fullmatch(r"[a-z]{2,3}_[A-Za-z]{2,4}", token)})
+        special = [
+            *tokenizer.all_special_tokens,
+            *(token.content for token in tokenizer.added_tokens_decoder.values() if token.special),
+        ]
+        codes = sorted(
+            {token for token in special if re.fullmatch(r"[a-z]{2,3}_[A-Za-z]{2,4}", token)}
+        )
         return {code: int(tokenizer.convert_tokens_to_ids(code)) for code in codes}
 
 
@@ -149,7 +213,8 @@ Part = tuple[str, str]
 def split(text: str, count: Callable[[str], int], limit: int) -> list[Part] | Failure:
     """Pieces of at most `limit` tokens; with what stands behind each, they make up the text.
 
-    Line breaks stay with the white space around them, and so do lines without a letter: a list or a rule keeps its form.
+    Line breaks stay with the white space around them, and so do lines without a letter: a list or a
+    rule keeps its form.
     """
     parts: list[Part] = []
     lines = re.split(r"(\s*\n\s*)", text)
@@ -159,14 +224,21 @@ def split(text: str, count: Callable[[str], int], limit: int) -> list[Part] | Fa
             continue
         packed = [(line, "")] if count(line) <= limit else list(_packed(line, count, limit))
         if any(count(piece) > limit for piece, _ in packed):
-            return Failure("too_long", f"a sentence has more than the {limit} tokens of translator.seq2seq.max_source_tokens")
+            return Failure(
+                "too_long",
+                f"a sentence has more than the {limit} tokens of"
+                " translator.seq2seq.max_source_tokens",
+            )
         parts += [*packed[:-1], (packed[-1][0], gap)]
     return parts
 
 
 def _packed(line: str, count: Callable[[str], int], limit: int) -> Iterator[Part]:
-    """As many whole sentences as fit, with the white space behind them, until the line is used up. One sentence may be too long."""
-    ends = [match.span() for match in _SENTENCE_END.finditer(line) if match.start() < len(line)] + [(len(line), len(line))]
+    """As many whole sentences as fit, with the white space behind them, until the line is used up.
+    One sentence may be too long."""
+    ends = [match.span() for match in _SENTENCE_END.finditer(line) if match.start() < len(line)] + [
+        (len(line), len(line))
+    ]
     begin = 0
     for (stop, after), (next_stop, _) in zip(ends, [*ends[1:], (None, None)], strict=True):
         if next_stop is None or count(line[begin:next_stop]) > limit:

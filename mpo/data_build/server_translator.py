@@ -1,4 +1,5 @@
-"""Translation by a server with the OpenAI chat completions interface, with the standard library alone."""
+"""Translation by a server with the OpenAI chat completions interface, with the standard library
+alone."""
 
 from __future__ import annotations
 
@@ -22,9 +23,11 @@ from mpo.files import to_json
 from mpo.language_table import name_of
 
 FIRST_DELAY, LONGEST_DELAY = 0.5, 60.0
-"""Seconds before the first further attempt, doubled before each next one, and the longest wait, also if Retry-After asks for more."""
+"""Seconds before the first further attempt, doubled before each next one, and the longest wait,
+also if Retry-After asks for more."""
 REFUSALS = 20
-"""So many refused texts before the first translation mean that the request is wrong, not the texts."""
+"""So many refused texts before the first translation mean that the request is wrong, not the
+texts."""
 TRANSIENT = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 LARGEST_REPLY = 1 << 24
 """Bytes read of a reply."""
@@ -53,7 +56,8 @@ class ServerTranslator:
     """Asks for each text once, several at a time, at temperature 0.
 
     Raises:
-        UserError: the address is none, the variable with the key is not set, no server answers, or it refuses the key.
+        UserError: the address is none, the variable with the key is not set, no server answers, or
+            it refuses the key.
     """
 
     def __init__(self, config: ServerConfig, dominant: str) -> None:
@@ -61,14 +65,16 @@ class ServerTranslator:
         address = urlsplit(config.base_url)
         if address.username or address.password or address.query:
             raise UserError(
-                "translator.server.base_url holds a user, a password or a query, which may be secret. Put the key into an environment "
-                "variable and name that in translator.server.api_key_env."
+                "translator.server.base_url holds a user, a password or a query, which may be"
+                " secret. Put the key into an environment variable and name that in"
+                " translator.server.api_key_env."
             )
         self._address = config.base_url.rstrip("/")
         self._key = os.environ.get(config.api_key_env, "").strip() if config.api_key_env else ""
         if config.api_key_env and not self._key:
             raise UserError(
-                f"The environment variable {config.api_key_env} is not set; translator.server.api_key_env names it for the key."
+                f"The environment variable {config.api_key_env} is not set;"
+                " translator.server.api_key_env names it for the key."
             )
         self._opener = urllib.request.build_opener(_NoRedirect)
         self._ping()
@@ -76,10 +82,18 @@ class ServerTranslator:
     def identity(self, language: str) -> list[str]:
         """Not the address: the same model may be served elsewhere the next time."""
         config = self._config
-        return ["server", config.model, config.prompt, self._source, name_of(language), str(config.max_tokens)]
+        return [
+            "server",
+            config.model,
+            config.prompt,
+            self._source,
+            name_of(language),
+            str(config.max_tokens),
+        ]
 
     def translate(self, texts: Sequence[str], language: str) -> Iterator[Finished]:
-        """Each text as soon as its answer is there, and those that came at the same time together."""
+        """Each text as soon as its answer is there, and those that came at the same time
+        together."""
         stop = threading.Event()
         waiting = iter(texts)
         running: dict[Future[str | Failure], str] = {}
@@ -93,22 +107,41 @@ class ServerTranslator:
                         return
                     ready, _ = wait(running, return_when=FIRST_COMPLETED)
                     texts_of = {future: running.pop(future) for future in ready}
-                    good = [(text, future.result()) for future, text in texts_of.items() if future.exception() is None]
+                    good = [
+                        (text, future.result())
+                        for future, text in texts_of.items()
+                        if future.exception() is None
+                    ]
                     yield good
                     for future in ready:
                         future.result()  # raises what went wrong, now that the others are safe
-                    refusals = [result for _, result in good if isinstance(result, Failure) and result.reason == "refused"]
+                    refusals = [
+                        result
+                        for _, result in good
+                        if isinstance(result, Failure) and result.reason == "refused"
+                    ]
                     done, refused = done + len(good) - len(refusals), refused + len(refusals)
                     if refused >= REFUSALS and not done:
-                        raise UserError(f"{self._address} refused the first {refused} texts: {refusals[-1].detail}")
+                        raise UserError(
+                            f"{self._address} refused the first {refused} texts:"
+                            f" {refusals[-1].detail}"
+                        )
             finally:
                 stop.set()
 
     def _translate(self, text: str, language: str, stop: threading.Event) -> str | Failure:
         config = self._config
         # The text last: it may hold the other names in braces itself.
-        request = config.prompt.replace("{source}", self._source).replace("{target}", name_of(language)).replace("{text}", text)
-        body: dict[str, Any] = {"model": config.model, "temperature": 0, "messages": [{"role": "user", "content": request}]}
+        request = (
+            config.prompt.replace("{source}", self._source)
+            .replace("{target}", name_of(language))
+            .replace("{text}", text)
+        )
+        body: dict[str, Any] = {
+            "model": config.model,
+            "temperature": 0,
+            "messages": [{"role": "user", "content": request}],
+        }
         if config.max_tokens is not None:
             body["max_tokens"] = config.max_tokens
         for attempt in range(config.retries + 1):
@@ -123,12 +156,14 @@ class ServerTranslator:
             if attempt < config.retries:
                 stop.wait(min(LONGEST_DELAY, max(last.delay, FIRST_DELAY * 2**attempt)))
         raise UserError(
-            f"{self._address} gave no translation in {config.retries + 1} attempts; at the last: {last}. What is translated is kept: "
-            "the same command goes on when the server does (its patience: translator.server.retries, timeout and concurrency)."
+            f"{self._address} gave no translation in {config.retries + 1} attempts; at the last:"
+            f" {last}. What is translated is kept: the same command goes on when the server does"
+            " (its patience: translator.server.retries, timeout and concurrency)."
         )
 
     def _ping(self) -> None:
-        """Whether somebody answers, and takes the key. A server need not list its models, so a 404 says no more than that it is there."""
+        """Whether somebody answers, and takes the key. A server need not list its models, so a 404
+        says no more than that it is there."""
         try:
             self._send("/models", None)
         except urllib.error.HTTPError:
@@ -136,7 +171,8 @@ class ServerTranslator:
         except _Again as again:
             if again.args[0].startswith("no connection"):
                 raise UserError(
-                    f"{self._address} does not answer ({again}). Start the server, or set translator.server.base_url to where it listens."
+                    f"{self._address} does not answer ({again}). Start the server, or set"
+                    " translator.server.base_url to where it listens."
                 ) from again
 
     def _send(self, path: str, body: dict[str, Any] | None) -> Any:
@@ -157,8 +193,14 @@ class ServerTranslator:
                 return json.loads(reply.read(LARGEST_REPLY))
         except urllib.error.HTTPError as error:
             if error.code in TRANSIENT:
-                raise _Again(f"status {error.code}: {self._excerpt(error)}", _retry_after(error)) from error
-            if error.code in (401, 403) or 300 <= error.code < 400 or (error.code == 404 and body is not None):
+                raise _Again(
+                    f"status {error.code}: {self._excerpt(error)}", _retry_after(error)
+                ) from error
+            if (
+                error.code in (401, 403)
+                or 300 <= error.code < 400
+                or (error.code == 404 and body is not None)
+            ):
                 self._refuse(error)
             raise
         except TimeoutError as error:
@@ -178,14 +220,19 @@ class ServerTranslator:
                 if variable
                 else "Name the environment variable with its key in translator.server.api_key_env"
             )
-            raise UserError(f"{self._address} refuses access (status {error.code}). {advice}.") from error
+            raise UserError(
+                f"{self._address} refuses access (status {error.code}). {advice}."
+            ) from error
         if error.code == 404:
             raise UserError(
-                f"{self._address}/chat/completions does not exist there, or the model {self._config.model!r} does not (status 404: "
-                f"{self._excerpt(error)}). Check translator.server.base_url, which usually ends with /v1, and translator.server.model."
+                f"{self._address}/chat/completions does not exist there, or the model"
+                f" {self._config.model!r} does not (status 404: {self._excerpt(error)}). Check"
+                " translator.server.base_url, which usually ends with /v1, and"
+                " translator.server.model."
             ) from error
         raise UserError(
-            f"{self._address} redirects to {error.headers.get('Location')} (status {error.code}). Set translator.server.base_url to there."
+            f"{self._address} redirects to {error.headers.get('Location')} (status {error.code})."
+            " Set translator.server.base_url to there."
         ) from error
 
     def _excerpt(self, error: urllib.error.HTTPError) -> str:
@@ -204,11 +251,16 @@ def _translation_in(reply: Any) -> str | Failure:
         text = choice["message"]["content"] or ""
         finish = choice.get("finish_reason")
     except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise _Again(f"the reply holds no choices[0].message.content: {to_json(reply)[:200]}") from error
+        raise _Again(
+            f"the reply holds no choices[0].message.content: {to_json(reply)[:200]}"
+        ) from error
     if not isinstance(text, str):
         raise _Again(f"the reply's content is no text: {to_json(text)[:200]}")
     if finish == "length":
-        return Failure("truncated", "the reply met the server's limit of tokens; see translator.server.max_tokens")
+        return Failure(
+            "truncated",
+            "the reply met the server's limit of tokens; see translator.server.max_tokens",
+        )
     if finish == "content_filter":
         return Failure("refused", "the server's content filter stopped the reply")
     text = re.sub(r"\A\s*<think>.*?</think>", "", text, flags=re.DOTALL)

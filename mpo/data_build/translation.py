@@ -1,4 +1,5 @@
-"""What a translator is: anything that turns texts of the dominant language into texts of another one, in batches, as they get done."""
+"""What a translator is: anything that turns texts of the dominant language into texts of another
+one, in batches, as they get done."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from typing import NamedTuple, Protocol
 
 
 class Failure(NamedTuple):
-    """Why a text has no translation; it drops the rows that need it, and the next build tries it again."""
+    """Why a text has no translation; it drops the rows that need it, and the next build tries it
+    again."""
 
     reason: str
     detail: str
@@ -18,10 +20,13 @@ Finished = list[tuple[str, str | Failure]]
 
 
 class Translator(Protocol):
-    """A way to translate. Making one checks all that can be checked without work, and raises UserError."""
+    """A way to translate. Making one checks all that can be checked without work, and raises
+    UserError."""
 
     def identity(self, language: str) -> list[str] | None:
-        """What a translation into that language depends on besides its source; None: nothing that takes work, so no journal is kept."""
+        """What a translation into that language depends on besides its source; None: nothing that
+        takes work, so no journal is kept."""
 
     def translate(self, texts: Sequence[str], language: str) -> Iterator[Finished]:
-        """Translates texts that are all different, in any order. Raises UserError where going on makes no sense."""
+        """Translates texts that are all different, in any order. Raises UserError where going on
+        makes no sense."""

@@ -4,4 +4,14 @@ from mpo_kernels.kernels.logprob import combine, logprob_grad, logprob_partials,
 from mpo_kernels.kernels.pair import pair_loss, row_grads, sequence_sums
 from mpo_kernels.kernels.pool import pool, unpool
 
-__all__ = ["combine", "logprob_grad", "logprob_partials", "logprob_stats", "pair_loss", "pool", "row_grads", "sequence_sums", "unpool"]
+__all__ = [
+    "combine",
+    "logprob_grad",
+    "logprob_partials",
+    "logprob_stats",
+    "pair_loss",
+    "pool",
+    "row_grads",
+    "sequence_sums",
+    "unpool",
+]

@@ -1,19 +1,21 @@
 """Log-probabilities of labels and their gradient: the kernels that touch every logit.
 
-With final logits z, label y, peak m = max z, total = sum exp(z - m) and the upstream gradient g of a row's log-probability:
+With final logits z, label y, peak m = max z, total = sum exp(z - m) and the upstream gradient g of
+a row's log-probability:
 
     logp  = -log(1 + sum over j != y of exp(z_j - z_y))                      one read of the row                 (4)
     dL/du = g * dz/du * (1 - p_y at the label, -p_j elsewhere)               one read and one write              (5)
     p_j = exp(z_j - m) / total        1 - p_y = -expm1(logp)
-    z = cap * tanh(scale * u / cap)  ->  dz/du = scale * (1 - (z / cap)^2)                                       (6)
+    z = cap * tanh(scale * u / cap)  ->  dz/du = scale * (1 - (z / cap)^2)                       (6)
     entropy = -p_y logp + (1 - p_y) (log Z - m' - mean' of (z - m'))         ' over the other columns            (7)
 
-The label is kept out of the sum, so a label with p_y -> 1 keeps its digits in logp and in 1 - p_y; m and total are kept apart, so large
-logits lose none to the rounding of a log-sum-exp. An ignored row reads nothing in either kernel. Bytes per bf16 logit: 2 forward,
-4 backward.
+The label is kept out of the sum, so a label with p_y -> 1 keeps its digits in logp and in 1 - p_y;
+m and total are kept apart, so large logits lose none to the rounding of a log-sum-exp. An ignored
+row reads nothing in either kernel. Bytes per bf16 logit: 2 forward, 4 backward.
 
-A row can be shared: by several programs when rows are few, or by the ranks of a vocabulary-parallel head. Each share emits a partial
-(peak, total and weighted sum of its other columns, final label logit or -inf), and `combine` puts the partials together in their order.
+A row can be shared: by several programs when rows are few, or by the ranks of a vocabulary-parallel
+head. Each share emits a partial (peak, total and weighted sum of its other columns, final label
+logit or -inf), and `combine` puts the partials together in their order.
 """
 
 from __future__ import annotations
@@ -26,14 +28,16 @@ from mpo_kernels.kernels.launch import kernel, launch
 from mpo_kernels.kernels.tiles import splits_for, tile_for
 
 PARTIAL = tl.constexpr(4)
-"""Numbers of a partial: peak, total, weighted sum of z - peak (0 unless the entropy is wanted), label's final logit."""
+"""Numbers of a partial: peak, total, weighted sum of z - peak (0 unless the entropy is wanted),
+label's final logit."""
 
 COMBINE_BLOCK = 128
 """Rows that one program of `combine` handles."""
 
 
 WIDE_CAP = 32.0
-"""The largest softcap, times fp32 rounding, that a final logit may be off by. Larger ones take a tanh of more instructions."""
+"""The largest softcap, times fp32 rounding, that a final logit may be off by. Larger ones take a
+tanh of more instructions."""
 
 LOG2E = tl.constexpr(1.4426950408889634)
 """exp(x) = 2^(x * LOG2E)."""
@@ -41,14 +45,15 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _exp(x):
-    # exp by the hardware's 2^x. tl.exp does the same but keeps results below 2^-126, which costs three instructions an element.
+    # exp by the hardware's 2^x. tl.exp does the same but keeps results below 2^-126, which costs
+    # three instructions an element.
     return tl.exp2(x * LOG2E)
 
 
 @triton.jit
 def _tanh_near_0(x, far):
-    # tanh(x) to full relative precision: `far`, a value that is exact relative to 1, but for |x| < 0.6, where a polynomial is (fitted
-    # to the least relative error, 3e-9).
+    # tanh(x) to full relative precision: `far`, a value that is exact relative to 1, but for |x| <
+    # 0.6, where a polynomial is (fitted to the least relative error, 3e-9).
     q = x * x
     series = -0.00589516
     series = series * q + 0.02079597
@@ -60,8 +65,8 @@ def _tanh_near_0(x, far):
 
 @triton.jit
 def _tanh(x, IS_WIDE_CAP: tl.constexpr):
-    # 1 - 2 / (exp(2x) + 1): right at both infinities, and exact to fp32 rounding relative to 1, which scaled by the cap is what z needs,
-    # unless the cap is much larger than the logits.
+    # 1 - 2 / (exp(2x) + 1): right at both infinities, and exact to fp32 rounding relative to 1,
+    # which scaled by the cap is what z needs, unless the cap is much larger than the logits.
     t = 1.0 - 2.0 / (_exp(2.0 * x) + 1.0)
     if IS_WIDE_CAP:
         t = _tanh_near_0(x, t)
@@ -81,7 +86,8 @@ def _tanh_and_slope(x, IS_WIDE_CAP: tl.constexpr):
 
 @triton.jit
 def _log1p(x):
-    # log(1 + x) for 0 <= x <= 1 to full relative precision: 2 atanh(s) with s = x / (2 + x) <= 1/3, whose series needs eight terms in fp32.
+    # log(1 + x) for 0 <= x <= 1 to full relative precision: 2 atanh(s) with s = x / (2 + x) <= 1/3,
+    # whose series needs eight terms in fp32.
     s = x / (2.0 + x)
     q = s * s
     series = 1.0 / 15.0
@@ -96,7 +102,8 @@ def _log1p(x):
 
 @triton.jit
 def _one_minus_exp(x):
-    # 1 - exp(x) for x <= 0 to full relative precision: near 0, where the difference would cancel, by the series of exp.
+    # 1 - exp(x) for x <= 0 to full relative precision: near 0, where the difference would cancel,
+    # by the series of exp.
     series = 1.0 / 40320.0
     series = series * x + 1.0 / 5040.0
     series = series * x + 1.0 / 720.0
@@ -109,7 +116,15 @@ def _one_minus_exp(x):
 
 
 @triton.jit
-def _final_logit(u, logit_scale, softcap, inverse_softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, IS_WIDE_CAP: tl.constexpr):
+def _final_logit(
+    u,
+    logit_scale,
+    softcap,
+    inverse_softcap,
+    HAS_SCALE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    IS_WIDE_CAP: tl.constexpr,
+):
     """Equation (6)."""
     if HAS_SCALE:
         u = u * logit_scale
@@ -133,17 +148,22 @@ def _decay(peak, new_peak):
 @triton.jit
 def _moved(weighted, total, peak, new_peak):
     """The weighted sum of exp(z - peak) * (z - peak), relative to a new peak."""
-    return tl.where(total > 0.0, (weighted + total * (peak - new_peak)) * _decay(peak, new_peak), 0.0)
+    return tl.where(
+        total > 0.0, (weighted + total * (peak - new_peak)) * _decay(peak, new_peak), 0.0
+    )
 
 
 @triton.jit
 def _absorb(peak, total, weighted, z, HAS_TOKEN_OUTPUTS: tl.constexpr):
     """The sums of columns seen so far and of one more block of them."""
     new_peak = tl.maximum(peak, tl.max(z, axis=0))
-    shift = tl.where(new_peak == -float("inf"), 0.0, new_peak)  # a block of -inf must not make inf - inf
+    # a block of -inf must not make inf - inf
+    shift = tl.where(new_peak == -float("inf"), 0.0, new_peak)
     powers = _exp(z - shift)
     if HAS_TOKEN_OUTPUTS:
-        weighted = _moved(weighted, total, peak, shift) + tl.sum(tl.where(powers > 0.0, powers * (z - shift), 0.0), axis=0)
+        weighted = _moved(weighted, total, peak, shift) + tl.sum(
+            tl.where(powers > 0.0, powers * (z - shift), 0.0), axis=0
+        )
     total = total * _decay(peak, shift) + tl.sum(powers, axis=0)
     return new_peak, total, weighted
 
@@ -163,10 +183,13 @@ def _finish(
     HAS_TOKEN_OUTPUTS: tl.constexpr,
 ):
     """Stores a row's results from its other columns and its label: equations (4) and (7)."""
-    # logp = -log(1 + exp(d)), d = log of the other columns' sum relative to the label. Both branches of |d| stay finite.
-    d = tl.where(total == 0.0, -float("inf"), (peak - z_label) + tl.log(total))  # -inf where no other column counts
+    # logp = -log(1 + exp(d)), d = log of the other columns' sum relative to the label. Both
+    # branches of |d| stay finite.
+    # -inf where no other column counts
+    d = tl.where(total == 0.0, -float("inf"), (peak - z_label) + tl.log(total))
     logp = -(tl.where(d > 0.0, d, 0.0) + _log1p(tl.exp(-tl.abs(d))))
-    # Where all columns are -inf, one is +inf or one is NaN, the whole row's softmax is NaN, and so is its total by itself: inf - inf.
+    # Where all columns are -inf, one is +inf or one is NaN, the whole row's softmax is NaN, and so
+    # is its total by itself: inf - inf.
     row_peak = tl.maximum(peak, z_label)
     row_total = total * _decay(peak, row_peak) + tl.exp(z_label - row_peak)
     logp = tl.where(row_total == row_total, logp, row_total)
@@ -177,11 +200,16 @@ def _finish(
         # Every term is positive, so a confident row keeps the digits of its small entropy.
         at_label = tl.where(logp == -float("inf"), 0.0, -tl.exp(logp) * logp)
         log_others = tl.where(
-            d > 0.0, tl.log(total) + _log1p(tl.exp(-tl.abs(d))), (z_label - peak) + _log1p(tl.exp(-tl.abs(d)))
+            d > 0.0,
+            tl.log(total) + _log1p(tl.exp(-tl.abs(d))),
+            (z_label - peak) + _log1p(tl.exp(-tl.abs(d))),
         )  # log Z - m'
-        elsewhere = tl.where(total > 0.0, _one_minus_exp(logp) * (log_others - weighted / total), 0.0)
+        elsewhere = tl.where(
+            total > 0.0, _one_minus_exp(logp) * (log_others - weighted / total), 0.0
+        )
         tl.store(entropy_ptr + row, at_label + elsewhere, mask=mask)
-        is_number = (row_total == row_total) | (tl.abs(row_peak) == float("inf"))  # the maximum passes over NaN
+        # the maximum passes over NaN
+        is_number = (row_total == row_total) | (tl.abs(row_peak) == float("inf"))
         tl.store(is_argmax_ptr + row, ((z_label >= peak) & is_number).to(tl.int8), mask=mask)
 
 
@@ -189,8 +217,11 @@ def _finish(
 def _logprob_stats_kernel(
     logits_ptr,  # (B, T, V) any float, last dimension contiguous
     labels_ptr,  # (N,) int64, N = B * T
-    logp_ptr,  # (N,) float32 out: 0 for ignored rows, NaN for labels outside [0, V). Not written when IS_PARTIAL
-    normalizer_ptr,  # (N, 2) float32 out: peak and total, not written for ignored rows. Not written when IS_PARTIAL
+    # (N,) float32 out: 0 for ignored rows, NaN for labels outside [0, V). Not written when
+    # IS_PARTIAL
+    logp_ptr,
+    # (N, 2) float32 out: peak and total, not written for ignored rows. Not written when IS_PARTIAL
+    normalizer_ptr,
     entropy_ptr,  # (N,) float32 out, with HAS_TOKEN_OUTPUTS
     is_argmax_ptr,  # (N,) int8 out, with HAS_TOKEN_OUTPUTS
     partials_ptr,  # (splits, N, 4) float32 out when IS_PARTIAL, not written for ignored rows
@@ -211,12 +242,14 @@ def _logprob_stats_kernel(
     IS_WIDE_CAP: tl.constexpr,
     HAS_TOKEN_OUTPUTS: tl.constexpr,
     IS_PARTIAL: tl.constexpr,
-    IS_SLICE: tl.constexpr,  # of a vocabulary-parallel head: a label outside of [0, V) is another rank's
+    # of a vocabulary-parallel head: a label outside of [0, V) is another rank's
+    IS_SLICE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     if ARE_STORED:
         logit_scale, softcap, inverse_softcap = _loaded(logit_scale, softcap)
-    program = tl.program_id(0)  # int32 divisions; a 64-bit one costs as much as the rest of a program
+    # int32 divisions; a 64-bit one costs as much as the rest of a program
+    program = tl.program_id(0)
     split = program % splits
     row_in_grid = program // splits
     row = row_in_grid.to(tl.int64)  # rows * V exceeds 2^31
@@ -228,7 +261,11 @@ def _logprob_stats_kernel(
                 tl.store(entropy_ptr + row, 0.0)
                 tl.store(is_argmax_ptr + row, 0)
     else:
-        row_ptr = logits_ptr + (row_in_grid // T).to(tl.int64) * stride_b + (row_in_grid % T).to(tl.int64) * stride_t
+        row_ptr = (
+            logits_ptr
+            + (row_in_grid // T).to(tl.int64) * stride_b
+            + (row_in_grid % T).to(tl.int64) * stride_t
+        )
         known = (label >= 0) & (label < V)
         # Columns count from this share's first: a loop that starts at 0 takes half the registers.
         first = split * split_columns
@@ -236,7 +273,8 @@ def _logprob_stats_kernel(
         share_columns = tl.minimum(split_columns, V - first)
         share_label = (tl.where(known, label, -1) - first).to(tl.int32)
         here = known & (share_label >= 0) & (share_label < share_columns)
-        # Masks cost a third of the instructions, so only two blocks have them: the label's, and the last if it is incomplete.
+        # Masks cost a third of the instructions, so only two blocks have them: the label's, and the
+        # last if it is incomplete.
         full = share_columns // BLOCK
         label_block = tl.where(here, share_label // BLOCK, full)
         lanes = tl.arange(0, BLOCK)
@@ -246,7 +284,9 @@ def _logprob_stats_kernel(
         for i in range(0, tl.where(label_block < full, full - 1, full)):
             start = tl.where(i < label_block, i, i + 1) * BLOCK
             u = tl.load(share_ptr + start + lanes).to(tl.float32)  # (BLOCK,)
-            z = _final_logit(u, logit_scale, softcap, inverse_softcap, HAS_SCALE, HAS_SOFTCAP, IS_WIDE_CAP)
+            z = _final_logit(
+                u, logit_scale, softcap, inverse_softcap, HAS_SCALE, HAS_SOFTCAP, IS_WIDE_CAP
+            )
             peak, total, weighted = _absorb(peak, total, weighted, z, HAS_TOKEN_OUTPUTS)
         for i in range(0, tl.where((label_block < full) & (full * BLOCK < share_columns), 2, 1)):
             start = tl.where(i == 0, label_block, full) * BLOCK
@@ -254,11 +294,16 @@ def _logprob_stats_kernel(
             # Not `columns < share_columns`: that V divides by 16 would be lost in the minimum.
             inside = columns < tl.where(start < share_columns, V - first, 0)
             u = tl.load(share_ptr + columns, mask=inside, other=-float("inf")).to(tl.float32)
-            z = _final_logit(u, logit_scale, softcap, inverse_softcap, HAS_SCALE, HAS_SOFTCAP, IS_WIDE_CAP)
-            z = tl.where(inside & (columns != share_label), z, -float("inf"))  # after the cap, or padding would become -cap
+            z = _final_logit(
+                u, logit_scale, softcap, inverse_softcap, HAS_SCALE, HAS_SOFTCAP, IS_WIDE_CAP
+            )
+            # after the cap, or padding would become -cap
+            z = tl.where(inside & (columns != share_label), z, -float("inf"))
             peak, total, weighted = _absorb(peak, total, weighted, z, HAS_TOKEN_OUTPUTS)
         z_label = tl.load(share_ptr + share_label, mask=here, other=-float("inf")).to(tl.float32)
-        z_label = _final_logit(z_label, logit_scale, softcap, inverse_softcap, HAS_SCALE, HAS_SOFTCAP, IS_WIDE_CAP)
+        z_label = _final_logit(
+            z_label, logit_scale, softcap, inverse_softcap, HAS_SCALE, HAS_SOFTCAP, IS_WIDE_CAP
+        )
         z_label = tl.where(here, z_label, -float("inf"))
         if not IS_SLICE:
             z_label = tl.where(known, z_label, float("nan"))
@@ -269,7 +314,19 @@ def _logprob_stats_kernel(
             tl.store(partial_ptr + 2, weighted)
             tl.store(partial_ptr + 3, z_label)
         else:
-            _finish(peak, total, weighted, z_label, row, logp_ptr, normalizer_ptr, entropy_ptr, is_argmax_ptr, None, HAS_TOKEN_OUTPUTS)
+            _finish(
+                peak,
+                total,
+                weighted,
+                z_label,
+                row,
+                logp_ptr,
+                normalizer_ptr,
+                entropy_ptr,
+                is_argmax_ptr,
+                None,
+                HAS_TOKEN_OUTPUTS,
+            )
 
 
 @kernel
@@ -305,12 +362,27 @@ def _combine_kernel(
         new_peak = tl.maximum(peak, part_peak)
         if HAS_TOKEN_OUTPUTS:
             part_weighted = tl.load(part_ptr + 2, mask=scored, other=0.0)
-            weighted = _moved(weighted, total, peak, new_peak) + _moved(part_weighted, part_total, part_peak, new_peak)
+            weighted = _moved(weighted, total, peak, new_peak) + _moved(
+                part_weighted, part_total, part_peak, new_peak
+            )
         total = total * _decay(peak, new_peak) + part_total * _decay(part_peak, new_peak)
         peak = new_peak
-        z_label = tl.where((part_label != part_label) | (part_label > z_label), part_label, z_label)  # NaN marks an unknown label
+        # NaN marks an unknown label
+        z_label = tl.where((part_label != part_label) | (part_label > z_label), part_label, z_label)
         part_ptr += N.to(tl.int64) * PARTIAL
-    _finish(peak, total, weighted, z_label, rows, logp_ptr, normalizer_ptr, entropy_ptr, is_argmax_ptr, scored, HAS_TOKEN_OUTPUTS)
+    _finish(
+        peak,
+        total,
+        weighted,
+        z_label,
+        rows,
+        logp_ptr,
+        normalizer_ptr,
+        entropy_ptr,
+        is_argmax_ptr,
+        scored,
+        HAS_TOKEN_OUTPUTS,
+    )
 
 
 @kernel
@@ -338,7 +410,8 @@ def _logprob_grad_kernel(
     IS_WIDE_CAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Equation (5). One program per block of one row: every block is independent, so few rows still fill the GPU."""
+    """Equation (5). One program per block of one row: every block is independent, so few rows still
+    fill the GPU."""
     if ARE_STORED:
         logit_scale, softcap, inverse_softcap = _loaded(logit_scale, softcap)
     program = tl.program_id(0)  # grid on axis 0, which has no limit of 65,535
@@ -358,8 +431,11 @@ def _logprob_grad_kernel(
         slope = tl.load(row_grad_ptr + row)
         if HAS_SCALE:
             slope = slope * logit_scale
-        at_others = -slope / tl.load(normalizer_ptr + 2 * row + 1)  # a division per row instead of one per element
-        u = tl.load(logits_ptr + batch * stride_b + position * stride_t + columns, mask=inside, other=0.0).to(tl.float32)
+        # a division per row instead of one per element
+        at_others = -slope / tl.load(normalizer_ptr + 2 * row + 1)
+        u = tl.load(
+            logits_ptr + batch * stride_b + position * stride_t + columns, mask=inside, other=0.0
+        ).to(tl.float32)
         if HAS_SCALE:
             u = u * logit_scale
         z = u
@@ -367,8 +443,11 @@ def _logprob_grad_kernel(
             t, capped_slope = _tanh_and_slope(u * inverse_softcap, IS_WIDE_CAP)
             z = softcap * t
         grad = _exp(z - peak) * at_others
-        if label_column // BLOCK == program % blocks:  # the other blocks need no comparison per element
-            grad = tl.where(columns == label_column, slope * _one_minus_exp(tl.load(logp_ptr + row)), grad)
+        # the other blocks need no comparison per element
+        if label_column // BLOCK == program % blocks:
+            grad = tl.where(
+                columns == label_column, slope * _one_minus_exp(tl.load(logp_ptr + row)), grad
+            )
         if HAS_SOFTCAP:
             grad = grad * capped_slope
         tl.store(out_ptr, grad.to(grad_ptr.dtype.element_ty), mask=inside)
@@ -383,17 +462,31 @@ def logprob_stats(
     softcap: float | torch.Tensor | None,
     token_outputs: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """logits (B, T, V), labels (N,) int64 -> logp (N,), normalizer (N, 2) (peak, total), and with `token_outputs` entropy (N,) float32
-    and is_argmax (N,) bool, else None. Few rows are split over programs, whose partials a second kernel combines."""
+    """logits (B, T, V), labels (N,) int64 -> logp (N,), normalizer (N, 2) (peak, total), and with
+    `token_outputs` entropy (N,) float32 and is_argmax (N,) bool, else None. Few rows are split over
+    programs, whose partials a second kernel combines."""
     rows, V = labels.numel(), logits.shape[-1]
     tile = tile_for(_stats_name(softcap), V, logits.device)
     splits = splits_for(rows, V, tile.block, logits.device) if rows else 1
     if splits > 1:
         partials = torch.empty(splits, rows, 4, dtype=torch.float32, device=logits.device)
-        _launch_stats(logits, labels, None, partials, splits, ignore_index, logit_scale, softcap, token_outputs, False)
+        _launch_stats(
+            logits,
+            labels,
+            None,
+            partials,
+            splits,
+            ignore_index,
+            logit_scale,
+            softcap,
+            token_outputs,
+            False,
+        )
         return combine(partials, labels, ignore_index=ignore_index, token_outputs=token_outputs)
     outputs = _outputs(labels, token_outputs)
-    _launch_stats(logits, labels, outputs, None, 1, ignore_index, logit_scale, softcap, token_outputs, False)
+    _launch_stats(
+        logits, labels, outputs, None, 1, ignore_index, logit_scale, softcap, token_outputs, False
+    )
     return _as_bool(outputs)
 
 
@@ -406,12 +499,15 @@ def logprob_partials(
     softcap: float | torch.Tensor | None,
     token_outputs: bool = False,
 ) -> torch.Tensor:
-    """A slice of the vocabulary, logits (B, T, V), labels (N,) counted from its start -> partials (N, 4) for `combine`.
+    """A slice of the vocabulary, logits (B, T, V), labels (N,) counted from its start -> partials
+    (N, 4) for `combine`.
 
     A label outside [0, V) that is not ignored belongs to another slice.
     """
     partials = torch.empty(labels.numel(), 4, dtype=torch.float32, device=logits.device)
-    _launch_stats(logits, labels, None, partials, 1, ignore_index, logit_scale, softcap, token_outputs, True)
+    _launch_stats(
+        logits, labels, None, partials, 1, ignore_index, logit_scale, softcap, token_outputs, True
+    )
     return partials
 
 
@@ -442,7 +538,8 @@ def logprob_grad(
     logit_scale: float | torch.Tensor,
     softcap: float | torch.Tensor | None,
 ) -> None:
-    """Writes dL/dlogits into `out` (B, T, V), which may be `logits` itself; row_grad (N,) float32 is dL/dlogp."""
+    """Writes dL/dlogits into `out` (B, T, V), which may be `logits` itself; row_grad (N,) float32
+    is dL/dlogp."""
     B, T, V = logits.shape
     tile = tile_for("grad", V, logits.device)
     blocks = triton.cdiv(V, tile.block)
@@ -487,7 +584,12 @@ def _outputs(labels: torch.Tensor, token_outputs: bool) -> tuple[torch.Tensor | 
     def made(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device=labels.device)
 
-    return made(rows), made(rows, 2), made(rows) if token_outputs else None, made(rows, dtype=torch.int8) if token_outputs else None
+    return (
+        made(rows),
+        made(rows, 2),
+        made(rows) if token_outputs else None,
+        made(rows, dtype=torch.int8) if token_outputs else None,
+    )
 
 
 def _as_bool(outputs: tuple[torch.Tensor | None, ...]) -> tuple:
@@ -505,12 +607,23 @@ def _stats_name(softcap: float | torch.Tensor | None) -> str:
     return "wide stats" if _is_wide(softcap) else "stats"
 
 
-def _softcap_arguments(logit_scale: float | torch.Tensor, softcap: float | torch.Tensor | None) -> tuple:
-    """(logit_scale, softcap, 1 / softcap, ARE_STORED, HAS_SCALE, HAS_SOFTCAP, IS_WIDE_CAP): reciprocals instead of a division per element.
+def _softcap_arguments(
+    logit_scale: float | torch.Tensor, softcap: float | torch.Tensor | None
+) -> tuple:
+    """(logit_scale, softcap, 1 / softcap, ARE_STORED, HAS_SCALE, HAS_SOFTCAP, IS_WIDE_CAP):
+    reciprocals instead of a division per element.
 
     Both are numbers, or () float32 on the device."""
     if isinstance(logit_scale, torch.Tensor):
         cap_ptr = logit_scale if softcap is None else softcap
         return logit_scale, cap_ptr, cap_ptr, True, True, softcap is not None, _is_wide(softcap)
     cap = 1.0 if softcap is None else float(softcap)
-    return float(logit_scale), cap, 1.0 / cap, False, logit_scale != 1.0, softcap is not None, _is_wide(softcap)
+    return (
+        float(logit_scale),
+        cap,
+        1.0 / cap,
+        False,
+        logit_scale != 1.0,
+        softcap is not None,
+        _is_wide(softcap),
+    )

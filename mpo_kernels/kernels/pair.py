@@ -1,6 +1,8 @@
-"""From log-probabilities of tokens to the loss of pairs: tiny, deterministic, and the only device place of the loss formula.
+"""From log-probabilities of tokens to the loss of pairs: tiny, deterministic, and the only device
+place of the loss formula.
 
-With avg the mean over a sequence's scored rows, chosen sequence p and rejected sequence P + p (equations 1, 2 and 8):
+With avg the mean over a sequence's scored rows, chosen sequence p and rejected sequence P + p
+(equations 1, 2 and 8):
 
     RG_p = avg_p - avg_{P+p}        e_p = beta * RG_p - RG_ref_p        loss_p = w_p * e_p^2        dloss_p/dRG_p = 2 * beta * w_p * e_p
     dRG_p/dlogp_row = +1/|y_p| on chosen rows, -1/|y_{P+p}| on rejected rows
@@ -20,7 +22,8 @@ BLOCK = 1024
 
 @triton.jit
 def _sequence_sum(logp_ptr, labels_ptr, start, end, ignore_index, BLOCK: tl.constexpr):
-    """Sum of a sequence's log-probabilities and the number of its scored rows, always added in the same order."""
+    """Sum of a sequence's log-probabilities and the number of its scored rows, always added in the
+    same order."""
     total = tl.zeros([BLOCK], dtype=tl.float32)
     count = tl.zeros([BLOCK], dtype=tl.float32)
     for first in range(start, end, BLOCK):
@@ -34,7 +37,8 @@ def _sequence_sum(logp_ptr, labels_ptr, start, end, ignore_index, BLOCK: tl.cons
 
 @triton.jit
 def _bounds(cu_seqlens_ptr, sequence, N):
-    """Rows [start, end) of a sequence, clamped: wrong offsets may give wrong numbers but never leave the tensors."""
+    """Rows [start, end) of a sequence, clamped: wrong offsets may give wrong numbers but never
+    leave the tensors."""
     start = tl.load(cu_seqlens_ptr + sequence)
     end = tl.load(cu_seqlens_ptr + sequence + 1)
     return tl.maximum(start, 0), tl.minimum(end, N)
@@ -90,9 +94,13 @@ def _pair_kernel(
         rejected_count = tl.load(sums_ptr + 2 * (P + pair) + 1)
     else:
         start, end = _bounds(cu_seqlens_ptr, pair, N)
-        chosen_sum, chosen_count = _sequence_sum(logp_ptr, labels_ptr, start, end, ignore_index, BLOCK)
+        chosen_sum, chosen_count = _sequence_sum(
+            logp_ptr, labels_ptr, start, end, ignore_index, BLOCK
+        )
         start, end = _bounds(cu_seqlens_ptr, P + pair, N)
-        rejected_sum, rejected_count = _sequence_sum(logp_ptr, labels_ptr, start, end, ignore_index, BLOCK)
+        rejected_sum, rejected_count = _sequence_sum(
+            logp_ptr, labels_ptr, start, end, ignore_index, BLOCK
+        )
     chosen = chosen_sum / chosen_count
     rejected = rejected_sum / rejected_count
     gap = chosen - rejected
@@ -124,7 +132,11 @@ def _row_grad_kernel(
     sequence = tl.program_id(0)
     is_chosen = sequence < P
     pair = tl.where(is_chosen, sequence, sequence - P)
-    grad = tl.where(is_chosen, 1.0, -1.0) * tl.load(gap_grad_ptr + pair) / tl.load(counts_ptr + sequence)
+    grad = (
+        tl.where(is_chosen, 1.0, -1.0)
+        * tl.load(gap_grad_ptr + pair)
+        / tl.load(counts_ptr + sequence)
+    )
     start, end = _bounds(cu_seqlens_ptr, sequence, N)
     for first in range(start, end, BLOCK):
         rows = first + tl.arange(0, BLOCK)
@@ -133,11 +145,25 @@ def _row_grad_kernel(
         tl.store(row_grad_ptr + rows, tl.where(label != ignore_index, grad, 0.0), mask=inside)
 
 
-def sequence_sums(logp: torch.Tensor, labels: torch.Tensor, cu_seqlens: torch.Tensor, *, ignore_index: int) -> torch.Tensor:
-    """(N,) log-probs -> (S, 2) float32: their sum over each sequence, and its number of scored rows."""
+def sequence_sums(
+    logp: torch.Tensor, labels: torch.Tensor, cu_seqlens: torch.Tensor, *, ignore_index: int
+) -> torch.Tensor:
+    """(N,) log-probs -> (S, 2) float32: their sum over each sequence, and its number of scored
+    rows."""
     S = cu_seqlens.numel() - 1
     sums = torch.empty(S, 2, dtype=torch.float32, device=logp.device)
-    launch(_sequence_sums_kernel, S, logp, labels, cu_seqlens, sums, logp.numel(), ignore_index, BLOCK=BLOCK, num_warps=4)
+    launch(
+        _sequence_sums_kernel,
+        S,
+        logp,
+        labels,
+        cu_seqlens,
+        sums,
+        logp.numel(),
+        ignore_index,
+        BLOCK=BLOCK,
+        num_warps=4,
+    )
     return sums
 
 
@@ -152,14 +178,18 @@ def pair_loss(
     ignore_index: int,
     sums: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(N,) log-probs -> sequence means (2P,), scored counts (2P,), gaps (P,), weighted losses (P,), dloss/dgap (P,), all float32.
+    """(N,) log-probs -> sequence means (2P,), scored counts (2P,), gaps (P,), weighted losses (P,),
+    dloss/dgap (P,), all float32.
 
     beta: a number, or () float32 on the device.
-    `sums` (2P, 2): the sequences' sums where the rows here are only a part of them (context-parallel).
+    `sums` (2P, 2): the sequences' sums where the rows here are only a part of them
+    (context-parallel).
     """
     P = reference_gap.numel()
     means, counts = (torch.empty(2 * P, dtype=torch.float32, device=logp.device) for _ in range(2))
-    gap, loss, gap_grad = (torch.empty(P, dtype=torch.float32, device=logp.device) for _ in range(3))
+    gap, loss, gap_grad = (
+        torch.empty(P, dtype=torch.float32, device=logp.device) for _ in range(3)
+    )
     launch(
         _pair_kernel, P,
         sums, logp, labels, cu_seqlens, reference_gap, pair_weights, means, counts, gap, loss, gap_grad,
@@ -171,12 +201,28 @@ def pair_loss(
 
 
 def row_grads(
-    gap_grad: torch.Tensor, counts: torch.Tensor, labels: torch.Tensor, cu_seqlens: torch.Tensor, *, ignore_index: int
+    gap_grad: torch.Tensor,
+    counts: torch.Tensor,
+    labels: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    ignore_index: int,
 ) -> torch.Tensor:
     """dL/dRG (P,) -> dL/dlogp of every row (N,) float32, 0 for ignored rows."""
     row_grad = torch.zeros(labels.numel(), dtype=torch.float32, device=labels.device)
     P = gap_grad.numel()
     launch(
-        _row_grad_kernel, 2 * P, gap_grad, counts, labels, cu_seqlens, row_grad, row_grad.numel(), P, ignore_index, BLOCK=BLOCK, num_warps=4
+        _row_grad_kernel,
+        2 * P,
+        gap_grad,
+        counts,
+        labels,
+        cu_seqlens,
+        row_grad,
+        row_grad.numel(),
+        P,
+        ignore_index,
+        BLOCK=BLOCK,
+        num_warps=4,
     )
     return row_grad

@@ -10,7 +10,8 @@ from mpo_kernels.kernels.launch import kernel, launch
 from mpo_kernels.kernels.pair import _bounds
 
 POOL_ROWS, POOL_BLOCK = 16, 128
-"""Rows and columns that a program of the pool reads at a time: narrow, so that few sequences still give many programs."""
+"""Rows and columns that a program of the pool reads at a time: narrow, so that few sequences still
+give many programs."""
 
 UNPOOL_BLOCK = 512
 """Columns that a program of its transpose writes; stores need not be waited for."""
@@ -38,17 +39,23 @@ def _pool_kernel(
     start, end = _bounds(cu_seqlens_ptr, sequence, N)
     total = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
     count = tl.zeros([ROWS], dtype=tl.float32)
-    for first in range(start, end, ROWS):  # several rows at a time, so that enough loads are in flight
+    # several rows at a time, so that enough loads are in flight
+    for first in range(start, end, ROWS):
         rows = first + tl.arange(0, ROWS)
         pooled = rows < end
         if HAS_MASK:
             # A row that is not pooled is not read, so what padding holds (even NaN) cannot matter.
             pooled = pooled & (tl.load(mask_ptr + rows, mask=pooled, other=0) != 0)
         row_ptr = hidden_ptr + rows.to(tl.int64)[:, None] * stride_n + columns[None, :]
-        total += tl.load(row_ptr, mask=pooled[:, None] & inside[None, :], other=0.0).to(tl.float32)  # (ROWS, BLOCK)
+        # (ROWS, BLOCK)
+        total += tl.load(row_ptr, mask=pooled[:, None] & inside[None, :], other=0.0).to(tl.float32)
         count += pooled.to(tl.float32)
     rows_pooled = tl.sum(count, axis=0)
-    tl.store(pooled_ptr + sequence.to(tl.int64) * D + columns, tl.sum(total, axis=0) / rows_pooled, mask=inside)
+    tl.store(
+        pooled_ptr + sequence.to(tl.int64) * D + columns,
+        tl.sum(total, axis=0) / rows_pooled,
+        mask=inside,
+    )
     if program % blocks == 0:
         tl.store(counts_ptr + sequence, rows_pooled)
 
@@ -82,8 +89,11 @@ def _unpool_kernel(
         row_ptr += D
 
 
-def pool(hidden: torch.Tensor, mask: torch.Tensor | None, cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """hidden (N, D), mask (N,) uint8 or None, cu_seqlens (S + 1,) int32 -> means (S, D) and row counts (S,), float32."""
+def pool(
+    hidden: torch.Tensor, mask: torch.Tensor | None, cu_seqlens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """hidden (N, D), mask (N,) uint8 or None, cu_seqlens (S + 1,) int32 -> means (S, D) and row
+    counts (S,), float32."""
     S, D = cu_seqlens.numel() - 1, hidden.shape[1]
     pooled = torch.empty(S, D, dtype=torch.float32, device=hidden.device)
     counts = torch.empty(S, dtype=torch.float32, device=hidden.device)
@@ -96,8 +106,15 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor | None, cu_seqlens: torch.Tens
     return pooled, counts
 
 
-def unpool(grad_pooled: torch.Tensor, mask: torch.Tensor | None, cu_seqlens: torch.Tensor, counts: torch.Tensor, out: torch.Tensor) -> None:
-    """Writes the gradient of the pooled rows into `out` (N, D), contiguous; 0 on rows that are not pooled."""
+def unpool(
+    grad_pooled: torch.Tensor,
+    mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor,
+    counts: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """Writes the gradient of the pooled rows into `out` (N, D), contiguous; 0 on rows that are not
+    pooled."""
     S, D = grad_pooled.shape
     block, blocks = _blocks(D, UNPOOL_BLOCK)
     launch(

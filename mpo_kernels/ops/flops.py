@@ -1,4 +1,5 @@
-"""What torch.utils.flop_counter counts for the linear operators, into which it cannot look: 2 x rows x D x V for each of their products.
+"""What torch.utils.flop_counter counts for the linear operators, into which it cannot look: 2 x
+rows x D x V for each of their products.
 
 Rows are the scored ones; of tensors without data, all.
 """
@@ -15,7 +16,8 @@ from mpo_kernels.planning import rows_per_chunk
 
 
 def tell_counters() -> None:
-    """Tells torch's counter the formulas: for counters to come, and those that count this call and took their copy before.
+    """Tells torch's counter the formulas: for counters to come, and those that count this call and
+    took their copy before.
 
     Not on import, which would import triton with the counter, and warn where there is none.
     """
@@ -45,19 +47,39 @@ def _pair_loss(
     chosen, rejected = counted[cu_seqlens.cpu().long()].diff().chunk(2)
     waits = kept_logits.shape[0] > 0  # the weight's product is made in backward, where it is seen
     ranks, columns = from_handle(parallel), weight.shape[0]
-    budget = rows_per_chunk(columns if ranks is None else ranks.chunk_vocab(columns), (gemm_dtype or hidden.dtype).itemsize, chunk_bytes)
+    budget = rows_per_chunk(
+        columns if ranks is None else ranks.chunk_vocab(columns),
+        (gemm_dtype or hidden.dtype).itemsize,
+        chunk_bytes,
+    )
     large = (chosen + rejected)[chosen + rejected > budget]
     computed_again = int(large[1:].sum()) if weight_grad else 0
     rows = int(counted[-1])
-    return _products(rows, weight, 1 + hidden_grad + (weight_grad and not waits)) + _products(computed_again, weight, 1)
+    return _products(rows, weight, 1 + hidden_grad + (weight_grad and not waits)) + _products(
+        computed_again, weight, 1
+    )
 
 
-def _token_logprobs(hidden, weight, bias, labels, keep_stats, keep_hidden_grad, ignore_index, *_, out_val):
+def _token_logprobs(
+    hidden, weight, bias, labels, keep_stats, keep_hidden_grad, ignore_index, *_, out_val
+):
     return _products(_scored(labels, ignore_index), weight, 1 + keep_hidden_grad)
 
 
 def _token_logprobs_grad(
-    grad_logp, logp, normalizer, hidden, weight, bias, labels, hidden_grad, weight_grad, bias_grad, ignore_index, *_, out_val
+    grad_logp,
+    logp,
+    normalizer,
+    hidden,
+    weight,
+    bias,
+    labels,
+    hidden_grad,
+    weight_grad,
+    bias_grad,
+    ignore_index,
+    *_,
+    out_val,
 ):
     return _products(_scored(labels, ignore_index), weight, 1 + hidden_grad + weight_grad)
 

@@ -10,12 +10,16 @@ from typing import Any
 import torch
 
 
-def operator(name: str, schema: str, *, strided: Collection[str] = ()) -> Callable[[Callable], torch.library.CustomOpDef]:
-    """`torch.library.custom_op` that mutates nothing and whose tensors arrive contiguous, except those named in `strided`.
+def operator(
+    name: str, schema: str, *, strided: Collection[str] = ()
+) -> Callable[[Callable], torch.library.CustomOpDef]:
+    """`torch.library.custom_op` that mutates nothing and whose tensors arrive contiguous, except
+    those named in `strided`.
 
-    Kernels take most tensors by their pointer alone, so another stride would make them read other numbers, or beyond the memory. A caller
-    may give any view, a compiler other strides than those it traced, and autograd an expanded gradient: nobody but the operator itself can
-    see to it. The tensors in `strided` are large, and the function minds their strides.
+    Kernels take most tensors by their pointer alone, so another stride would make them read other
+    numbers, or beyond the memory. A caller may give any view, a compiler other strides than those
+    it traced, and autograd an expanded gradient: nobody but the operator itself can see to it. The
+    tensors in `strided` are large, and the function minds their strides.
     """
 
     def register(function: Callable) -> torch.library.CustomOpDef:
@@ -26,8 +30,15 @@ def operator(name: str, schema: str, *, strided: Collection[str] = ()) -> Callab
         @functools.wraps(function)
         def with_contiguous_tensors(*arguments: Any) -> Any:
             given = zip(arguments, by_pointer, strict=True)
-            return function(*(a.contiguous() if is_bare and isinstance(a, torch.Tensor) else a for a, is_bare in given))
+            return function(
+                *(
+                    a.contiguous() if is_bare and isinstance(a, torch.Tensor) else a
+                    for a, is_bare in given
+                )
+            )
 
-        return torch.library.custom_op(name, with_contiguous_tensors, mutates_args=(), schema=schema)
+        return torch.library.custom_op(
+            name, with_contiguous_tensors, mutates_args=(), schema=schema
+        )
 
     return register

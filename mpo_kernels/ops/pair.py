@@ -1,9 +1,10 @@
-"""Autograd from log-probabilities of tokens to the losses of pairs: `mpo_kernels::pair_loss` and `mpo_kernels::pair_loss_grad`.
+"""Autograd from log-probabilities of tokens to the losses of pairs: `mpo_kernels::pair_loss` and
+`mpo_kernels::pair_loss_grad`.
 
-With w_i = +1/|y_w| on chosen rows and -1/|y_l| on rejected rows, e = beta * RG - RG_ref and the upstream gradient g of a pair's loss,
-loss = w * e^2 gives
+With w_i = +1/|y_w| on chosen rows and -1/|y_l| on rejected rows, e = beta * RG - RG_ref and the
+upstream gradient g of a pair's loss, loss = w * e^2 gives
 
-    dL/dRG = 2 * beta * w * e * g        dL/dlogp_i = dL/dRG * w_i                                                     (8)
+    dL/dRG = 2 * beta * w * e * g        dL/dlogp_i = dL/dRG * w_i                               (8)
 """
 
 from __future__ import annotations
@@ -28,10 +29,13 @@ def pair_losses(
     ignore_index: int,
     parallel: Parallel | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(N,) log-probs -> means (2P,), scored counts (2P,), gaps (P,), losses (P,), dloss/dgap (P,); over all ranks of a context."""
+    """(N,) log-probs -> means (2P,), scored counts (2P,), gaps (P,), losses (P,), dloss/dgap (P,);
+    over all ranks of a context."""
     backend, sums = backend_for(logp), None
     if parallel is not None and parallel.context_group is not None:
-        sums = parallel.add_sums(backend.sequence_sums(logp, labels, cu_seqlens, ignore_index=ignore_index))
+        sums = parallel.add_sums(
+            backend.sequence_sums(logp, labels, cu_seqlens, ignore_index=ignore_index)
+        )
     return backend.pair_loss(
         logp, labels, cu_seqlens, reference_gap, pair_weights, beta=beta, ignore_index=ignore_index, sums=sums
     )  # fmt: skip
@@ -39,32 +43,52 @@ def pair_losses(
 
 @operator(
     "mpo_kernels::pair_loss",
-    schema="(Tensor logp, Tensor labels, Tensor cu_seqlens, Tensor reference_gap, Tensor? pair_weights, float beta, Tensor? beta_number, "
-    "int ignore_index, int parallel) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=(
+        "(Tensor logp, Tensor labels, Tensor cu_seqlens, Tensor reference_gap, Tensor?"
+        " pair_weights, float beta, Tensor? beta_number, int ignore_index, int parallel) ->"
+        " (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
 )
-def pair_loss_op(logp, labels, cu_seqlens, reference_gap, pair_weights, beta, beta_number, ignore_index, parallel):
-    """logp (N,), labels (N,), cu_seqlens (2P + 1,), reference_gap (P,) -> losses (P,), means (2P,), gaps (P,), counts (2P,), dloss/dgap.
+def pair_loss_op(
+    logp, labels, cu_seqlens, reference_gap, pair_weights, beta, beta_number, ignore_index, parallel
+):
+    """logp (N,), labels (N,), cu_seqlens (2P + 1,), reference_gap (P,) -> losses (P,), means (2P,),
+    gaps (P,), counts (2P,), dloss/dgap.
     `beta_number` () on the device takes the place of beta."""
     beta = beta if beta_number is None else beta_number
     means, counts, gap, loss, gap_grad = pair_losses(
-        logp, labels, cu_seqlens, reference_gap, pair_weights, beta, ignore_index, from_handle(parallel)
+        logp,
+        labels,
+        cu_seqlens,
+        reference_gap,
+        pair_weights,
+        beta,
+        ignore_index,
+        from_handle(parallel),
     )
     return loss, means, gap, counts.contiguous(), gap_grad
 
 
 @pair_loss_op.register_fake
-def _(logp, labels, cu_seqlens, reference_gap, pair_weights, beta, beta_number, ignore_index, parallel):
+def _(
+    logp, labels, cu_seqlens, reference_gap, pair_weights, beta, beta_number, ignore_index, parallel
+):
     pairs = reference_gap.numel()
     return tuple(logp.new_empty(n) for n in (pairs, 2 * pairs, pairs, 2 * pairs, pairs))
 
 
 @operator(
     "mpo_kernels::pair_loss_grad",
-    schema="(Tensor gap_grad, Tensor counts, Tensor labels, Tensor cu_seqlens, int ignore_index) -> Tensor",
+    schema=(
+        "(Tensor gap_grad, Tensor counts, Tensor labels, Tensor cu_seqlens, int ignore_index) ->"
+        " Tensor"
+    ),
 )
 def pair_loss_grad_op(gap_grad, counts, labels, cu_seqlens, ignore_index):
     """dL/dRG (P,) -> dL/dlogp (N,)."""
-    return backend_for(gap_grad).row_grads(gap_grad, counts, labels, cu_seqlens, ignore_index=ignore_index)
+    return backend_for(gap_grad).row_grads(
+        gap_grad, counts, labels, cu_seqlens, ignore_index=ignore_index
+    )
 
 
 @pair_loss_grad_op.register_fake
@@ -85,7 +109,10 @@ def _backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tuple:
     if grad_loss is None:
         return (None,) * 9
     labels, cu_seqlens, counts, gap_grad = ctx.saved_tensors
-    return pair_loss_grad_op(gap_grad * grad_loss, counts, labels, cu_seqlens, ctx.ignore_index), *(None,) * 8
+    return (
+        pair_loss_grad_op(gap_grad * grad_loss, counts, labels, cu_seqlens, ctx.ignore_index),
+        *(None,) * 8,
+    )
 
 
 differentiable_once(pair_loss_op, _backward, setup_context=_save)

@@ -1,6 +1,7 @@
-"""Autograd of the mean over each sequence's rows, pooled in fp32 whatever the input's dtype: `mpo_kernels::mean_pool` and its transpose.
+"""Autograd of the mean over each sequence's rows, pooled in fp32 whatever the input's dtype:
+`mpo_kernels::mean_pool` and its transpose.
 
-dL/dh_j = dL/dpool / n on each of the n pooled rows                                                                     (9)
+dL/dh_j = dL/dpool / n on each of the n pooled rows                                              (9)
 """
 
 from __future__ import annotations
@@ -23,23 +24,36 @@ from mpo_kernels.ops.operator import operator
 def mean_pool_op(hidden, mask, cu_seqlens):
     """hidden (N, D), mask (N,) bool, cu_seqlens (S + 1,) -> means (S, D), rows pooled (S,)."""
     rows = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
-    return backend_for(hidden).pool(rows, None if mask is None else mask.view(torch.uint8), cu_seqlens)
+    return backend_for(hidden).pool(
+        rows, None if mask is None else mask.view(torch.uint8), cu_seqlens
+    )
 
 
 @mean_pool_op.register_fake
 def _(hidden, mask, cu_seqlens):
     sequences, dtype = cu_seqlens.shape[0] - 1, statistics_dtype(hidden)
-    return hidden.new_empty(sequences, hidden.shape[1], dtype=dtype), hidden.new_empty(sequences, dtype=dtype)
+    return hidden.new_empty(sequences, hidden.shape[1], dtype=dtype), hidden.new_empty(
+        sequences, dtype=dtype
+    )
 
 
 @operator(
     "mpo_kernels::mean_pool_grad",
-    schema="(Tensor grad_pooled, Tensor? mask, Tensor cu_seqlens, Tensor counts, int rows, ScalarType dtype) -> Tensor",
+    schema=(
+        "(Tensor grad_pooled, Tensor? mask, Tensor cu_seqlens, Tensor counts, int rows, ScalarType"
+        " dtype) -> Tensor"
+    ),
 )
 def mean_pool_grad_op(grad_pooled, mask, cu_seqlens, counts, rows, dtype):
     """dL/dpool (S, D) -> dL/dhidden (rows, D) of `dtype`."""
     grad = torch.zeros(rows, grad_pooled.shape[1], dtype=dtype, device=grad_pooled.device)
-    backend_for(grad_pooled).unpool(grad_pooled.contiguous(), None if mask is None else mask.view(torch.uint8), cu_seqlens, counts, grad)
+    backend_for(grad_pooled).unpool(
+        grad_pooled.contiguous(),
+        None if mask is None else mask.view(torch.uint8),
+        cu_seqlens,
+        counts,
+        grad,
+    )
     return grad
 
 

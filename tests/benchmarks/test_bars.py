@@ -10,8 +10,12 @@ from benchmarks.output import Machine
 
 
 def written(folder, *, quick, measured, age):
-    bar = step.Bar(what="speed", side="mpo", promised=">= 1.8", measured=measured, holds=measured >= 1.8)
-    result = step.StepResult(machine=Machine.here(torch.device("cpu")), quick=quick, configurations=[], bars=[bar])
+    bar = step.Bar(
+        what="speed", side="mpo", promised=">= 1.8", measured=measured, holds=measured >= 1.8
+    )
+    result = step.StepResult(
+        machine=Machine.here(torch.device("cpu")), quick=quick, configurations=[], bars=[bar]
+    )
     folder.mkdir(parents=True)
     path = folder / "step.json"
     path.write_text(result.model_dump_json(), encoding="utf-8")

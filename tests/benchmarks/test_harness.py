@@ -1,4 +1,5 @@
-"""The harness itself: wrong and slow candidates show as such, missing ones as absent, results as JSON that validates."""
+"""The harness itself: wrong and slow candidates show as such, missing ones as absent, results as
+JSON that validates."""
 
 import subprocess
 import sys
@@ -41,7 +42,14 @@ def planted_comparison():
         return loss(inputs)
 
     def wrong_gradient(loss, inputs):
-        return loss({"logits": inputs["logits"].detach() + 0.99 * (inputs["logits"] - inputs["logits"].detach())})
+        return loss(
+            {
+                "logits": (
+                    inputs["logits"].detach()
+                    + 0.99 * (inputs["logits"] - inputs["logits"].detach())
+                )
+            }
+        )
 
     def absent(workload):
         raise Absent("it needs a machine that nobody has")
@@ -62,7 +70,11 @@ def planted_comparison():
 
 
 def test_wrong_candidates_are_flagged_and_rank_after_right_ones(planted_comparison):
-    assert planted_comparison.row("wrong loss").status == planted_comparison.row("wrong gradient").status == "wrong"
+    assert (
+        planted_comparison.row("wrong loss").status
+        == planted_comparison.row("wrong gradient").status
+        == "wrong"
+    )
     assert planted_comparison.row("wrong loss").errors["loss"] == pytest.approx(1e-3, rel=0.01)
     assert planted_comparison.row("wrong gradient").reason.startswith("logits is off by 1.0e-02")
     order = [row.status for row in planted_comparison.rows]
@@ -75,36 +87,68 @@ def test_a_slow_candidate_ranks_last_of_the_right_ones(planted_comparison):
     assert planted_comparison.fastest(ours=False).candidate == "plain PyTorch"
     assert planted_comparison.row("slow").both.median > 0.05
     least = planted_comparison.row("least work").both.median
-    assert planted_comparison.limit_share(planted_comparison.row("slow")) == least / planted_comparison.row("slow").both.median < 1
+    assert (
+        planted_comparison.limit_share(planted_comparison.row("slow"))
+        == least / planted_comparison.row("slow").both.median
+        < 1
+    )
 
 
 def test_what_cannot_run_is_absent_or_failed_and_has_no_time(planted_comparison):
     assert planted_comparison.row("absent").reason == "it needs a machine that nobody has"
     assert planted_comparison.row("not installed").status == "absent"
     failed = planted_comparison.row("failing")
-    assert failed.status == "failed" and failed.reason == "RuntimeError: no such kernel on this device"
-    assert all(planted_comparison.row(name).both is None for name in ("absent", "not installed", "failing"))
+    assert (
+        failed.status == "failed" and failed.reason == "RuntimeError: no such kernel on this device"
+    )
+    assert all(
+        planted_comparison.row(name).both is None for name in ("absent", "not installed", "failing")
+    )
 
 
 def test_results_are_json_that_validates_and_a_picture(planted_comparison, tmp_path):
-    result = Result(benchmark="logits", machine=Machine.here(torch.device("cpu")), quick=True, comparisons=[planted_comparison])
+    result = Result(
+        benchmark="logits",
+        machine=Machine.here(torch.device("cpu")),
+        quick=True,
+        comparisons=[planted_comparison],
+    )
     path = save(result, tmp_path, Console(quiet=True))
     assert Result.model_validate_json(path.read_text()) == result
     assert (tmp_path / "logits.png").read_bytes().startswith(b"\x89PNG")
-    assert result.machine.versions["torch"] == torch.__version__ and result.machine.threads == torch.get_num_threads()
+    assert (
+        result.machine.versions["torch"] == torch.__version__
+        and result.machine.threads == torch.get_num_threads()
+    )
 
 
 @pytest.mark.parametrize("trainable", [True, False])
 def test_ours_and_plain_pytorch_are_right_from_hidden_states(trainable):
     workload = FromHidden(1, 6, 16, 300, trainable=trainable)
-    result = compare(workload, [c for c in from_hidden() if c.ours or c.name.startswith("plain")], repetitions=2)
+    result = compare(
+        workload, [c for c in from_hidden() if c.ours or c.name.startswith("plain")], repetitions=2
+    )
     assert [row.status for row in result.rows] == ["bound", *["ok"] * 5]
-    assert set(result.row("mpo_kernels").errors) == {"loss", "hidden", *(["weight"] if trainable else [])}
+    assert set(result.row("mpo_kernels").errors) == {
+        "loss",
+        "hidden",
+        *(["weight"] if trainable else []),
+    }
 
 
-@pytest.mark.parametrize("name", ["Liger fused, chunk 1", "TRL chunked log-probs", "cut-cross-entropy", "torch linear_cross_entropy"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Liger fused, chunk 1",
+        "TRL chunked log-probs",
+        "cut-cross-entropy",
+        "torch linear_cross_entropy",
+    ],
+)
 def test_peers_compute_the_same_loss_where_they_are_installed(name):
-    row = compare(FromHidden(2, 6, 16, 300), [by_name(from_hidden(), name)], repetitions=1).row(name)
+    row = compare(FromHidden(2, 6, 16, 300), [by_name(from_hidden(), name)], repetitions=1).row(
+        name
+    )
     if row.status == "absent":
         pytest.skip(row.reason)
     assert row.status == "ok", row.reason
@@ -123,7 +167,8 @@ def test_memory_is_that_of_the_largest_moment():
 def test_in_place_needs_no_second_copy_of_the_logits():
     workload = FromLogits(1, 64, 20_000)
     plain, inplace = (
-        peak_bytes(workload, by_name(from_logits(), name).build(workload)) for name in ("mpo_kernels", "mpo_kernels in place")
+        peak_bytes(workload, by_name(from_logits(), name).build(workload))
+        for name in ("mpo_kernels", "mpo_kernels in place")
     )
     assert plain - inplace > 0.75 * 2 * 64 * 20_000 * 4
 
@@ -135,7 +180,16 @@ def test_exponents():
 
 def test_a_command_ends_with_its_files(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.logits", "--quick", "--repetitions", "2", "--out", str(tmp_path)],
+        [
+            sys.executable,
+            "-m",
+            "benchmarks.logits",
+            "--quick",
+            "--repetitions",
+            "2",
+            "--out",
+            str(tmp_path),
+        ],
         capture_output=True,
         text=True,
         check=False,
@@ -143,10 +197,16 @@ def test_a_command_ends_with_its_files(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "mpo_kernels in place" in done.stdout
     comparisons = Result.model_validate_json((tmp_path / "logits.json").read_text()).comparisons
-    assert all(isinstance(c, Comparison) and c.row("mpo_kernels").status == "ok" for c in comparisons)
+    assert all(
+        isinstance(c, Comparison) and c.row("mpo_kernels").status == "ok" for c in comparisons
+    )
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("*/l*.json")) + sorted(RESULTS.glob("*/scaling.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    sorted(RESULTS.glob("*/l*.json")) + sorted(RESULTS.glob("*/scaling.json")),
+    ids=lambda path: path.stem,
+)
 def test_committed_results_validate_and_none_is_wrong(path):
     result = Result.model_validate_json(path.read_text(encoding="utf-8"))
     assert not result.quick

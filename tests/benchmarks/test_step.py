@@ -1,4 +1,5 @@
-"""The whole-step benchmark on a tiny model: every side has the right gradient, and one that has not is marked."""
+"""The whole-step benchmark on a tiny model: every side has the right gradient, and one that has not
+is marked."""
 
 import pytest
 import torch
@@ -21,25 +22,40 @@ SETTINGS = {
 def load(attention):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
     )
-    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+    return transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation=attention, dtype=torch.float32
+    )
 
 
 def examples():
     generator = torch.Generator().manual_seed(1)
 
     def pair(prompt, *lengths):
-        ids = [torch.randint(2, VOCAB, (n,), generator=generator).tolist() for n in (prompt, *lengths)]
+        ids = [
+            torch.randint(2, VOCAB, (n,), generator=generator).tolist() for n in (prompt, *lengths)
+        ]
         return [TokenizedResponse((*ids[0], *response), prompt) for response in ids[1:]]
 
     dominant = pair(4, 5, 3)
-    return [Example(str(i), language, *pair(3 + i, 4 + i, 6 - i), *dominant) for i, language in enumerate(("sw", "zh", "ar"))]
+    return [
+        Example(str(i), language, *pair(3 + i, 4 + i, 6 - i), *dominant)
+        for i, language in enumerate(("sw", "zh", "ar"))
+    ]
 
 
 @pytest.fixture
 def settings():
-    return {name: load_config(step.RECIPE, ["data.eval=[]", "model.attention=packed", *more]) for name, more in SETTINGS.items()}
+    return {
+        name: load_config(step.RECIPE, ["data.eval=[]", "model.attention=packed", *more])
+        for name, more in SETTINGS.items()
+    }
 
 
 def test_every_side_has_the_gradient_of_float64(settings, tmp_path):
@@ -49,7 +65,9 @@ def test_every_side_has_the_gradient_of_float64(settings, tmp_path):
     assert len({round(side.l1, 5) for side in found.sides}) == 1
     assert found.tokens["all"] == found.tokens["budget"] < found.tokens[step.PUBLISHED]
     assert all(side.peak_bytes > 0 and side.seconds.repetitions == 2 for side in found.sides)
-    result = step.StepResult(machine=Machine.here(torch.device("cpu")), quick=True, configurations=[found], bars=[])
+    result = step.StepResult(
+        machine=Machine.here(torch.device("cpu")), quick=True, configurations=[found], bars=[]
+    )
     assert step.StepResult.model_validate_json(result.model_dump_json()) == result
     bars = step.judge(found, 0.0, 10.0)
     assert [bar.holds for bar in bars] == [True, True] and bars[0].side in SETTINGS
@@ -59,15 +77,26 @@ def test_every_side_has_the_gradient_of_float64(settings, tmp_path):
 
 
 def test_a_wrong_gradient_is_marked(settings, monkeypatch):
-    """A side that forgets the prompt of the rejected answers, as packing without isolation might."""
+    """A side that forgets the prompt of the rejected answers, as packing without isolation
+    might."""
     right = step.ours
 
     def wrong(model, rows, config):
         swapped = [
-            Example(e.source, e.language, e.target_chosen, e.dominant_rejected, e.dominant_chosen, e.dominant_rejected) for e in rows
+            Example(
+                e.source,
+                e.language,
+                e.target_chosen,
+                e.dominant_rejected,
+                e.dominant_chosen,
+                e.dominant_rejected,
+            )
+            for e in rows
         ]
         return right(model, swapped if config is settings["all"] else rows, config)
 
     monkeypatch.setattr(step, "ours", wrong)
-    status = {side.name: side.status for side in step.compare("tiny", load, examples(), settings, 1).sides}
+    status = {
+        side.name: side.status for side in step.compare("tiny", load, examples(), settings, 1).sides
+    }
     assert status == {step.PUBLISHED: "ok", "all": "wrong", "budget": "ok", "selective": "ok"}

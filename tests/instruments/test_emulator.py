@@ -1,4 +1,5 @@
-"""The PTX emulator: each kind of planted fault is found and named, and right code gives right results and no finding."""
+"""The PTX emulator: each kind of planted fault is found and named, and right code gives right
+results and no finding."""
 
 import os
 
@@ -34,9 +35,12 @@ HEAD = """
 
 
 def probe(body, size=64):
-    """Runs hand-written instructions in 64 threads on an int32 tensor; %rd3 is the thread's element, %r4 its place in shared memory."""
+    """Runs hand-written instructions in 64 threads on an int32 tensor; %rd3 is the thread's
+    element, %r4 its place in shared memory."""
     data = torch.arange(size, dtype=torch.int32)
-    findings = emulate(parse(HEAD + body + "\n ret;\n}"), (1,), [data], num_warps=2, shared_bytes=256)
+    findings = emulate(
+        parse(HEAD + body + "\n ret;\n}"), (1,), [data], num_warps=2, shared_bytes=256
+    )
     return findings, data
 
 
@@ -60,14 +64,20 @@ def test_barrier_between_warps():
 
 def test_race_in_shared_memory():
     findings, _ = probe(HAND_OVER.format(barrier=""))
-    assert "shared memory: reads what another warp wrote since the last barrier" in findings.races[0]
+    assert (
+        "shared memory: reads what another warp wrote since the last barrier" in findings.races[0]
+    )
     assert "ld.shared" in findings.races[0]
 
 
 HALF_WRITTEN = "setp.lt.s32 %p1, %r1, 8; @%p1 mov.b32 %r9, 0;"
 
 FAULTS = {
-    "read of a register that was never written": ("add.s32 %r9, %r10, 1;", "undefined", "%r10 is read and was never written"),
+    "read of a register that was never written": (
+        "add.s32 %r9, %r10, 1;",
+        "undefined",
+        "%r10 is read and was never written",
+    ),
     "stored where another branch wrote": (
         f"{HALF_WRITTEN} add.s32 %r10, %r9, 1; st.global.b32 [%rd3], %r10;",
         "undefined",
@@ -88,10 +98,22 @@ FAULTS = {
         "undefined",
         "a register is used in threads that did not write it: ld.shared",
     ),
-    "shared memory that was never written": ("ld.shared.b32 %r9, [%r4];", "undefined", "shared memory is read and was not written"),
+    "shared memory that was never written": (
+        "ld.shared.b32 %r9, [%r4];",
+        "undefined",
+        "shared memory is read and was not written",
+    ),
     "outside of shared memory": ("st.shared.b32 [%r4+256], %r1;", "out_of_bounds", "shared memory"),
-    "read past the end": ("ld.global.b32 %r9, [%rd3+4];", "out_of_bounds", "1 threads of program 0, thread 63 at +0 bytes"),
-    "write before the start": ("st.global.b32 [%rd3+-4], %r1;", "out_of_bounds", "1 threads of program 0, thread 0"),
+    "read past the end": (
+        "ld.global.b32 %r9, [%rd3+4];",
+        "out_of_bounds",
+        "1 threads of program 0, thread 63 at +0 bytes",
+    ),
+    "write before the start": (
+        "st.global.b32 [%rd3+-4], %r1;",
+        "out_of_bounds",
+        "1 threads of program 0, thread 0",
+    ),
     "vector access off its alignment": (
         "ld.global.v2.b32 {%r9, %r10}, [%rd1+4];",
         "misaligned",
@@ -103,7 +125,10 @@ FAULTS = {
         "threads write different values to a byte at once",
     ),
     "one warp overwrites what the other reads": (
-        "ld.global.b32 %r9, [%rd1]; add.s32 %r9, %r9, 7; setp.gt.s32 %p1, %r1, 62; @%p1 st.global.b32 [%rd1], %r9;",
+        (
+            "ld.global.b32 %r9, [%rd1]; add.s32 %r9, %r9, 7; setp.gt.s32 %p1, %r1, 62; @%p1"
+            " st.global.b32 [%rd1], %r9;"
+        ),
         "races",
         "writes what another warp read",
     ),
@@ -130,8 +155,10 @@ def test_planted_fault(name):
 @pytest.mark.parametrize(
     "body",
     [
-        f"{HALF_WRITTEN} shfl.sync.bfly.b32 %r10, %r9, 4, 31, -1; @%p1 st.global.b32 [%rd3], %r10;",  # among the threads that wrote it
-        f"{HALF_WRITTEN} add.s32 %r10, %r9, 1; mov.b32 %r10, 2; st.global.b32 [%rd3], %r10;",  # and written again
+        # among the threads that wrote it
+        f"{HALF_WRITTEN} shfl.sync.bfly.b32 %r10, %r9, 4, 31, -1; @%p1 st.global.b32 [%rd3], %r10;",
+        # and written again
+        f"{HALF_WRITTEN} add.s32 %r10, %r9, 1; mov.b32 %r10, 2; st.global.b32 [%rd3], %r10;",
     ],
     ids=["shuffled", "written again"],
 )
@@ -203,7 +230,8 @@ def test_sums_over_warps(target, columns):
     assert torch.allclose(y, x.sum(1), atol=1e-4)
     assert launches[0].kernel == "_row_sum_kernel" and launches[0].grid == (3,)
     if columns == 1024:
-        assert "ld.global.v4.b32" in launches[0].ptx  # specialised on what divides by 16, as on a GPU
+        # specialised on what divides by 16, as on a GPU
+        assert "ld.global.v4.b32" in launches[0].ptx
 
 
 def test_missing_barrier_in_compiled_code():
@@ -211,7 +239,9 @@ def test_missing_barrier_in_compiled_code():
     with gpu_on_cpu("sm_90") as launches:
         _row_sum_kernel[(1,)](x, y, 1024, 1024, BLOCK=1024, HINT=False)
     without = launches[0].ptx.replace("bar.sync", "// bar.sync")
-    findings = emulate(parse(without), (1,), [x, y, 1024, 1024], launches[0].num_warps, shared_bytes=256)
+    findings = emulate(
+        parse(without), (1,), [x, y, 1024, 1024], launches[0].num_warps, shared_bytes=256
+    )
     assert findings.races
 
 
@@ -226,7 +256,10 @@ def test_bounds_are_those_of_a_view():
     view, y = storage[:, :48], torch.empty(4)
     with gpu_on_cpu("sm_80"):
         _row_sum_kernel[(4,)](view, y, 64, 48, BLOCK=64, HINT=False)
-    with pytest.raises(AssertionError, match=r"out_of_bounds=.*threads of program"), gpu_on_cpu("sm_80"):
+    with (
+        pytest.raises(AssertionError, match=r"out_of_bounds=.*threads of program"),
+        gpu_on_cpu("sm_80"),
+    ):
         _row_sum_kernel[(4,)](view, y, 64, 49, BLOCK=64, HINT=False)
 
 
@@ -237,17 +270,25 @@ def _all_to_first_kernel(x_ptr, y_ptr):
 
 def test_race_between_programs():
     x, y = torch.tensor([1.0, 2.0, 3.0]), torch.zeros(1)
-    with pytest.raises(AssertionError, match="writes what another program of the launch wrote"), gpu_on_cpu("sm_90"):
+    with (
+        pytest.raises(AssertionError, match="writes what another program of the launch wrote"),
+        gpu_on_cpu("sm_90"),
+    ):
         _all_to_first_kernel[(3,)](x, y)
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_is_that_of_ieee(target, dtype):
-    """All magnitudes, ties, subnormal numbers, infinities and NaN, on the way to 16 bits and back."""
-    bits = torch.randint(-(2**31), 2**31, (1536,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    """All magnitudes, ties, subnormal numbers, infinities and NaN, on the way to 16 bits and
+    back."""
+    bits = torch.randint(-(2**31), 2**31, (1536,), generator=torch.Generator().manual_seed(0)).to(
+        torch.int32
+    )
     ties = (torch.arange(256, dtype=torch.int32) << 16 | 0x8000) + 0x3F000000
-    special = torch.tensor([0.0, -0.0, float("inf"), float("-inf"), 1e-40, -1e-45, 65519.0, 65520.0])
+    special = torch.tensor(
+        [0.0, -0.0, float("inf"), float("-inf"), 1e-40, -1e-45, 65519.0, 65520.0]
+    )
     x = torch.cat([bits.view(torch.float32), ties.view(torch.float32), special])
     x = x[~x.isnan()]
     y, back = torch.empty(x.shape, dtype=dtype), torch.empty(x.shape)
@@ -273,11 +314,19 @@ def test_matrices_in_shared_memory(count):
       add.s32 %r8, %r3, %r6; add.s32 %r8, %r8, %r7; ld.global.b32 %r10, [%rd3];
       add.s32 %r11, %r10, 100; add.s32 %r12, %r10, 200; add.s32 %r13, %r10, 300;
       stmatrix.sync.aligned.m8n8.x{count}.shared.b16 [%r8], {{{names}}}; bar.sync 0; """
-    plain = "add.s32 %r9, %r3, %r6; shl.b32 %r7, %r5, 2; add.s32 %r9, %r9, %r7; ld.shared.b32 %r15, [%r9+{at}]; st.global.b32 [%rd3], %r15;"
-    again = f"ldmatrix.sync.aligned.m8n8.x{count}.shared.b16 {{{names}}}, [%r8]; st.global.b32 [%rd3], %r{9 + count};"
+    plain = (
+        "add.s32 %r9, %r3, %r6; shl.b32 %r7, %r5, 2; add.s32 %r9, %r9, %r7; ld.shared.b32 %r15,"
+        " [%r9+{at}]; st.global.b32 [%rd3], %r15;"
+    )
+    again = (
+        f"ldmatrix.sync.aligned.m8n8.x{count}.shared.b16 {{{names}}}, [%r8]; st.global.b32 [%rd3],"
+        f" %r{9 + count};"
+    )
     expected = torch.arange(64, dtype=torch.int32) + 100 * (count - 1)
     for read in (plain.format(at=128 * (count - 1)), again):
         data = torch.arange(64, dtype=torch.int32)
-        findings = emulate(parse(HEAD + body + read + "\n ret;\n}"), (1,), [data], num_warps=2, shared_bytes=1024)
+        findings = emulate(
+            parse(HEAD + body + read + "\n ret;\n}"), (1,), [data], num_warps=2, shared_bytes=1024
+        )
         assert findings.clean, findings
         assert torch.equal(data, expected)

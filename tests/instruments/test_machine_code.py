@@ -78,13 +78,16 @@ def test_width_of_accesses(target):
     vectors = per_thread(target) / 8  # of eight bf16
     assert aligned.accesses == {("load", 128): vectors, ("store", 128): vectors}
     assert aligned.widths == {128}
-    odd = report(_copy_kernel, COPY, {"BLOCK": BLOCK}, {"x_ptr", "y_ptr"}, target, WARPS)  # n may cut a vector in two
+    # n may cut a vector in two
+    odd = report(_copy_kernel, COPY, {"BLOCK": BLOCK}, {"x_ptr", "y_ptr"}, target, WARPS)
     assert odd.accesses == {("load", 16): per_thread(target), ("store", 16): per_thread(target)}
 
 
 def test_straight_line_per_element(target):
     inferred = report(_copy_kernel, COPY, {"BLOCK": BLOCK}, ALIGNED, target, WARPS)
-    given = report(_copy_kernel, COPY, {"BLOCK": BLOCK}, ALIGNED, target, WARPS, elements_per_program=BLOCK)
+    given = report(
+        _copy_kernel, COPY, {"BLOCK": BLOCK}, ALIGNED, target, WARPS, elements_per_program=BLOCK
+    )
     assert inferred.bodies == given.bodies
     (body,) = given.bodies
     assert body.kind == "straight" and body.elements == per_thread(target)
@@ -96,20 +99,34 @@ def test_straight_line_per_element(target):
 
 
 def test_all_paths_are_counted(target):
-    facts = report(_two_paths_kernel, COPY, {"BLOCK": BLOCK}, ALIGNED, target, WARPS, elements_per_program=BLOCK)
+    facts = report(
+        _two_paths_kernel,
+        COPY,
+        {"BLOCK": BLOCK},
+        ALIGNED,
+        target,
+        WARPS,
+        elements_per_program=BLOCK,
+    )
     (body,) = facts.bodies
     assert body.bytes_loaded_per_element == 2
-    assert 2 < body.bytes_stored_per_element <= 4  # on either path; a compiler may let them share some of the stores
+    # on either path; a compiler may let them share some of the stores
+    assert 2 < body.bytes_stored_per_element <= 4
     assert body.elements == per_thread(target)
-    straight = report(_copy_kernel, COPY, {"BLOCK": BLOCK}, ALIGNED, target, WARPS, elements_per_program=BLOCK).bodies[0]
-    # The main path is the one that loads; of a kernel with one path it is nearly all (AMD has jumps over what no lane wants).
+    straight = report(
+        _copy_kernel, COPY, {"BLOCK": BLOCK}, ALIGNED, target, WARPS, elements_per_program=BLOCK
+    ).bodies[0]
+    # The main path is the one that loads; of a kernel with one path it is nearly all (AMD has jumps
+    # over what no lane wants).
     assert 0.8 * straight.instructions < straight.main_path <= body.main_path < body.instructions
 
 
 @pytest.mark.parametrize("divisible", [True, False], ids=["aligned", "odd"])
 def test_loop_per_element(target, divisible):
     aligned = ALIGNED if divisible else {"x_ptr", "y_ptr"}
-    facts = report(_sum_kernel, SUM, {"BLOCK": BLOCK}, aligned, target, WARPS, elements_per_program=1)  # not used: there is a loop
+    facts = report(
+        _sum_kernel, SUM, {"BLOCK": BLOCK}, aligned, target, WARPS, elements_per_program=1
+    )  # not used: there is a loop
     (body,) = facts.bodies
     assert body.kind == "loop" and body.elements == per_thread(target)
     assert body.bytes_loaded_per_element == 2 and body.bytes_stored == 0
@@ -128,7 +145,9 @@ def test_only_the_innermost_loop_counts(target):
 
 def test_element_size(target):
     signature = {**COPY, "x_ptr": "*fp32", "y_ptr": "*fp32"}
-    (body,) = report(_copy_kernel, signature, {"BLOCK": BLOCK}, ALIGNED, target, WARPS, elem_bytes=4).bodies
+    (body,) = report(
+        _copy_kernel, signature, {"BLOCK": BLOCK}, ALIGNED, target, WARPS, elem_bytes=4
+    ).bodies
     assert body.elements == per_thread(target) and body.bytes_loaded_per_element == 4
 
 
@@ -137,7 +156,9 @@ def test_spills(target):
     assert fine.spill_ops == fine.local_bytes == 0
     # 128 elements a thread, and registers for half of them.
     tight = {"waves_per_eu": 8} if target.startswith("gfx") else {"maxnreg": 64}
-    spilled = report(_hold_kernel, COPY, {"BLOCK": 128 * lanes(target)}, ALIGNED, target, 1, options=tight)
+    spilled = report(
+        _hold_kernel, COPY, {"BLOCK": 128 * lanes(target)}, ALIGNED, target, 1, options=tight
+    )
     assert spilled.spill_ops > 0 and spilled.local_bytes > 0
     assert spilled.registers <= 64
 
@@ -145,7 +166,8 @@ def test_spills(target):
 def test_occupancy(target):
     facts = report(_copy_kernel, COPY, {"BLOCK": BLOCK}, ALIGNED, target, WARPS)
     assert facts.registers <= 32
-    full = 8 if target.startswith("gfx") else 16  # programs of four warps that fill a multiprocessor
+    # programs of four warps that fill a multiprocessor
+    full = 8 if target.startswith("gfx") else 16
     assert facts.ctas_per_sm == full and facts.occupancy == 1
     held = report(_hold_kernel, COPY, {"BLOCK": 64 * lanes(target) * WARPS}, ALIGNED, target, WARPS)
     assert 64 < held.registers <= 128

@@ -1,6 +1,7 @@
 """The meter on kernels with planted faults, each beside its clean twin, and exact byte counts.
 
-TRITON_INTERPRET binds when triton is imported: without it, this file runs itself in one process that has it.
+TRITON_INTERPRET binds when triton is imported: without it, this file runs itself in one process
+that has it.
 """
 
 import os
@@ -21,7 +22,9 @@ from benchmarks.instruments.traffic import Meter  # noqa: E402
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ROOT = Path(__file__).parents[2]
 
-inside = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_in_the_interpreter starts")
+inside = pytest.mark.skipif(
+    not INTERPRETED, reason="runs in the process that test_in_the_interpreter starts"
+)
 outside = pytest.mark.skipif(INTERPRETED, reason="this is that process")
 
 
@@ -48,7 +51,10 @@ def test_without_the_interpreter_it_refuses():
 
 @outside
 def test_imports_without_triton():
-    script = "import sys, benchmarks.instruments.traffic, benchmarks.instruments.machine_code; sys.exit('triton' in sys.modules)"
+    script = (
+        "import sys, benchmarks.instruments.traffic, benchmarks.instruments.machine_code;"
+        " sys.exit('triton' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode == 0
 
 
@@ -74,7 +80,9 @@ def test_copy(dtype, order):
     with Meter(order) as meter:
         _copy_kernel[(4,)](x, y, 100, BLOCK=32)  # the last program has four lanes
     assert torch.equal(x, y) and meter.clean
-    assert meter.loaded == {"x_ptr": 100 * dtype.itemsize} and meter.stored == {"y_ptr": 100 * dtype.itemsize}
+    assert meter.loaded == {"x_ptr": 100 * dtype.itemsize} and meter.stored == {
+        "y_ptr": 100 * dtype.itemsize
+    }
 
 
 @inside
@@ -102,14 +110,20 @@ def test_lanes_that_share_an_address_count_once():
     with Meter() as meter:
         _broadcast_kernel[(1,)](torch.ones(16), torch.full((1,), 3.0), y, BLOCK=32)
     assert (y == 9).all() and meter.clean
-    assert meter.loaded == {"x_ptr": 16 * 4, "scale_ptr": 2 * 4} and meter.stored == {"y_ptr": 32 * 4}
+    assert meter.loaded == {"x_ptr": 16 * 4, "scale_ptr": 2 * 4} and meter.stored == {
+        "y_ptr": 32 * 4
+    }
 
 
 @triton.jit
 def _strided_kernel(x_ptr, y_ptr, stride, BLOCK: tl.constexpr):
     columns = tl.arange(0, BLOCK)
     odd = columns % 2 == 1
-    tl.store(y_ptr + columns, tl.load(x_ptr + (BLOCK - 1 - columns) * stride, mask=odd, other=-1.0), mask=columns >= 4)
+    tl.store(
+        y_ptr + columns,
+        tl.load(x_ptr + (BLOCK - 1 - columns) * stride, mask=odd, other=-1.0),
+        mask=columns >= 4,
+    )
 
 
 @inside
@@ -165,7 +179,8 @@ def test_out_of_bounds(view, at):
     assert "load of 2 x 4 bytes" in finding and "x_ptr" in finding and not meter.clean
     assert re.match(r"test_traffic\.py:\d+ \(_(copy|before)_kernel, program 0\) ", finding)
     assert meter.loaded["x_ptr"] == (24 if at == "end" else 8)  # what was in bounds
-    assert 7.0 not in y[6:] or not view  # lanes out of bounds are off: a view's neighbours do not come through
+    # lanes out of bounds are off: a view's neighbours do not come through
+    assert 7.0 not in y[6:] or not view
 
 
 @triton.jit
@@ -189,13 +204,18 @@ def test_store_out_of_bounds(view):
 
 @triton.jit
 def _wild_kernel(x_ptr, y_ptr, far):
-    tl.store(y_ptr + far, tl.load(x_ptr + far) + tl.atomic_add(x_ptr + far, 1) + tl.atomic_cas(x_ptr + far, 0, 1))
+    tl.store(
+        y_ptr + far,
+        tl.load(x_ptr + far) + tl.atomic_add(x_ptr + far, 1) + tl.atomic_cas(x_ptr + far, 0, 1),
+    )
 
 
 @inside
 def test_the_process_survives_wild_addresses():
     with Meter() as meter:
-        _wild_kernel[(1,)](torch.zeros(4, dtype=torch.int32), torch.zeros(4, dtype=torch.int32), 2**40)
+        _wild_kernel[(1,)](
+            torch.zeros(4, dtype=torch.int32), torch.zeros(4, dtype=torch.int32), 2**40
+        )
     assert len(meter.out_of_bounds) == 3  # load, atomics (one line a kind and statement), store
     assert meter.loaded.total() == meter.stored.total() == 0
 
@@ -206,7 +226,9 @@ def test_the_process_survives_wild_addresses():
 @triton.jit
 def _overlap_kernel(y_ptr, step, BLOCK: tl.constexpr):
     program = tl.program_id(0)
-    tl.store(y_ptr + program * step + tl.arange(0, BLOCK), tl.full([BLOCK], 1.0, tl.float32) * program)
+    tl.store(
+        y_ptr + program * step + tl.arange(0, BLOCK), tl.full([BLOCK], 1.0, tl.float32) * program
+    )
 
 
 @inside
@@ -238,7 +260,8 @@ def test_race_of_a_load_and_a_store(order):
         _shift_kernel[(4,)](storage, storage, 4, BLOCK=8)
     assert meter.races and not (meter.hazards or meter.out_of_bounds)
     with Meter(order) as aliased:
-        _shift_kernel[(4,)](storage[4:], storage[:36], 0, BLOCK=8)  # the same, through overlapping arguments
+        # the same, through overlapping arguments
+        _shift_kernel[(4,)](storage[4:], storage[:36], 0, BLOCK=8)
     assert aliased.races
 
 
@@ -317,7 +340,9 @@ def _twice_kernel(y_ptr, BARRIER: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @inside
-@pytest.mark.parametrize("kernel", [_reverse_kernel, _twice_kernel], ids=["store and load", "stores by one helper"])
+@pytest.mark.parametrize(
+    "kernel", [_reverse_kernel, _twice_kernel], ids=["store and load", "stores by one helper"]
+)
 def test_hazard(kernel):
     with Meter() as clean:
         kernel[(1,)](torch.zeros(16, dtype=torch.int32), BARRIER=True, BLOCK=8)
@@ -389,7 +414,11 @@ def test_order_shows_what_depends_on_it(grid):
     assert tickets(None) == [0, 1, 2, 3, 4, 5]
     assert tickets("reverse") == [5, 4, 3, 2, 1, 0]
     shuffled = tickets("shuffle")
-    assert sorted(shuffled) == [0, 1, 2, 3, 4, 5] and shuffled == tickets("shuffle") and shuffled != tickets(None)
+    assert (
+        sorted(shuffled) == [0, 1, 2, 3, 4, 5]
+        and shuffled == tickets("shuffle")
+        and shuffled != tickets(None)
+    )
     assert shuffled != tickets("shuffle", seed=1)
 
 

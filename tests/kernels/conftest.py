@@ -1,6 +1,8 @@
-"""Each test of the device functions runs on a backend: the PyTorch twin here, the Triton kernels in a process with the interpreter.
+"""Each test of the device functions runs on a backend: the PyTorch twin here, the Triton kernels in
+a process with the interpreter.
 
-TRITON_INTERPRET binds when triton is imported, so one process cannot do both: `test_interpreter.py` starts the second one.
+TRITON_INTERPRET binds when triton is imported, so one process cannot do both: `test_interpreter.py`
+starts the second one.
 """
 
 import os

@@ -1,7 +1,8 @@
-"""One rank of a vocabulary-parallel and context-parallel run; compares every function with the whole, computed alone.
+"""One rank of a vocabulary-parallel and context-parallel run; compares every function with the
+whole, computed alone.
 
-Started by test_parallel.py: rank, world size, rendezvous file. Exits with 1 where anything differs; a collective that a rank does not take
-part in ends the others after two minutes.
+Started by test_parallel.py: rank, world size, rendezvous file. Exits with 1 where anything differs;
+a collective that a rank does not take part in ends the others after two minutes.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ PROMPT = 3
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DTYPES = (torch.float32, torch.float16) if INTERPRETED else tuple(TOLERANCE)  # the interpreter is slow; float64 is the other backend's
+# the interpreter is slow; float64 is the other backend's
+DTYPES = (torch.float32, torch.float16) if INTERPRETED else tuple(TOLERANCE)
 IGNORED = (-100, -1, -2, 0, 2, 30, V - 1, V, 2**40, -(2**63))
-"""Not scored: labels that no vocabulary has, that the first, a middle or the last slice has, and that a slice may take for its own."""
+"""Not scored: labels that no vocabulary has, that the first, a middle or the last slice has, and
+that a slice may take for its own."""
 
 HEADS = ("hidden", "weight", "bias")
 
@@ -55,8 +58,14 @@ def problem(dtype: torch.dtype, ignore_index: int) -> dict[str, torch.Tensor]:
     scored = torch.rand(labels.shape, generator=generator) < 0.7
     scored[:, -1], scored[1], scored[:, :PROMPT] = True, False, False
     scored[1, PROMPT] = True  # a sequence that lies on one rank of a context alone
-    mistakable = [s.start + ignore_index for s in slices(V, dist.get_world_size()) if 0 < s.start + ignore_index < V and s.start]
-    for sequence, label in zip((0, 2, 3, 4), [2 if ignore_index != 2 else 3, *mistakable], strict=False):
+    mistakable = [
+        s.start + ignore_index
+        for s in slices(V, dist.get_world_size())
+        if 0 < s.start + ignore_index < V and s.start
+    ]
+    for sequence, label in zip(
+        (0, 2, 3, 4), [2 if ignore_index != 2 else 3, *mistakable], strict=False
+    ):
         labels[sequence, -1] = label  # counted from its slice, it is the ignore_index
     return {
         "hidden": torch.randn(2 * P, T, D, generator=generator).to(dtype),
@@ -64,7 +73,9 @@ def problem(dtype: torch.dtype, ignore_index: int) -> dict[str, torch.Tensor]:
         "bias": torch.randn(V, generator=generator).to(dtype),
         "labels": labels.masked_fill(~scored, ignore_index),
         "gap": torch.randn(P, generator=generator).to(torch.promote_types(dtype, torch.float32)),
-        "pair_weights": torch.rand(P, generator=generator).to(torch.promote_types(dtype, torch.float32)),
+        "pair_weights": (
+            torch.rand(P, generator=generator).to(torch.promote_types(dtype, torch.float32))
+        ),
         "upstream": torch.randn(2 * P, T, generator=generator),
     }
 
@@ -81,27 +92,53 @@ def close(got: torch.Tensor, want: torch.Tensor, what: str, tolerance: float) ->
         raise AssertionError(f"rank {dist.get_rank()}: {what} differs by {float(error):.2e}")
 
 
-def trained(data: dict[str, torch.Tensor], names: tuple[str, ...] = HEADS) -> dict[str, torch.Tensor]:
-    return data | {name: data[name].detach().clone().requires_grad_(name in names) for name in HEADS}
+def trained(
+    data: dict[str, torch.Tensor], names: tuple[str, ...] = HEADS
+) -> dict[str, torch.Tensor]:
+    return data | {
+        name: data[name].detach().clone().requires_grad_(name in names) for name in HEADS
+    }
 
 
-def compare_gradients(mine: dict[str, torch.Tensor], whole: dict[str, torch.Tensor], layout: Layout, tolerance: float, what: str) -> None:
+def compare_gradients(
+    mine: dict[str, torch.Tensor],
+    whole: dict[str, torch.Tensor],
+    layout: Layout,
+    tolerance: float,
+    what: str,
+) -> None:
     if whole["hidden"].grad is not None:
-        close(mine["hidden"].grad, whole["hidden"].grad[:, layout.positions], f"{what}: dH", tolerance)
+        close(
+            mine["hidden"].grad, whole["hidden"].grad[:, layout.positions], f"{what}: dH", tolerance
+        )
     for name in ("weight", "bias"):
         if whole[name].grad is None:
             continue
-        total = mine[name].grad.to(torch.promote_types(mine[name].dtype, torch.float32))  # this rank's part of a sum over the context
+        # this rank's part of a sum over the context
+        total = mine[name].grad.to(torch.promote_types(mine[name].dtype, torch.float32))
         if layout.parallel.context_group is not None:
             dist.all_reduce(total, group=layout.parallel.context_group)
         close(total, whole[name].grad[layout.vocab], f"{what}: d{name}", tolerance)
 
 
-def check_loss(layout: Layout, chunk_bytes: int | None, reduction: str, dtype: torch.dtype, ignore_index: int, packed: bool) -> None:
-    """linear_mpo_loss, and mpo_loss of the same logits, against the oracle; in half precision against the package on one rank, which rounds
-    the logits as this does."""
+def check_loss(
+    layout: Layout,
+    chunk_bytes: int | None,
+    reduction: str,
+    dtype: torch.dtype,
+    ignore_index: int,
+    packed: bool,
+) -> None:
+    """linear_mpo_loss, and mpo_loss of the same logits, against the oracle; in half precision
+    against the package on one rank, which rounds the logits as this does."""
     data, tolerance, exact = problem(dtype, ignore_index), TOLERANCE[dtype], dtype.itemsize >= 4
-    options = {"beta": 1.3, "softcap": 6.0, "logit_scale": 0.7, "ignore_index": ignore_index, "reduction": reduction}
+    options = {
+        "beta": 1.3,
+        "softcap": 6.0,
+        "logit_scale": 0.7,
+        "ignore_index": ignore_index,
+        "reduction": reduction,
+    }
     whole, mine = trained(data), trained(layout.share(data))
     weights = {"pair_weights": data["pair_weights"]}
 
@@ -126,7 +163,9 @@ def check_loss(layout: Layout, chunk_bytes: int | None, reduction: str, dtype: t
         local["cu_seqlens"] = torch.arange(2 * P + 1, dtype=torch.int32) * mine["labels"].shape[1]
     got = call(mpo_kernels.linear_mpo_loss, given, chunk_bytes=chunk_bytes, **local)
     (got.loss.sum() * 1.7).backward()
-    for name, want in zip(("loss", "chosen_logps", "rejected_logps", "reward_gap"), expected, strict=False):
+    for name, want in zip(
+        ("loss", "chosen_logps", "rejected_logps", "reward_gap"), expected, strict=False
+    ):
         close(getattr(got, name), want, name, tolerance)
     compare_gradients(mine, whole, layout, tolerance, "linear_mpo_loss")
     # Bitwise the same on every rank, or ranks would drift apart.
@@ -135,29 +174,64 @@ def check_loss(layout: Layout, chunk_bytes: int | None, reduction: str, dtype: t
     assert all(torch.equal(losses[0], other) for other in losses)
 
     full = torch.nn.functional.linear(*(data[name].double() for name in HEADS)).to(dtype)
-    logits, exact_logits = full[:, layout.positions, layout.vocab].clone().requires_grad_(), full.double().requires_grad_()
+    logits, exact_logits = (
+        full[:, layout.positions, layout.vocab].clone().requires_grad_(),
+        full.double().requires_grad_(),
+    )
     exact_weights = data["pair_weights"].double()
-    expected = reference.mpo_loss(exact_logits, data["labels"], data["gap"].double(), pair_weights=exact_weights, **options)
+    expected = reference.mpo_loss(
+        exact_logits, data["labels"], data["gap"].double(), pair_weights=exact_weights, **options
+    )
     got = call(mpo_kernels.mpo_loss, mine, logits, parallel=layout.parallel, token_outputs=True)
     close(got.loss, expected[0], "loss from logits", max(tolerance, 1e-5) if exact else 1e-4)
     tokens = {name: options[name] for name in ("softcap", "logit_scale", "ignore_index")}
     here = layout.positions
-    close(got.tokens.logprobs, reference.token_logprobs(full.double(), data["labels"], **tokens)[:, here], "token logprobs", 1e-5)
-    close(got.tokens.entropy, reference.token_entropy(full.double(), data["labels"], **tokens)[:, here], "entropy", 1e-5)
-    assert torch.equal(got.tokens.is_argmax, reference.token_is_argmax(full.double(), data["labels"], **tokens)[:, here])
+    close(
+        got.tokens.logprobs,
+        reference.token_logprobs(full.double(), data["labels"], **tokens)[:, here],
+        "token logprobs",
+        1e-5,
+    )
+    close(
+        got.tokens.entropy,
+        reference.token_entropy(full.double(), data["labels"], **tokens)[:, here],
+        "entropy",
+        1e-5,
+    )
+    assert torch.equal(
+        got.tokens.is_argmax,
+        reference.token_is_argmax(full.double(), data["labels"], **tokens)[:, here],
+    )
     expected[0].sum().backward()
     got.loss.sum().backward()
-    close(logits.grad, exact_logits.grad[:, layout.positions, layout.vocab], "dlogits", tolerance if exact else 4e-3)
+    close(
+        logits.grad,
+        exact_logits.grad[:, layout.positions, layout.vocab],
+        "dlogits",
+        tolerance if exact else 4e-3,
+    )
 
 
-def check_tokens(layout: Layout, names: tuple[str, ...], dtype: torch.dtype, ignore_index: int) -> None:
+def check_tokens(
+    layout: Layout, names: tuple[str, ...], dtype: torch.dtype, ignore_index: int
+) -> None:
     """linear_token_logprobs with any upstream gradient, of which `names` are trained."""
     data, options = problem(dtype, ignore_index), {"ignore_index": ignore_index, "softcap": 6.0}
     share = layout.share(data)
-    whole, mine = trained({n: t.double() if t.is_floating_point() else t for n, t in data.items()}, names), trained(share, names)
-    want = reference.linear_token_logprobs(whole["hidden"], whole["weight"], whole["labels"], bias=whole["bias"], **options)
+    whole, mine = (
+        trained({n: t.double() if t.is_floating_point() else t for n, t in data.items()}, names),
+        trained(share, names),
+    )
+    want = reference.linear_token_logprobs(
+        whole["hidden"], whole["weight"], whole["labels"], bias=whole["bias"], **options
+    )
     got = mpo_kernels.linear_token_logprobs(
-        mine["hidden"], mine["weight"], mine["labels"], bias=mine["bias"], parallel=layout.parallel, **options
+        mine["hidden"],
+        mine["weight"],
+        mine["labels"],
+        bias=mine["bias"],
+        parallel=layout.parallel,
+        **options,
     )
     tolerance = max(TOLERANCE[dtype], 1e-6) if dtype.itemsize >= 4 else 2e-2
     close(got, want[:, layout.positions], "linear_token_logprobs", tolerance)
@@ -168,10 +242,13 @@ def check_tokens(layout: Layout, names: tuple[str, ...], dtype: torch.dtype, ign
 
 
 def check_unknown_label(parallel: Parallel) -> None:
-    """A label that no rank has: value, entropy and gradient are NaN in its row, as on one rank, and in no other."""
+    """A label that no rank has: value, entropy and gradient are NaN in its row, as on one rank, and
+    in no other."""
     labels = torch.tensor([V, 1, -7, V + 2**40])
     wrong = torch.tensor([True, False, True, True])
-    logits = torch.randn(4, parallel.vocab_slice, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    logits = torch.randn(
+        4, parallel.vocab_slice, generator=torch.Generator().manual_seed(1)
+    ).requires_grad_()
     got = mpo_kernels.token_statistics(logits, labels, parallel=parallel, validate=False)
     got.logprobs.sum().backward()
     for what in (got.logprobs, got.entropy, logits.grad.sum(-1), logits.grad.amax(-1)):
@@ -182,11 +259,14 @@ def check_unknown_label(parallel: Parallel) -> None:
 
 
 def check_by_hand(rank: int) -> None:
-    """Probabilities .1, .2, .3, .4, half of them on each rank; the label's is .3, whichever other label is not scored."""
+    """Probabilities .1, .2, .3, .4, half of them on each rank; the label's is .3, whichever other
+    label is not scored."""
     logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()[2 * rank : 2 * rank + 2]
     parallel = Parallel(vocab_group=dist.group.WORLD, vocab_slice=2)
     for ignore_index in (0, 1, 3, -1, -2):
-        logp = mpo_kernels.token_logprobs(logits[None], torch.tensor([2]), ignore_index=ignore_index, parallel=parallel)
+        logp = mpo_kernels.token_logprobs(
+            logits[None], torch.tensor([2]), ignore_index=ignore_index, parallel=parallel
+        )
         torch.testing.assert_close(logp.exp(), torch.tensor([0.3]))
 
 
@@ -196,11 +276,19 @@ def check_lifetime(vocab: slice) -> None:
     mine = trained({**data, "weight": data["weight"][vocab], "bias": data["bias"][vocab]})
     hidden, weight, labels = (mine[name] for name in ("hidden", "weight", "labels"))
     for call in (
-        lambda parallel: mpo_kernels.linear_token_logprobs(hidden, weight, labels, parallel=parallel),
-        lambda parallel: mpo_kernels.linear_token_logprobs(hidden, weight.detach(), labels, parallel=parallel),
-        lambda parallel: mpo_kernels.linear_mpo_loss(hidden, weight, labels, data["gap"], parallel=parallel).loss,
+        lambda parallel: mpo_kernels.linear_token_logprobs(
+            hidden, weight, labels, parallel=parallel
+        ),
+        lambda parallel: mpo_kernels.linear_token_logprobs(
+            hidden, weight.detach(), labels, parallel=parallel
+        ),
+        lambda parallel: (
+            mpo_kernels.linear_mpo_loss(hidden, weight, labels, data["gap"], parallel=parallel).loss
+        ),
         lambda parallel: mpo_kernels.token_logprobs(hidden @ weight.T, labels, parallel=parallel),
-        lambda parallel: mpo_kernels.token_logprobs(hidden @ weight.T, labels, inplace_backward=True, parallel=parallel),
+        lambda parallel: mpo_kernels.token_logprobs(
+            hidden @ weight.T, labels, inplace_backward=True, parallel=parallel
+        ),
     ):
         value = call(Parallel(vocab_group=dist.group.WORLD, vocab_slice=vocab.stop - vocab.start))
         gc.collect()
@@ -208,7 +296,8 @@ def check_lifetime(vocab: slice) -> None:
 
 
 def check_refused_together(layout: Layout, rank: int) -> None:
-    """What is wrong with the part of one rank of a context is refused by all ranks: none is left waiting for it."""
+    """What is wrong with the part of one rank of a context is refused by all ranks: none is left
+    waiting for it."""
     data = layout.share(problem(torch.float32, -100))
     if rank == 1:
         data["labels"][0, 0] = V + 5
@@ -216,7 +305,9 @@ def check_refused_together(layout: Layout, rank: int) -> None:
     for reduction in ("mean", "none"):
         with pytest.raises(ValueError, match=message):
             mpo_kernels.linear_mpo_loss(
-                *(data[name] for name in ("hidden", "weight", "labels", "gap")), reduction=reduction, parallel=layout.parallel
+                *(data[name] for name in ("hidden", "weight", "labels", "gap")),
+                reduction=reduction,
+                parallel=layout.parallel,
             )
     logits = data["hidden"] @ data["weight"].T
     with pytest.raises(ValueError, match=message):
@@ -224,9 +315,12 @@ def check_refused_together(layout: Layout, rank: int) -> None:
 
 
 def check_refusals(rank: int, parallel: Parallel) -> None:
-    """A slice that is not what Parallel was made for; a slice of nothing on one rank, which all ranks refuse."""
+    """A slice that is not what Parallel was made for; a slice of nothing on one rank, which all
+    ranks refuse."""
     with pytest.raises(ValueError, match="vocab_slice"):
-        mpo_kernels.token_logprobs(torch.zeros(1, parallel.vocab_slice + 1), torch.tensor([1]), parallel=parallel)
+        mpo_kernels.token_logprobs(
+            torch.zeros(1, parallel.vocab_slice + 1), torch.tensor([1]), parallel=parallel
+        )
     with pytest.raises(ValueError, match="each of them needs at least one token"):
         Parallel(vocab_group=dist.group.WORLD, vocab_slice=rank)
 
@@ -235,24 +329,45 @@ def layouts_of(rank: int, ranks: int) -> dict[str, Layout]:
     """By name; the last three leave ranks without scored rows, or without any."""
     everything, world = slice(None), dist.group.WORLD
     vocab, context = slices(V, ranks)[rank], Parallel(context_group=world)
-    response = [slice(PROMPT + s.start, PROMPT + s.stop) for s in slices(T - PROMPT, max(1, ranks - 1))]
+    response = [
+        slice(PROMPT + s.start, PROMPT + s.stop) for s in slices(T - PROMPT, max(1, ranks - 1))
+    ]
     layouts = {
-        "vocab": Layout(vocab, everything, Parallel(vocab_group=world, vocab_slice=vocab.stop - vocab.start)),
+        "vocab": Layout(
+            vocab, everything, Parallel(vocab_group=world, vocab_slice=vocab.stop - vocab.start)
+        ),
         "context": Layout(everything, slices(T, ranks)[rank], context),
         "prompt on a rank": Layout(everything, [slice(0, PROMPT), *response][rank], context),
-        "nothing on a rank": Layout(everything, [*slices(T, ranks - 1), slice(T, T)][rank], context),
+        "nothing on a rank": Layout(
+            everything, [*slices(T, ranks - 1), slice(T, T)][rank], context
+        ),
     }
     if ranks == 4:  # two ranks share a vocabulary, two a context
-        grid = [[dist.new_group([0, 1]), dist.new_group([2, 3])], [dist.new_group([0, 2]), dist.new_group([1, 3])]]
-        vocab, halves = slices(V, 2)[rank % 2], {"both": slices(T, 2), "both, prompt on two": [slice(0, PROMPT), slice(PROMPT, T)]}
-        both = Parallel(vocab_group=grid[0][rank // 2], vocab_slice=vocab.stop - vocab.start, context_group=grid[1][rank % 2])
+        grid = [
+            [dist.new_group([0, 1]), dist.new_group([2, 3])],
+            [dist.new_group([0, 2]), dist.new_group([1, 3])],
+        ]
+        vocab, halves = (
+            slices(V, 2)[rank % 2],
+            {
+                "both": slices(T, 2),
+                "both, prompt on two": [slice(0, PROMPT), slice(PROMPT, T)],
+            },
+        )
+        both = Parallel(
+            vocab_group=grid[0][rank // 2],
+            vocab_slice=vocab.stop - vocab.start,
+            context_group=grid[1][rank % 2],
+        )
         layouts |= {name: Layout(vocab, half[rank // 2], both) for name, half in halves.items()}
     return layouts
 
 
 def main(rank: int, ranks: int, rendezvous: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{rendezvous}", timedelta(seconds=120), rank=rank, world_size=ranks)
+    dist.init_process_group(
+        "gloo", f"file://{rendezvous}", timedelta(seconds=120), rank=rank, world_size=ranks
+    )
     layouts, ignored = layouts_of(rank, ranks), itertools.cycle(IGNORED)
     for name, layout in layouts.items():
         if INTERPRETED and name not in ("vocab", "prompt on a rank"):
@@ -261,7 +376,8 @@ def main(rank: int, ranks: int, rendezvous: str) -> None:
             mpo_kernels.planning.ROW_MULTIPLE = 128
             check_loss(layout, None, "mean", dtype, next(ignored), packed=False)
             mpo_kernels.planning.ROW_MULTIPLE = 1
-            check_loss(layout, 4 * V * 4, "sum", dtype, next(ignored), packed=True)  # a few rows a chunk: pairs in pieces
+            # a few rows a chunk: pairs in pieces
+            check_loss(layout, 4 * V * 4, "sum", dtype, next(ignored), packed=True)
             check_tokens(layout, ("hidden",), dtype, next(ignored))
             if not INTERPRETED:
                 check_loss(layout, None, "none", dtype, next(ignored), packed=True)

@@ -1,6 +1,8 @@
-"""What autograd, torch.func and vmap ask of the functions beyond a backward pass: the right answer, or a refusal in one sentence.
+"""What autograd, torch.func and vmap ask of the functions beyond a backward pass: the right answer,
+or a refusal in one sentence.
 
-Every public function in both layouts, with each of its tensors trained or frozen, against the oracle in float64.
+Every public function in both layouts, with each of its tensors trained or frozen, against the
+oracle in float64.
 """
 
 import contextlib
@@ -25,13 +27,19 @@ if INTERPRETED:
 
 P, T, V, D = 2, 3, 11, 3
 ERROR = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float64: 1e-9}
-REFUSAL = "mpo_kernels computes first derivatives in reverse mode only; mpo_kernels.reference is plain PyTorch"
+REFUSAL = (
+    "mpo_kernels computes first derivatives in reverse mode only; mpo_kernels.reference is plain"
+    " PyTorch"
+)
 
 
 class Call:
-    """One call of a public function with the tensors that it can train, by name; `ours` and `oracle` take these and return its result."""
+    """One call of a public function with the tensors that it can train, by name; `ours` and
+    `oracle` take these and return its result."""
 
-    def __init__(self, function: str, packed: bool = False, dtype: torch.dtype = torch.float32, **options):
+    def __init__(
+        self, function: str, packed: bool = False, dtype: torch.dtype = torch.float32, **options
+    ):
         generator = torch.Generator().manual_seed(0)
 
         def random(*shape):
@@ -45,7 +53,9 @@ class Call:
             self.tensors |= {"weight": random(V, D), "bias": random(V)}
         offsets = torch.arange(0, 2 * P * T + 1, T, dtype=torch.int32)
         self.labels = labels_of((2 * P, T), V).view(rows)
-        self.layout = {"cu_seqlens": offsets} if packed and function.endswith(("loss", "pool")) else {}
+        self.layout = (
+            {"cu_seqlens": offsets} if packed and function.endswith(("loss", "pool")) else {}
+        )
         self.gap, self.pool = torch.tensor([0.3, -0.2]), torch.randn(2 * P, D, generator=generator)
         self.mask = self.labels != -100
         self.dtype = dtype
@@ -56,8 +66,17 @@ class Call:
         if self.function in ("mean_pool", "retention_loss"):
             positional = [first] if self.function == "mean_pool" else [first, side[1]]
             return positional, {"mask": self.mask, **self.layout, **self.options}
-        positional = [first, *others[:1], self.labels, *([side[0]] if self.function.endswith("loss") else [])]
-        return positional, {**({"bias": others[1]} if others else {}), **self.layout, **self.options}
+        positional = [
+            first,
+            *others[:1],
+            self.labels,
+            *([side[0]] if self.function.endswith("loss") else []),
+        ]
+        return positional, {
+            **({"bias": others[1]} if others else {}),
+            **self.layout,
+            **self.options,
+        }
 
     def ours(self, **tensors) -> object:
         if self.options.get("inplace_backward"):
@@ -73,8 +92,14 @@ class Call:
     def oracle(self, **tensors) -> torch.Tensor:
         wide = {name: tensor.double() for name, tensor in self.tensors.items()}
         positional, options = self.arguments({**wide, **tensors}, wide=True)
-        options = {k: v for k, v in options.items() if k not in ("inplace_backward", "token_outputs", "validate")}
-        result = getattr(reference, self.function.replace("statistics", "logprobs"))(*positional, **options)
+        options = {
+            k: v
+            for k, v in options.items()
+            if k not in ("inplace_backward", "token_outputs", "validate")
+        }
+        result = getattr(reference, self.function.replace("statistics", "logprobs"))(
+            *positional, **options
+        )
         return result if isinstance(result, torch.Tensor) else result[0]
 
     def __repr__(self) -> str:
@@ -98,7 +123,12 @@ def calls(dtypes=(torch.float32,)) -> list[Call]:
         ("mean_pool", {}),
         ("retention_loss", {}),
     ]
-    return [Call(name, packed, dtype, **options) for name, options in ways for packed in (False, True) for dtype in dtypes]
+    return [
+        Call(name, packed, dtype, **options)
+        for name, options in ways
+        for packed in (False, True)
+        for dtype in dtypes
+    ]
 
 
 def trained(call: Call) -> list[tuple[str, ...]]:
@@ -108,7 +138,9 @@ def trained(call: Call) -> list[tuple[str, ...]]:
 
 
 def test_every_public_function_is_asked():
-    public = {name for name in mpo_kernels.__all__ if inspect.isfunction(getattr(mpo_kernels, name))}
+    public = {
+        name for name in mpo_kernels.__all__ if inspect.isfunction(getattr(mpo_kernels, name))
+    }
     assert {call.function for call in calls()} == public
 
 
@@ -152,12 +184,15 @@ def of_one_tensor_only(f, xs):
 def dual(f, xs, leaf):
     xs = [x.clone().requires_grad_(leaf) for x in xs]
     with forward_ad.dual_level():
-        tangent = forward_ad.unpack_dual(f(*(forward_ad.make_dual(x, d) for x, d in zip(xs, directions(xs), strict=True)))).tangent
+        tangent = forward_ad.unpack_dual(
+            f(*(forward_ad.make_dual(x, d) for x, d in zip(xs, directions(xs), strict=True)))
+        ).tangent
         return [torch.zeros(()) if tangent is None else tangent.detach()]
 
 
 def jvp_beneath_a_jvp(f, xs):
-    """The tangent is the outer transform's, and the function is called within an inner one that does not know it."""
+    """The tangent is the outer transform's, and the function is called within an inner one that
+    does not know it."""
 
     def outer(*ys):
         return torch.func.jvp(lambda z: f(*ys) + z, (torch.zeros(()),), (torch.ones(()),))[0]
@@ -176,15 +211,23 @@ BEYOND = {
     "mixed derivative": of_one_tensor_only,
     "dual numbers": lambda f, xs: dual(f, xs, False),
     "dual numbers of leaves": lambda f, xs: dual(f, xs, True),
-    "jacobian, forward": lambda f, xs: functional.jacobian(f, tuple(xs), vectorize=True, strategy="forward-mode"),
+    "jacobian, forward": lambda f, xs: functional.jacobian(
+        f, tuple(xs), vectorize=True, strategy="forward-mode"
+    ),
     "func.jvp": lambda f, xs: [torch.func.jvp(f, tuple(xs), directions(xs))[1]],
     "func.jvp beneath a jvp": jvp_beneath_a_jvp,
     "func.jacfwd": lambda f, xs: torch.func.jacfwd(f, tuple(range(len(xs))))(*xs),
     "func.grad": lambda f, xs: torch.func.grad(f, tuple(range(len(xs))))(*xs),
     "func.vjp": lambda f, xs: torch.func.vjp(f, *xs)[1](torch.ones((), dtype=f(*xs).dtype)),
     "func.hessian": lambda f, xs: sum(torch.func.hessian(f, tuple(range(len(xs))))(*xs), ()),
-    "gradients of each sample": lambda f, xs: torch.func.vmap(torch.func.grad(f))(*(torch.stack([x, x]) for x in xs)),
-    "gradient over samples": lambda f, xs: [torch.func.grad(lambda *ys: torch.func.vmap(f)(*(torch.stack([y, y]) for y in ys)).sum())(*xs)],
+    "gradients of each sample": lambda f, xs: torch.func.vmap(torch.func.grad(f))(
+        *(torch.stack([x, x]) for x in xs)
+    ),
+    "gradient over samples": lambda f, xs: [
+        torch.func.grad(lambda *ys: torch.func.vmap(f)(*(torch.stack([y, y]) for y in ys)).sum())(
+            *xs
+        )
+    ],
 }
 
 
@@ -205,13 +248,18 @@ def right_or_refused(call, way, names):
 def test_derivatives_beyond_the_first_are_right_or_refused(call):
     for names in trained(call):
         for name, way in BEYOND.items():
-            if not call.options.get("inplace_backward") or "samples" not in name:  # those are refused for another reason
-                assert right_or_refused(call, way, names) is False, f"{name} of {names} works: say so in README"
+            # those are refused for another reason
+            if not call.options.get("inplace_backward") or "samples" not in name:
+                assert right_or_refused(call, way, names) is False, (
+                    f"{name} of {names} works: say so in README"
+                )
 
 
 def test_a_graph_of_gradients_is_refused_only_when_it_is_followed():
     call = Call("linear_mpo_loss")
-    (hidden,), (first,) = grad(lambda h: call.value(hidden=h), [call.tensors["hidden"]], create_graph=True)
+    (hidden,), (first,) = grad(
+        lambda h: call.value(hidden=h), [call.tensors["hidden"]], create_graph=True
+    )
     exact = call.tensors["hidden"].double().requires_grad_()
     (want,) = torch.autograd.grad(call.oracle(hidden=exact), exact)
     assert relative_error(first.detach(), want) < 1e-5
@@ -236,16 +284,19 @@ def test_what_was_compiled_is_refused_in_forward_mode_too():
     call = Call("token_logprobs")
     compiled = torch.compile(lambda x: call.value(logits=x), backend="aot_eager", fullgraph=True)
     compiled(call.tensors["logits"])
-    with pytest.raises(torch._dynamo.exc.Unsupported, match=f"{REFUSAL}|forward-mode AD tangent"):  # torch 2.15 refuses it by itself
+    # torch 2.15 refuses it by itself
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=f"{REFUSAL}|forward-mode AD tangent"):
         dual(compiled, [call.tensors["logits"]], False)
 
 
 BATCHED = {
-    "is_grads_batched": lambda f, xs, up: (lambda leaves: torch.autograd.grad(f(*leaves), leaves, up, is_grads_batched=True))(
-        [x.clone().requires_grad_() for x in xs]
-    ),
+    "is_grads_batched": lambda f, xs, up: (
+        lambda leaves: torch.autograd.grad(f(*leaves), leaves, up, is_grads_batched=True)
+    )([x.clone().requires_grad_() for x in xs]),
     "jacobian, vectorized": lambda f, xs, up: functional.jacobian(f, tuple(xs), vectorize=True),
-    "jacobian, vectorized, with a graph": lambda f, xs, up: functional.jacobian(f, tuple(xs), vectorize=True, create_graph=True),
+    "jacobian, vectorized, with a graph": lambda f, xs, up: functional.jacobian(
+        f, tuple(xs), vectorize=True, create_graph=True
+    ),
 }
 
 
@@ -262,7 +313,9 @@ def test_batched_upstream_gradients(call):
             return call.oracle(**dict(zip(names, tensors, strict=True)))
 
         value = ours(*xs)
-        upstream = torch.randn(3, *value.shape, generator=torch.Generator().manual_seed(1)).to(value.dtype)
+        upstream = torch.randn(3, *value.shape, generator=torch.Generator().manual_seed(1)).to(
+            value.dtype
+        )
         for way in list(BATCHED.values())[: None if call.dtype == torch.float32 else 1]:
             if call.options.get("inplace_backward"):
                 with pytest.raises(NotImplementedError, match="one place for one gradient"):
@@ -270,7 +323,10 @@ def test_batched_upstream_gradients(call):
                 continue
             got = way(ours, xs, upstream)
             want = way(oracle, [x.double() for x in xs], upstream.double())
-            assert max(relative_error(a.detach(), b.detach()) for a, b in zip(got, want, strict=True)) < ERROR[call.dtype]
+            assert (
+                max(relative_error(a.detach(), b.detach()) for a, b in zip(got, want, strict=True))
+                < ERROR[call.dtype]
+            )
 
 
 @pytest.mark.parametrize("call", calls(), ids=repr)
@@ -285,20 +341,29 @@ def test_vmap_is_one_call_after_the_other(call):
         with pytest.raises(ValueError, match=r"inplace_backward=True .* vmap"):
             torch.func.vmap(value)(*samples)
         return
-    torch.testing.assert_close(torch.func.vmap(value)(*samples), torch.stack([value(*(s[i] for s in samples)) for i in range(3)]))
+    torch.testing.assert_close(
+        torch.func.vmap(value)(*samples),
+        torch.stack([value(*(s[i] for s in samples)) for i in range(3)]),
+    )
 
 
 WITHOUT_DATA = {
     "meta": lambda: (lambda tensor: tensor.to("meta"), contextlib.nullcontext()),
     "fake": lambda: (lambda mode: (mode.from_tensor, mode))(FakeTensorMode()),
     "fake, outside of its mode": lambda: (FakeTensorMode().from_tensor, contextlib.nullcontext()),
-    "fake, with symbols": lambda: (lambda mode: (mode.from_tensor, mode))(FakeTensorMode(shape_env=ShapeEnv())),
+    "fake, with symbols": lambda: (lambda mode: (mode.from_tensor, mode))(
+        FakeTensorMode(shape_env=ShapeEnv())
+    ),
 }
 
 
 def described(result):
     """Shapes, dtypes and strides of all tensors."""
-    return [(t.shape, t.dtype, t.stride(), t.requires_grad) for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+    return [
+        (t.shape, t.dtype, t.stride(), t.requires_grad)
+        for t in tree_leaves(result)
+        if isinstance(t, torch.Tensor)
+    ]
 
 
 @pytest.mark.parametrize("kind", WITHOUT_DATA)
@@ -337,7 +402,9 @@ def test_export(call):
     tensors = {name: tensor.clone() for name, tensor in call.tensors.items()}
     for strict in (False, True) if call.packed else (False,):
         program = torch.export.export(Module(), (), tensors, strict=strict)
-        torch.testing.assert_close(tree_leaves(program.module()(**tensors)), tree_leaves(call.ours(**tensors)))
+        torch.testing.assert_close(
+            tree_leaves(program.module()(**tensors)), tree_leaves(call.ours(**tensors))
+        )
 
 
 @pytest.mark.parametrize("call", calls(), ids=repr)

@@ -1,4 +1,5 @@
-"""Exact bytes that the kernels move, and their bounds, counted in the interpreter. Run by `test_interpreter.py`."""
+"""Exact bytes that the kernels move, and their bounds, counted in the interpreter. Run by
+`test_interpreter.py`."""
 
 import pytest
 import torch
@@ -27,7 +28,9 @@ def run(vocab, mask, inplace=False, packed=False):
         layout = {"cu_seqlens": torch.arange(0, 2 * P * T + 1, T, dtype=torch.int32)}
     working = logits.clone().requires_grad_() * 1
     with Meter() as forward:
-        loss = mpo_kernels.mpo_loss(working, labels, torch.zeros(P), inplace_backward=inplace, **layout).loss
+        loss = mpo_kernels.mpo_loss(
+            working, labels, torch.zeros(P), inplace_backward=inplace, **layout
+        ).loss
     with Meter() as backward:
         loss.backward()
     assert forward.clean and backward.clean
@@ -44,7 +47,8 @@ def test_at_most_six_bytes_per_bf16_logit(vocab, inplace, packed):
 
 
 def step(order):
-    """All functions forward and backward with split rows and token outputs; the programs of each launch run in `order`."""
+    """All functions forward and backward with split rows and token outputs; the programs of each
+    launch run in `order`."""
     labels = labels_of((2 * P, T), 300)
     generator = torch.Generator().manual_seed(0)
     logits = regime("normal", (2 * P, T, 300), labels).bfloat16().requires_grad_()
@@ -72,9 +76,11 @@ def test_no_race_no_hazard_and_the_same_bits_in_any_order(order):
 
 def test_ignored_rows_are_not_read():
     forward, backward, scored, rows = run(20011, "some")
-    assert forward.loaded["logits_ptr"] == (20011 + 1) * 2 * scored  # a row, and its label's logit once more
+    # a row, and its label's logit once more
+    assert forward.loaded["logits_ptr"] == (20011 + 1) * 2 * scored
     assert backward.loaded["logits_ptr"] == 20011 * 2 * scored
-    assert backward.stored["grad_ptr"] == 20011 * 2 * rows  # their gradient is 0 and must be written
+    # their gradient is 0 and must be written
+    assert backward.stored["grad_ptr"] == 20011 * 2 * rows
     assert forward.stored["logits_ptr"] == backward.stored["logits_ptr"] == 0
 
 
@@ -82,7 +88,9 @@ def test_in_place_needs_under_one_percent_of_the_logits_besides_them():
     labels = labels_of((2 * P, T), 20011)
     working = regime("normal", (2 * P, T, 20011), labels).bfloat16().requires_grad_() * 1
     with Memory() as seen:
-        loss = mpo_kernels.mpo_loss(working, labels, torch.zeros(P), inplace_backward=True, validate=False).loss
+        loss = mpo_kernels.mpo_loss(
+            working, labels, torch.zeros(P), inplace_backward=True, validate=False
+        ).loss
         (grad,) = torch.autograd.grad(loss, working)
     assert grad.data_ptr() == working.data_ptr()
     assert seen.total < 0.01 * working.untyped_storage().nbytes()
@@ -102,7 +110,9 @@ def test_wrong_labels_and_offsets_never_leave_the_tensors():
     labels[3], labels[7] = 33, 2**40
     offsets = torch.tensor([-7, 3, 6, 9, 400], dtype=torch.int32)
     with Meter() as meter:
-        mpo_kernels.mpo_loss(logits.requires_grad_(), labels, torch.zeros(2), cu_seqlens=offsets, validate=False).loss.backward()
+        mpo_kernels.mpo_loss(
+            logits.requires_grad_(), labels, torch.zeros(2), cu_seqlens=offsets, validate=False
+        ).loss.backward()
     assert not meter.out_of_bounds
 
 

@@ -1,5 +1,6 @@
-"""The kernels compiled for four GPUs: no spills anywhere, 128-bit access to logits where the vocabulary allows it, and no more registers
-and instructions than the committed table of this triton says (compiled/*.json; see benchmarks/instruments/variants.py)."""
+"""The kernels compiled for four GPUs: no spills anywhere, 128-bit access to logits where the
+vocabulary allows it, and no more registers and instructions than the committed table of this triton
+says (compiled/*.json; see benchmarks/instruments/variants.py)."""
 
 import json
 import os
@@ -18,7 +19,10 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 from benchmarks.instruments.machine_code import TARGETS  # noqa: E402
 from benchmarks.instruments.variants import facts, variants  # noqa: E402
 
-TABLES = {path.stem: json.loads(path.read_text()) for path in Path(__file__).with_name("compiled").glob("*.json")}
+TABLES = {
+    path.stem: json.loads(path.read_text())
+    for path in Path(__file__).with_name("compiled").glob("*.json")
+}
 BARS = TABLES.get(triton.__version__) or TABLES[max(TABLES)]
 VARIANTS = {variant.name: variant for variant in variants()}
 SLACK = 1.0 if triton.__version__ in TABLES else 1.25  # other compilers, other registers

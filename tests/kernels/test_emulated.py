@@ -1,7 +1,8 @@
-"""The code that Triton compiles for GPUs, run through the package's own launches on an emulator, against the float64 oracle.
+"""The code that Triton compiles for GPUs, run through the package's own launches on an emulator,
+against the float64 oracle.
 
-Each launch is also searched for races, accesses out of bounds or off their alignment, and reads of what nobody wrote: `gpu_on_cpu` raises
-on any.
+Each launch is also searched for races, accesses out of bounds or off their alignment, and reads of
+what nobody wrote: `gpu_on_cpu` raises on any.
 """
 
 import pytest
@@ -18,7 +19,8 @@ from mpo_kernels import kernels, reference
 from mpo_kernels.kernels.tiles import TILES, Tile, use_tiles
 
 GAP = torch.tensor([0.3, -0.2])
-ERROR = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 6e-4}  # of a gradient that is rounded once
+# of a gradient that is rounded once
+ERROR = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 6e-4}
 SMALL = {"stats": Tile(64, 2), "grad": Tile(64, 1)}  # several blocks to a row, several programs too
 
 
@@ -33,7 +35,10 @@ def tiles_of(target):
 
 def check(target, logits, labels, tiles, inplace=False, **options):
     """mpo_loss forward and backward; returns the launches."""
-    ours, theirs = logits.detach().clone().requires_grad_(), logits.detach().double().requires_grad_()
+    ours, theirs = (
+        logits.detach().clone().requires_grad_(),
+        logits.detach().double().requires_grad_(),
+    )
     if logits.stride() != ours.stride():
         ours = logits.detach().requires_grad_()
     expected, *_, gap = reference.mpo_loss(theirs, labels, GAP.double(), **options)
@@ -51,18 +56,25 @@ def check(target, logits, labels, tiles, inplace=False, **options):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", list(ERROR))
 @pytest.mark.parametrize("vocab", [127, 256])
-@pytest.mark.parametrize("options", [{}, {"softcap": 20.0, "logit_scale": 1.1}], ids=["plain", "softcap"])
+@pytest.mark.parametrize(
+    "options", [{}, {"softcap": 20.0, "logit_scale": 1.1}], ids=["plain", "softcap"]
+)
 def test_loss_and_gradient(target, dtype, vocab, options):
     labels = labels_of((4, 3), vocab)
-    launches = check(target, regime("normal", (4, 3, vocab), labels).to(dtype), labels, SMALL, **options)
-    assert [x.kernel for x in launches].count("_combine_kernel") == 1  # rows were split over programs
+    launches = check(
+        target, regime("normal", (4, 3, vocab), labels).to(dtype), labels, SMALL, **options
+    )
+    # rows were split over programs
+    assert [x.kernel for x in launches].count("_combine_kernel") == 1
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("vocab", [12288, 12301])
 def test_the_tiles_that_ship(target, vocab):
     labels = labels_of((4, 1), vocab, mask="none")
-    launches = check(target, regime("normal", (4, 1, vocab), labels).bfloat16(), labels, tiles_of(target))
+    launches = check(
+        target, regime("normal", (4, 1, vocab), labels).bfloat16(), labels, tiles_of(target)
+    )
     stats = next(x for x in launches if x.kernel == "_logprob_stats_kernel")
     assert stats.num_warps == tiles_of(target)["stats"].num_warps
     if vocab % 16 == 0:
@@ -74,11 +86,21 @@ def test_the_tiles_that_ship(target, vocab):
 def test_sliced_logits_and_in_place(target, inplace):
     labels = labels_of((4, 4), 200)
     whole = regime("normal", (4, 5, 200), labels_of((4, 5), 200)).bfloat16()
-    check(target, whole if inplace else whole[:, :-1], labels_of((4, 5), 200) if inplace else labels, SMALL, inplace=inplace)
+    check(
+        target,
+        whole if inplace else whole[:, :-1],
+        labels_of((4, 5), 200) if inplace else labels,
+        SMALL,
+        inplace=inplace,
+    )
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("options", [{"beta": 0.6}, {"logit_scale": 1.1}, {"softcap": 20.0, "logit_scale": 0.9, "beta": 1.4}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"beta": 0.6}, {"logit_scale": 1.1}, {"softcap": 20.0, "logit_scale": 0.9, "beta": 1.4}],
+    ids=str,
+)
 def test_numbers_on_the_device(target, options, monkeypatch):
     """A pointer in the place of a float."""
     monkeypatch.setattr("mpo_kernels.ops.head.is_plain", lambda tensor: False)
@@ -86,7 +108,9 @@ def test_numbers_on_the_device(target, options, monkeypatch):
     logits = regime("normal", (4, 3, 200), labels)
     ours, theirs = logits.clone().requires_grad_(), logits.double().requires_grad_()
     with gpu_on_cpu(target), use_tiles(**SMALL):
-        loss = mpo_kernels.mpo_loss(ours, labels, GAP, **{name: torch.tensor(value) for name, value in options.items()}).loss
+        loss = mpo_kernels.mpo_loss(
+            ours, labels, GAP, **{name: torch.tensor(value) for name, value in options.items()}
+        ).loss
         loss.backward()
     expected = reference.mpo_loss(theirs, labels, GAP.double(), **options)[0]
     expected.backward()
@@ -120,7 +144,10 @@ def test_softcap_below_at_and_beyond_it(target, softcap):
 @pytest.mark.parametrize(("target", "softcap"), [("sm_80", None), ("sm_90", 5.0), ("sm_100", None)])
 def test_infinities_at_every_place(target, softcap):
     cases = infinities(100)
-    logits, labels = torch.stack([z for z, _ in cases.values()]), torch.tensor([y for _, y in cases.values()])
+    logits, labels = (
+        torch.stack([z for z, _ in cases.values()]),
+        torch.tensor([y for _, y in cases.values()]),
+    )
     ours, theirs = logits.clone().requires_grad_(), logits.double().requires_grad_()
     with gpu_on_cpu(target), use_tiles(stats=Tile(32, 1), grad=Tile(64, 1)):
         got = mpo_kernels.token_statistics(ours, labels, softcap=softcap)
@@ -129,8 +156,12 @@ def test_infinities_at_every_place(target, softcap):
     logp.sum().backward()
     entropy = reference.token_entropy(theirs, labels, softcap=softcap)
     for found, want in ((got.logprobs, logp), (got.entropy, entropy), (ours.grad, theirs.grad)):
-        torch.testing.assert_close(found.detach().double(), want.detach(), rtol=1e-5, atol=1e-5, equal_nan=True)
-    assert torch.equal(got.is_argmax, reference.token_is_argmax(logits.double(), labels, softcap=softcap))
+        torch.testing.assert_close(
+            found.detach().double(), want.detach(), rtol=1e-5, atol=1e-5, equal_nan=True
+        )
+    assert torch.equal(
+        got.is_argmax, reference.token_is_argmax(logits.double(), labels, softcap=softcap)
+    )
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -140,8 +171,18 @@ def test_token_outputs(target):
     for tiles in (SMALL, tiles_of(target)):
         with gpu_on_cpu(target), use_tiles(**tiles):
             got = mpo_kernels.token_statistics(logits, labels)
-        torch.testing.assert_close(got.logprobs.double(), reference.token_logprobs(logits.double(), labels), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(got.entropy.double(), reference.token_entropy(logits.double(), labels), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            got.logprobs.double(),
+            reference.token_logprobs(logits.double(), labels),
+            rtol=1e-5,
+            atol=1e-5,
+        )
+        torch.testing.assert_close(
+            got.entropy.double(),
+            reference.token_entropy(logits.double(), labels),
+            rtol=1e-4,
+            atol=1e-5,
+        )
         assert torch.equal(got.is_argmax, reference.token_is_argmax(logits, labels))
 
 
@@ -149,13 +190,20 @@ def test_token_outputs(target):
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable head", "frozen head"])
 def test_from_hidden_states(target, frozen):
     generator = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(4, 5, 16, generator=generator), torch.randn(160, 16, generator=generator)
+    hidden, weight = (
+        torch.randn(4, 5, 16, generator=generator),
+        torch.randn(160, 16, generator=generator),
+    )
     labels = labels_of((4, 5), 160)
     leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)
     exact = hidden.double().requires_grad_(), weight.double().requires_grad_()
     with gpu_on_cpu(target), use_tiles(**SMALL):
-        mpo_kernels.linear_mpo_loss(*leaves, labels, GAP, chunk_bytes=1).loss.backward(torch.tensor(1.7))
-    reference.linear_mpo_loss(*exact, labels, GAP.double())[0].backward(torch.tensor(1.7, dtype=torch.float64))
+        mpo_kernels.linear_mpo_loss(*leaves, labels, GAP, chunk_bytes=1).loss.backward(
+            torch.tensor(1.7)
+        )
+    reference.linear_mpo_loss(*exact, labels, GAP.double())[0].backward(
+        torch.tensor(1.7, dtype=torch.float64)
+    )
     for got, want in zip(leaves[: 1 if frozen else 2], exact, strict=False):
         assert relative_error(got.grad, want.grad) < 1e-5
 
@@ -164,7 +212,10 @@ def test_from_hidden_states(target, frozen):
 @pytest.mark.parametrize("size", [64, 37])
 def test_retention(target, size):
     generator = torch.Generator().manual_seed(0)
-    hidden, pooled = torch.randn(3, 9, size, generator=generator), torch.randn(3, size, generator=generator)
+    hidden, pooled = (
+        torch.randn(3, 9, size, generator=generator),
+        torch.randn(3, size, generator=generator),
+    )
     mask = torch.rand(3, 9, generator=generator) < 0.6
     mask[:, 0] = True
     ours, theirs = hidden.bfloat16().requires_grad_(), hidden.bfloat16().double().requires_grad_()
@@ -177,16 +228,23 @@ def test_retention(target, size):
     assert relative_error(ours.grad, theirs.grad) < ERROR[torch.bfloat16]
 
 
-@pytest.mark.parametrize("row_stride", [2**30 + 32, 2**31 + 16], ids=["row * stride beyond 2^31", "stride beyond 2^31"])
+@pytest.mark.parametrize(
+    "row_stride", [2**30 + 32, 2**31 + 16], ids=["row * stride beyond 2^31", "stride beyond 2^31"]
+)
 def test_addresses_beyond_two_to_the_31(row_stride):
-    """Four rows far apart: the memory between them is reserved and never touched, so it costs nothing."""
+    """Four rows far apart: the memory between them is reserved and never touched, so it costs
+    nothing."""
     vocab = 130
     labels = torch.tensor([[5], [129], [0], [64]])
-    far = torch.empty(3 * row_stride + vocab, dtype=torch.bfloat16).as_strided((4, 1, vocab), (row_stride, vocab, 1))
+    far = torch.empty(3 * row_stride + vocab, dtype=torch.bfloat16).as_strided(
+        (4, 1, vocab), (row_stride, vocab, 1)
+    )
     far.copy_(regime("normal", (4, 1, vocab), labels))
     with gpu_on_cpu("sm_90"), use_tiles(**SMALL):
         logp = mpo_kernels.token_logprobs(far, labels)
-    torch.testing.assert_close(logp.double(), reference.token_logprobs(far.double(), labels), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        logp.double(), reference.token_logprobs(far.double(), labels), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("positions_are_far", [False, True], ids=["far batches", "far positions"])
@@ -194,7 +252,9 @@ def test_addresses_beyond_two_to_the_31(row_stride):
 def test_gradients_beyond_two_to_the_31(positions_are_far, inplace):
     """Logits are read and their gradient is written where 32 bits do not reach."""
     vocab, far = 70, 2**30 + 32
-    shape, stride = ((1, 4, vocab), (16, far, 1)) if positions_are_far else ((4, 1, vocab), (far, 16, 1))
+    shape, stride = (
+        ((1, 4, vocab), (16, far, 1)) if positions_are_far else ((4, 1, vocab), (far, 16, 1))
+    )
 
     def reserved():
         return torch.empty(3 * far + vocab, dtype=torch.bfloat16).as_strided(shape, stride)
@@ -219,11 +279,17 @@ def test_pool_beyond_two_to_the_31():
     offsets = torch.tensor([0, 1, 4], dtype=torch.int32)
     with gpu_on_cpu("sm_90"):
         pooled = mpo_kernels.mean_pool(hidden, cu_seqlens=offsets)
-    torch.testing.assert_close(pooled.double(), reference.mean_pool(hidden.double(), cu_seqlens=offsets), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        pooled.double(),
+        reference.mean_pool(hidden.double(), cu_seqlens=offsets),
+        rtol=1e-5,
+        atol=1e-5,
+    )
 
 
 def test_more_rows_than_a_second_grid_axis_holds():
-    """A GPU takes at most 65,535 programs along its second and third axis; the first one takes 2^31."""
+    """A GPU takes at most 65,535 programs along its second and third axis; the first one takes
+    2^31."""
     rows, vocab = 70_000, 20
     labels = torch.arange(rows)[None] % vocab
     logits = torch.randn(1, rows, vocab, generator=torch.Generator().manual_seed(0))

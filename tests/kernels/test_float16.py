@@ -1,4 +1,5 @@
-"""Float16's narrow range: no factor of a gradient, from the least to the largest that a model meets, may overflow or vanish on the way."""
+"""Float16's narrow range: no factor of a gradient, from the least to the largest that a model
+meets, may overflow or vanish on the way."""
 
 import pytest
 import torch
@@ -23,7 +24,8 @@ FACTORS = {
 
 
 def inputs(size):
-    """hidden and weight whose products float16 holds exactly, so that rounded logits cannot differ; weight of about `size`."""
+    """hidden and weight whose products float16 holds exactly, so that rounded logits cannot differ;
+    weight of about `size`."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randint(-2, 3, (2 * P, T, D), generator=generator) / 2 / size
     weight = torch.randint(-4, 5, (V, D), generator=generator) / 8 * size
@@ -31,7 +33,8 @@ def inputs(size):
 
 
 def check(ours, loss, exact, wanted, bar):
-    """The gradients of a loss whose upstream gradient, as a GradScaler's, brings the exact ones to about 100."""
+    """The gradients of a loss whose upstream gradient, as a GradScaler's, brings the exact ones to
+    about 100."""
     exact_grads = torch.autograd.grad(wanted, exact)
     for leaf, want in zip(ours, exact_grads, strict=True):
         scale = 100 / want.abs().max()
@@ -40,12 +43,22 @@ def check(ours, loss, exact, wanted, bar):
         assert relative_error(grad, want * scale) < bar
 
 
-@pytest.mark.parametrize(("factor", "value"), [(name, value) for name, values in FACTORS.items() for value in values])
-@pytest.mark.parametrize(("rows", "frozen"), [(16, False), (5, False), (5, True)], ids=["a chunk a pair", "in pieces", "in pieces, frozen"])
+@pytest.mark.parametrize(
+    ("factor", "value"), [(name, value) for name, values in FACTORS.items() for value in values]
+)
+@pytest.mark.parametrize(
+    ("rows", "frozen"),
+    [(16, False), (5, False), (5, True)],
+    ids=["a chunk a pair", "in pieces", "in pieces, frozen"],
+)
 def test_pairs(factor, value, rows, frozen, monkeypatch):
     monkeypatch.setattr(planning, "ROW_MULTIPLE", rows)
     hidden, weight, labels = inputs(value if factor == "weight" else 1.0)
-    options = {} if factor == "weight" else {factor: torch.full((P,), value) if factor == "pair_weights" else value}
+    options = (
+        {}
+        if factor == "weight"
+        else {factor: torch.full((P,), value) if factor == "pair_weights" else value}
+    )
     ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)]
     exact = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
     loss = mpo_kernels.linear_mpo_loss(*ours, labels, GAP, chunk_bytes=1, **options).loss
@@ -54,7 +67,10 @@ def test_pairs(factor, value, rows, frozen, monkeypatch):
     check(ours[:count], loss, exact[:count], wanted, 1e-3)
 
 
-@pytest.mark.parametrize(("factor", "value"), [(name, value) for name in ("logit_scale", "softcap", "weight") for value in FACTORS[name]])
+@pytest.mark.parametrize(
+    ("factor", "value"),
+    [(name, value) for name in ("logit_scale", "softcap", "weight") for value in FACTORS[name]],
+)
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable head", "frozen head"])
 def test_tokens(factor, value, frozen):
     hidden, weight, labels = inputs(value if factor == "weight" else 1.0)
@@ -90,7 +106,9 @@ def test_no_chunk_of_the_gradients_is_rounded_to_half(dtype, divisor):
     generator = torch.Generator().manual_seed(0)
     hidden, grads = (torch.randn(24, size, generator=generator).to(dtype) for size in (D, V))
     head = torch.randn(V, D, generator=generator).to(dtype)
-    sums = gradients.HeadGradients(hidden, head, head[:, 0], head, (True, True, True), scaled_later=True)
+    sums = gradients.HeadGradients(
+        hidden, head, head[:, 0], head, (True, True, True), scaled_later=True
+    )
     for rows in torch.arange(24).split(5):
         sums.add(rows, grads[rows], hidden[rows], divisor)
     factor = 1.0 if divisor is None else 64.0
@@ -115,10 +133,14 @@ class Products(TorchDispatchMode):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_no_product_of_gradients_is_rounded_to_float16(device, monkeypatch):
-    """Sums over the vocabulary or over rows are of any size. Only cuBLAS hands out its float32 sums; ROCm has none of that."""
+    """Sums over the vocabulary or over rows are of any size. Only cuBLAS hands out its float32
+    sums; ROCm has none of that."""
     monkeypatch.setattr(torch.version, "hip", "6.4")
     with FakeTensorMode(), Products() as products:
-        grad, hidden, head = (torch.empty(shape, dtype=torch.float16, device=device) for shape in ((5, V), (5, D), (V, D)))
+        grad, hidden, head = (
+            torch.empty(shape, dtype=torch.float16, device=device)
+            for shape in ((5, V), (5, D), (V, D))
+        )
         gradients._hidden_product(grad, head, torch.float32)
         gradients._add_product(torch.empty(V, D, device=device), grad, hidden, overwrite=True)
     assert products.dtypes and set(products.dtypes) == {torch.float32}

@@ -1,4 +1,5 @@
-"""torch.utils.flop_counter counts what the operators do inside, which an instrument that looks into them counts too."""
+"""torch.utils.flop_counter counts what the operators do inside, which an instrument that looks into
+them counts too."""
 
 import itertools
 
@@ -12,11 +13,21 @@ from benchmarks.instruments.operators import Flops
 
 V, D = 37, 8
 CALLS = {
-    "linear_mpo_loss": lambda h, w, labels, chunk: mpo_kernels.linear_mpo_loss(h, w, labels, torch.zeros(2), chunk_bytes=chunk).loss,
-    "linear_mpo_loss none": lambda h, w, labels, chunk: mpo_kernels.linear_mpo_loss(
-        h, w, labels, torch.zeros(2), chunk_bytes=chunk, reduction="none"
-    ).loss.sum(),
-    "linear_token_logprobs": lambda h, w, labels, chunk: mpo_kernels.linear_token_logprobs(h, w, labels, chunk_bytes=chunk).sum(),
+    "linear_mpo_loss": (
+        lambda h, w, labels, chunk: (
+            mpo_kernels.linear_mpo_loss(h, w, labels, torch.zeros(2), chunk_bytes=chunk).loss
+        )
+    ),
+    "linear_mpo_loss none": (
+        lambda h, w, labels, chunk: mpo_kernels.linear_mpo_loss(
+            h, w, labels, torch.zeros(2), chunk_bytes=chunk, reduction="none"
+        ).loss.sum()
+    ),
+    "linear_token_logprobs": (
+        lambda h, w, labels, chunk: mpo_kernels.linear_token_logprobs(
+            h, w, labels, chunk_bytes=chunk
+        ).sum()
+    ),
 }
 
 
@@ -27,8 +38,10 @@ def counted(counter, function):
 
 
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("rows", [None, 20, 40, 70])  # of a chunk: both pairs, neither, one or both of them are in pieces
-@pytest.mark.parametrize("scored", [2, 11])  # positions of a sequence; so few that the chunk is kept for backward, and more
+# of a chunk: both pairs, neither, one or both of them are in pieces
+@pytest.mark.parametrize("rows", [None, 20, 40, 70])
+# positions of a sequence; so few that the chunk is kept for backward, and more
+@pytest.mark.parametrize("scored", [2, 11])
 def test_as_many_as_the_instrument_sees(call, rows, scored, monkeypatch):
     monkeypatch.setattr("mpo_kernels.planning.ROW_MULTIPLE", 1)
     generator = torch.Generator().manual_seed(0)

@@ -33,7 +33,8 @@ def test_logits(dtype, vocab, softcap):
 
 
 def test_more_than_two_billion_logits():
-    """Rows times vocabulary beyond 2^31: offsets must be 64 bits wide. 4.4 GB of bf16 and as much of gradient."""
+    """Rows times vocabulary beyond 2^31: offsets must be 64 bits wide. 4.4 GB of bf16 and as much
+    of gradient."""
     rows, vocab = 17_000, 131_072
     logits = torch.zeros(rows, vocab, dtype=torch.bfloat16, device="cuda").requires_grad_()
     labels = torch.full((rows,), -100, device="cuda")
@@ -48,7 +49,10 @@ def test_linear_without_a_host_sync():
     """With labels on the CPU nothing waits for the GPU between launch and return."""
     labels = labels_of((4, 9), 1000)
     generator = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(4, 9, 64, generator=generator), torch.randn(1000, 64, generator=generator)
+    hidden, weight = (
+        torch.randn(4, 9, 64, generator=generator),
+        torch.randn(1000, 64, generator=generator),
+    )
     h, w, gap = hidden.cuda().requires_grad_(), weight.cuda().requires_grad_(), GAP.cuda()
     mpo_kernels.linear_mpo_loss(h, w, labels, gap).loss.backward()  # compiles
     h.grad = w.grad = None
@@ -60,7 +64,10 @@ def test_linear_without_a_host_sync():
         torch.cuda.set_sync_debug_mode("default")
     ho, wo = hidden.double().requires_grad_(), weight.double().requires_grad_()
     reference.linear_mpo_loss(ho, wo, labels, GAP.double())[0].backward()
-    assert relative_error(h.grad.cpu(), ho.grad) < 5e-3 and relative_error(w.grad.cpu(), wo.grad) < 5e-3
+    assert (
+        relative_error(h.grad.cpu(), ho.grad) < 5e-3
+        and relative_error(w.grad.cpu(), wo.grad) < 5e-3
+    )
 
 
 def test_reruns_are_bitwise_equal():

@@ -1,4 +1,5 @@
-"""Runs the kernel tests once more with the Triton kernels themselves, in a process where triton interprets them."""
+"""Runs the kernel tests once more with the Triton kernels themselves, in a process where triton
+interprets them."""
 
 import os
 import re
@@ -13,11 +14,30 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
-@pytest.mark.parametrize("file", ["test_logits.py", "test_tokens.py", "test_linear.py", "test_pool.py", "test_bytes.py", "test_strides.py"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "test_logits.py",
+        "test_tokens.py",
+        "test_linear.py",
+        "test_pool.py",
+        "test_bytes.py",
+        "test_strides.py",
+    ],
+)
 def test_triton_kernels_in_the_interpreter(file):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "MPO_KERNELS_BACKEND": "triton"}
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(HERE / file), "-o", "addopts="],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "no:cacheprovider",
+            str(HERE / file),
+            "-o",
+            "addopts=",
+        ],
         capture_output=True,
         text=True,
         env=environment,

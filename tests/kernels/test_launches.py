@@ -1,8 +1,10 @@
-"""What a launcher makes of its arguments: integers that it specialises kernels on (1, multiples of 16), and the device it launches on.
+"""What a launcher makes of its arguments: integers that it specialises kernels on (1, multiples of
+16), and the device it launches on.
 
-A GPU never sees the kernel's source but one of several programs made from it: where an integer argument is 1, it becomes a constant of
-Python, and where 16 divides it, vector accesses follow. So every entry point runs at sizes that make every integer of every kernel 1, a
-multiple of 16, and neither.
+A GPU never sees the kernel's source but one of several programs made from it: where an integer
+argument is 1, it becomes a constant of Python, and where 16 divides it, vector accesses follow. So
+every entry point runs at sizes that make every integer of every kernel 1, a multiple of 16, and
+neither.
 """
 
 import ast
@@ -35,7 +37,8 @@ from mpo_kernels.kernels.tiles import Tile, use_tiles
 @pytest.fixture(autouse=True)
 def _launches_kernels(monkeypatch):
     monkeypatch.setenv("MPO_KERNELS_BACKEND", "triton")
-    monkeypatch.setattr(planning, "ROW_MULTIPLE", 4)  # chunks small enough that pairs come in pieces
+    # chunks small enough that pairs come in pieces
+    monkeypatch.setattr(planning, "ROW_MULTIPLE", 4)
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,14 @@ class Sizes:
 
     def labels(self, sequences):
         """Some ignored, where a sequence keeps a scored one."""
-        labels = labels_of((sequences, self.tokens), self.vocab, mask="some" if self.tokens > 1 else "none")
-        spare = (0 if self.ignore_index else 1) % self.vocab  # a label that may be the ignored one is another one
-        return labels.where(labels != self.ignore_index, spare).where(labels != -100, self.ignore_index)
+        labels = labels_of(
+            (sequences, self.tokens), self.vocab, mask="some" if self.tokens > 1 else "none"
+        )
+        # a label that may be the ignored one is another one
+        spare = (0 if self.ignore_index else 1) % self.vocab
+        return labels.where(labels != self.ignore_index, spare).where(
+            labels != -100, self.ignore_index
+        )
 
 
 SIZES = [
@@ -66,7 +74,8 @@ SIZES = [
 
 
 def from_logits(size, run):
-    """token_statistics of one sequence, its rows whole, and mpo_loss with rows split over programs."""
+    """token_statistics of one sequence, its rows whole, and mpo_loss with rows split over
+    programs."""
     for sequences in (1, 2 * size.pairs):
         labels = size.labels(sequences)
         logits = regime("normal", (*labels.shape, size.vocab), labels.clamp(0, size.vocab - 1))
@@ -78,19 +87,28 @@ def from_logits(size, run):
                 (grad,) = torch.autograd.grad(got.logprobs, ours, upstream)
             want = reference.token_logprobs(theirs, labels, ignore_index=size.ignore_index)
             yield "logprobs", got.logprobs, want
-            yield "entropy", got.entropy, reference.token_entropy(theirs, labels, ignore_index=size.ignore_index)
+            yield (
+                "entropy",
+                got.entropy,
+                reference.token_entropy(theirs, labels, ignore_index=size.ignore_index),
+            )
             yield "gradient", grad, torch.autograd.grad(want, theirs, upstream.double())[0]
     gap = torch.linspace(-1, 1, size.pairs)
     with run(), use_tiles(stats=Tile(size.block, 1), grad=Tile(size.block, 1)):
-        out = mpo_kernels.mpo_loss(ours, labels, gap, ignore_index=size.ignore_index, pair_weights=gap + 2)
+        out = mpo_kernels.mpo_loss(
+            ours, labels, gap, ignore_index=size.ignore_index, pair_weights=gap + 2
+        )
         (grad,) = torch.autograd.grad(out.loss, ours)
-    want, *_ = reference.mpo_loss(theirs, labels, gap.double(), ignore_index=size.ignore_index, pair_weights=gap.double() + 2)
+    want, *_ = reference.mpo_loss(
+        theirs, labels, gap.double(), ignore_index=size.ignore_index, pair_weights=gap.double() + 2
+    )
     yield "loss", out.loss, want
     yield "gradient of the loss", grad, torch.autograd.grad(want, theirs)[0]
 
 
 def from_hidden(size, run):
-    """linear_token_logprobs and linear_mpo_loss in pieces of 4 rows, of which 5 and 9 leave one over."""
+    """linear_token_logprobs and linear_mpo_loss in pieces of 4 rows, of which 5 and 9 leave one
+    over."""
     generator = torch.Generator().manual_seed(0)
     labels = size.labels(2 * size.pairs)
     hidden = torch.randn(*labels.shape, size.hidden, generator=generator)
@@ -107,7 +125,9 @@ def from_hidden(size, run):
         grads += torch.autograd.grad(logp, ours, upstream)
     wanted = reference.linear_mpo_loss(*theirs, labels, gap.double(), **options)[0]
     wanted_logp = reference.linear_token_logprobs(*theirs, labels, **options)
-    wanted_grads = torch.autograd.grad(wanted, theirs) + torch.autograd.grad(wanted_logp, theirs, upstream.double())
+    wanted_grads = torch.autograd.grad(wanted, theirs) + torch.autograd.grad(
+        wanted_logp, theirs, upstream.double()
+    )
     yield "linear loss", loss, wanted
     yield "linear logprobs", logp, wanted_logp
     for got, want in zip(grads, wanted_grads, strict=True):
@@ -118,7 +138,9 @@ def pooled(size, run):
     """mean_pool of rows with and without a stride."""
     generator = torch.Generator().manual_seed(0)
     for step in (1, 3):
-        rows = torch.randn(size.pairs * size.tokens, step * size.hidden, generator=generator)[:, : size.hidden]
+        rows = torch.randn(size.pairs * size.tokens, step * size.hidden, generator=generator)[
+            :, : size.hidden
+        ]
         offsets = torch.arange(0, rows.shape[0] + 1, size.tokens, dtype=torch.int32)
         ours, theirs = rows.detach().requires_grad_(), rows.double().requires_grad_()
         with run():
@@ -133,8 +155,17 @@ def divided(size, run):
     """What ranks exchange: partials of slices of the vocabulary, sums of parts of the sequences."""
     labels = size.labels(size.pairs)
     logits = regime("normal", (*labels.shape, size.vocab), labels.clamp(0, size.vocab - 1))
-    rows, options = labels.reshape(-1), {"ignore_index": size.ignore_index, "logit_scale": 1.0, "softcap": None}
-    want = reference.token_logprobs(logits.double(), labels, ignore_index=size.ignore_index).view(-1)
+    rows, options = (
+        labels.reshape(-1),
+        {
+            "ignore_index": size.ignore_index,
+            "logit_scale": 1.0,
+            "softcap": None,
+        },
+    )
+    want = reference.token_logprobs(logits.double(), labels, ignore_index=size.ignore_index).view(
+        -1
+    )
     for parts in (1, 16, 3) if size.tokens < 16 else (3,):
         slices = [s for s in logits.tensor_split(parts, -1) if s.shape[-1]]
         starts = [0, *torch.tensor([s.shape[-1] for s in slices]).cumsum(0)[:-1].tolist()]
@@ -143,10 +174,16 @@ def divided(size, run):
             local.where((rows == size.ignore_index) | ((local >= 0) & (local < part.shape[-1])), -7)
             for local, part in zip(locals_, slices, strict=True)
         ]
-        if any(bool((share == size.ignore_index).ne(rows == size.ignore_index).any()) for share in shares):
+        if any(
+            bool((share == size.ignore_index).ne(rows == size.ignore_index).any())
+            for share in shares
+        ):
             continue  # a label of a slice that equals this ignore_index: not this test's matter
         with run():
-            partials = [kernels.logprob_partials(part, local, **options) for part, local in zip(slices, shares, strict=True)]
+            partials = [
+                kernels.logprob_partials(part, local, **options)
+                for part, local in zip(slices, shares, strict=True)
+            ]
             logp, *_ = kernels.combine(torch.stack(partials), rows, ignore_index=size.ignore_index)
         yield "combined", logp, want
     offsets = torch.arange(0, rows.numel() + 1, size.tokens, dtype=torch.int32)
@@ -158,10 +195,25 @@ def divided(size, run):
     for here in (0, 1):  # rows of the only pair that this rank of a context has
         offsets = torch.tensor([0, here, here], dtype=torch.int32)
         with run():
-            *_, loss, gap_grad = kernels.pair_loss(sums[:here, 0], rows[:here], offsets, gap, None, beta=2.0, ignore_index=-1, sums=sums)
-            row_grad = kernels.row_grads(gap_grad, sums[:, 1].contiguous(), rows[:here], offsets, ignore_index=-1)
+            *_, loss, gap_grad = kernels.pair_loss(
+                sums[:here, 0],
+                rows[:here],
+                offsets,
+                gap,
+                None,
+                beta=2.0,
+                ignore_index=-1,
+                sums=sums,
+            )
+            row_grad = kernels.row_grads(
+                gap_grad, sums[:, 1].contiguous(), rows[:here], offsets, ignore_index=-1
+            )
         yield "loss of a pair", loss, (2.0 * torch.tensor([-2 + 0.5]).double() - 0.25) ** 2
-        yield "gradients of its rows", row_grad, torch.full((here,), 4 * (2 * -1.5 - 0.25) / 3).double()
+        yield (
+            "gradients of its rows",
+            row_grad,
+            torch.full((here,), 4 * (2 * -1.5 - 0.25) / 3).double(),
+        )
 
 
 ENTRIES = [from_logits, from_hidden, pooled, divided]
@@ -177,7 +229,11 @@ def test_every_entry_point_at_every_kind_of_integer(entry, size):
     for what, got, want in entry(size, lambda: gpu_on_cpu("sm_90")):
         assert got.shape == want.shape
         torch.testing.assert_close(
-            got.detach().double(), want.detach(), rtol=2e-5, atol=2e-5, msg=lambda text, what=what: f"{what}: {text}"
+            got.detach().double(),
+            want.detach(),
+            rtol=2e-5,
+            atol=2e-5,
+            msg=lambda text, what=what: f"{what}: {text}",
         )
         if "gradient" in what:
             assert relative_error(got, want.detach()) < 1e-5 or float(want.norm()) < 1e-5, what
@@ -207,13 +263,23 @@ def integers(launch):
     """Arguments that are integers at run time: {(kernel, name, kind)}."""
     constants = {p.name for p in launch.kernel.params if p.is_constexpr}
     return {
-        (launch.kernel.__name__, name, kind(value)) for name, value in launch.bound.items() if type(value) is int and name not in constants
+        (launch.kernel.__name__, name, kind(value))
+        for name, value in launch.bound.items()
+        if type(value) is int and name not in constants
     }
 
 
 def kernels_of_the_package():
-    modules = [importlib.import_module(m.name) for m in pkgutil.walk_packages(kernels.__path__, kernels.__name__ + ".")]
-    return {value.__name__: value for m in modules for key, value in vars(m).items() if key.endswith("_kernel")}
+    modules = [
+        importlib.import_module(m.name)
+        for m in pkgutil.walk_packages(kernels.__path__, kernels.__name__ + ".")
+    ]
+    return {
+        value.__name__: value
+        for m in modules
+        for key, value in vars(m).items()
+        if key.endswith("_kernel")
+    }
 
 
 def test_the_sizes_make_every_integer_of_every_kernel_of_every_kind():
@@ -223,13 +289,16 @@ def test_the_sizes_make_every_integer_of_every_kernel_of_every_kind():
         pointers = {p.name for p in kernel.params if p.name.endswith("_ptr") or p.is_constexpr}
         floats = {"logit_scale", "softcap", "inverse_softcap", "beta"}
         assert numbers == {p.name for p in kernel.params} - pointers - floats
-        missing = {(n, k) for n in numbers for k in ("1", "multiple of 16", "neither")} - {(n, k) for kn, n, k in met if kn == name}
+        missing = {(n, k) for n in numbers for k in ("1", "multiple of 16", "neither")} - {
+            (n, k) for kn, n, k in met if kn == name
+        }
         assert not missing, (name, missing)
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_compiles_for_every_kind_of_integer(target):
-    """Greedily few launches that have every kind of every integer, as each target's compiler gets them."""
+    """Greedily few launches that have every kind of every integer, as each target's compiler gets
+    them."""
     launches = all_launches(target)
     open_kinds = set().union(*map(integers, launches))
     while open_kinds:
@@ -249,7 +318,8 @@ def test_one_row_that_several_programs_share(target):
 
 @pytest.fixture
 def current_device(monkeypatch):
-    """Two GPUs for a PyTorch without CUDA: a list whose only item is the current one. Tensors are fake."""
+    """Two GPUs for a PyTorch without CUDA: a list whose only item is the current one. Tensors are
+    fake."""
     current = [0]
 
     def exchange(index):
@@ -283,7 +353,11 @@ def backend_calls(device):
     yield "combine", (floats(2, 4, 4), labels), {"ignore_index": -100}
     yield "logprob_grad", (logits, labels, floats(4), floats(4, 2), floats(4), logits), head
     yield "sequence_sums", (floats(4), labels, offsets), {"ignore_index": -100}
-    yield "pair_loss", (floats(4), labels, offsets, floats(1), floats(1)), {"beta": 1.0, "ignore_index": -100}
+    yield (
+        "pair_loss",
+        (floats(4), labels, offsets, floats(1), floats(1)),
+        {"beta": 1.0, "ignore_index": -100},
+    )
     yield "row_grads", (floats(1), floats(2), labels, offsets), {"ignore_index": -100}
     yield "pool", (floats(4, 8), mask, offsets), {}
     yield "unpool", (floats(2, 8), None, offsets, floats(2), floats(4, 8)), {}
@@ -294,7 +368,13 @@ def test_every_launch_is_on_its_tensors_device(current_device, monkeypatch):
     seen = []
 
     def run(kernel, *arguments, **options):
-        seen.append((kernel.__name__, current_device[0], {a.device.index for a in arguments if isinstance(a, torch.Tensor)}))
+        seen.append(
+            (
+                kernel.__name__,
+                current_device[0],
+                {a.device.index for a in arguments if isinstance(a, torch.Tensor)},
+            )
+        )
 
     monkeypatch.setattr(type(kernels.logprob._combine_kernel), "run", run)
     with FakeTensorMode():
@@ -303,20 +383,36 @@ def test_every_launch_is_on_its_tensors_device(current_device, monkeypatch):
                 before = len(seen)
                 getattr(kernels, function)(*arguments, **options)
                 assert len(seen) > before, function
-                assert all(current == device and devices == {device} for _, current, devices in seen[before:]), seen[before:]
+                assert all(
+                    current == device and devices == {device}
+                    for _, current, devices in seen[before:]
+                ), seen[before:]
                 assert current_device == [0]
         assert {name for name, *_ in seen} == set(kernels_of_the_package())
         assert {function for function, *_ in backend_calls("cpu")} == set(kernels.__all__)
-        logp, labels, offsets = torch.empty(4, device="cuda:1"), torch.empty(4, dtype=torch.int64, device="cuda:0"), torch.empty(3)
-        with pytest.raises(ValueError, match="_sequence_sums_kernel got tensors on cpu, cuda:0, cuda:1; a kernel runs on one device"):
+        logp, labels, offsets = (
+            torch.empty(4, device="cuda:1"),
+            torch.empty(4, dtype=torch.int64, device="cuda:0"),
+            torch.empty(3),
+        )
+        with pytest.raises(
+            ValueError,
+            match=(
+                "_sequence_sums_kernel got tensors on cpu, cuda:0, cuda:1; a kernel runs on one"
+                " device"
+            ),
+        ):
             kernels.sequence_sums(logp, labels, offsets, ignore_index=-100)
 
 
 def test_nothing_launches_but_launch():
-    """No kernel of the package is started by its own brackets, and none is made without `kernel`."""
+    """No kernel of the package is started by its own brackets, and none is made without
+    `kernel`."""
     for path in Path(kernels.__path__[0]).glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
                 assert path.name == "launch.py", f"{path.name}:{node.lineno}"
             if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
-                assert [ast.unparse(decorator) for decorator in node.decorator_list] == ["kernel"], node.name
+                assert [ast.unparse(decorator) for decorator in node.decorator_list] == [
+                    "kernel"
+                ], node.name

@@ -1,4 +1,5 @@
-"""linear_mpo_loss and linear_token_logprobs from hidden states, against the float64 oracle; their FLOPs and their memory."""
+"""linear_mpo_loss and linear_token_logprobs from hidden states, against the float64 oracle; their
+FLOPs and their memory."""
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from mpo_kernels.planning import Chunk, plan_pairs, rows_per_chunk, split_rows
 P, T, D, V = 3, 9, 24, 211
 GAP = torch.tensor([0.3, -0.2, 0.8])
 ONE_CHUNK_PER_PAIR = 1  # a budget of one byte still gives 128 rows
-ERROR = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # of the GEMMs' rounded inputs and outputs
+# of the GEMMs' rounded inputs and outputs
+ERROR = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
 def inputs(dtype=torch.float32, seed=0, tokens=T, pairs=P):
@@ -39,7 +41,11 @@ def test_loss_and_gradients(dtype, reduction, chunk_bytes):
     hidden, weight, bias, labels = inputs(dtype)
     options = {"beta": 1.2, "reduction": reduction, "pair_weights": torch.tensor([1.0, 0.5, 0.0])}
     loss, ours = gradients(
-        lambda h, w, b: mpo_kernels.linear_mpo_loss(h, w, labels, GAP, bias=b, chunk_bytes=chunk_bytes, **options).loss,
+        lambda h, w, b: (
+            mpo_kernels.linear_mpo_loss(
+                h, w, labels, GAP, bias=b, chunk_bytes=chunk_bytes, **options
+            ).loss
+        ),
         (hidden, weight, bias),
     )
     options["pair_weights"] = options["pair_weights"].double()
@@ -52,22 +58,38 @@ def test_loss_and_gradients(dtype, reduction, chunk_bytes):
         assert got.dtype == dtype and relative_error(got, want) < ERROR[dtype]
 
 
-@pytest.mark.parametrize("options", [{"softcap": 3.0}, {"softcap": 3.0, "logit_scale": 0.5}, {"logit_scale": 2.0}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"softcap": 3.0}, {"softcap": 3.0, "logit_scale": 0.5}, {"logit_scale": 2.0}],
+    ids=str,
+)
 def test_softcap_and_scale(options):
     hidden, weight, _, labels = inputs()
-    _, ours = gradients(lambda h, w: mpo_kernels.linear_mpo_loss(h, w, labels, GAP, **options).loss, (hidden, weight))
+    _, ours = gradients(
+        lambda h, w: mpo_kernels.linear_mpo_loss(h, w, labels, GAP, **options).loss,
+        (hidden, weight),
+    )
     _, theirs = gradients(
-        lambda h, w: reference.linear_mpo_loss(h, w, labels, GAP.double(), **options)[0], (hidden.double(), weight.double())
+        lambda h, w: reference.linear_mpo_loss(h, w, labels, GAP.double(), **options)[0],
+        (hidden.double(), weight.double()),
     )
     assert max(map(relative_error, ours, theirs)) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", list(ERROR))
 @pytest.mark.parametrize(
-    "numbers", [{"beta": 0.7}, {"logit_scale": 0.5}, {"softcap": 3.0}, {"beta": 1.2, "logit_scale": 2.0, "softcap": 5.0}], ids=str
+    "numbers",
+    [
+        {"beta": 0.7},
+        {"logit_scale": 0.5},
+        {"softcap": 3.0},
+        {"beta": 1.2, "logit_scale": 2.0, "softcap": 5.0},
+    ],
+    ids=str,
 )
 def test_numbers_on_the_device(numbers, dtype, monkeypatch):
-    """What is a pointer to the kernels, in the place of a float; on the CPU it would be read, were this not a device."""
+    """What is a pointer to the kernels, in the place of a float; on the CPU it would be read, were
+    this not a device."""
     monkeypatch.setattr("mpo_kernels.ops.head.is_plain", lambda tensor: False)
     hidden, weight, bias, labels = inputs(dtype)
     stored = {name: torch.tensor(value) for name, value in numbers.items()}
@@ -76,7 +98,9 @@ def test_numbers_on_the_device(numbers, dtype, monkeypatch):
     for ours, theirs, points in (
         (
             lambda h, w, b: mpo_kernels.linear_mpo_loss(h, w, labels, GAP, bias=b, **stored).loss,
-            lambda h, w, b: reference.linear_mpo_loss(h, w, labels, GAP.double(), bias=b, **numbers)[0],
+            lambda h, w, b: reference.linear_mpo_loss(
+                h, w, labels, GAP.double(), bias=b, **numbers
+            )[0],
             (tensors, wide),
         ),
         (
@@ -87,7 +111,9 @@ def test_numbers_on_the_device(numbers, dtype, monkeypatch):
     ):
         value, got = gradients(ours, points[0])
         expected, want = gradients(theirs, points[1])
-        torch.testing.assert_close(value.double(), expected, rtol=ERROR[dtype] * 10, atol=ERROR[dtype] * 10)
+        torch.testing.assert_close(
+            value.double(), expected, rtol=ERROR[dtype] * 10, atol=ERROR[dtype] * 10
+        )
         assert max(map(relative_error, got, want)) < ERROR[dtype]
 
 
@@ -98,7 +124,13 @@ def test_float16_knows_the_scale_on_the_device(monkeypatch):
     for is_plain in (lambda tensor: True, lambda tensor: False):
         monkeypatch.setattr("mpo_kernels.ops.head.is_plain", is_plain)
         scale = torch.tensor(1e4)
-        _, got = gradients(lambda h, w, c=scale: mpo_kernels.linear_mpo_loss(h, w, labels, GAP, logit_scale=c).loss, (hidden, weight), 1e-9)
+        _, got = gradients(
+            lambda h, w, c=scale: (
+                mpo_kernels.linear_mpo_loss(h, w, labels, GAP, logit_scale=c).loss
+            ),
+            (hidden, weight),
+            1e-9,
+        )
         runs.append(got)
     assert all(g.isfinite().all() and g.any() for g in runs[0])
     for read, stored in zip(*runs, strict=True):
@@ -107,41 +139,59 @@ def test_float16_knows_the_scale_on_the_device(monkeypatch):
 
 @settings(max_examples=20, deadline=None)
 @given(
-    lengths=st.integers(1, 3).flatmap(lambda p: st.lists(st.integers(1, 12), min_size=2 * p, max_size=2 * p)),
+    lengths=st.integers(1, 3).flatmap(
+        lambda p: st.lists(st.integers(1, 12), min_size=2 * p, max_size=2 * p)
+    ),
     budget=st.integers(1, 30),
     seed=st.integers(0, 99),
 )
 def test_chunks_do_not_change_the_result(lengths, budget, seed):
-    """Packed sequences of any lengths, and budgets smaller than a pair, than a sequence, and larger than all."""
+    """Packed sequences of any lengths, and budgets smaller than a pair, than a sequence, and larger
+    than all."""
     generator = torch.Generator().manual_seed(seed)
     rows, pairs = sum(lengths), len(lengths) // 2
     hidden = torch.randn(rows, D, generator=generator)
     weight = torch.randn(V, D, generator=generator)
     labels = torch.randint(0, V, (rows,), generator=generator)
     offsets = torch.tensor([0, *lengths]).cumsum(0).int()
-    # Away from the gap itself: gradients are proportional to its error, of which float32 keeps little where the gap is nearly right.
-    *_, right = reference.linear_mpo_loss(hidden.double(), weight.double(), labels, torch.zeros(pairs).double(), cu_seqlens=offsets)
+    # Away from the gap itself: gradients are proportional to its error, of which float32 keeps
+    # little where the gap is nearly right.
+    *_, right = reference.linear_mpo_loss(
+        hidden.double(), weight.double(), labels, torch.zeros(pairs).double(), cu_seqlens=offsets
+    )
     gap = (right + 1 + torch.rand(pairs, generator=generator)).float()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mpo_kernels.planning.ROW_MULTIPLE", 1)
         loss, ours = gradients(
-            lambda h, w: mpo_kernels.linear_mpo_loss(h, w, labels, gap, cu_seqlens=offsets, chunk_bytes=budget * V * 4).loss,
+            lambda h, w: (
+                mpo_kernels.linear_mpo_loss(
+                    h, w, labels, gap, cu_seqlens=offsets, chunk_bytes=budget * V * 4
+                ).loss
+            ),
             (hidden, weight),
         )
     expected, theirs = gradients(
-        lambda h, w: reference.linear_mpo_loss(h, w, labels, gap.double(), cu_seqlens=offsets)[0], (hidden.double(), weight.double())
+        lambda h, w: reference.linear_mpo_loss(h, w, labels, gap.double(), cu_seqlens=offsets)[0],
+        (hidden.double(), weight.double()),
     )
     torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-5)
     assert max(map(relative_error, ours, theirs)) < 2e-5
 
 
 @pytest.mark.parametrize("tokens", [3, 60])
-@pytest.mark.parametrize("needs", [(True, True, True), (False, True, False), (True, True, False), (True, False, True)], ids=str)
+@pytest.mark.parametrize(
+    "needs",
+    [(True, True, True), (False, True, False), (True, True, False), (True, False, True)],
+    ids=str,
+)
 def test_a_chunk_kept_for_backward_gives_the_same_gradients(needs, tokens):
-    """Fewer scored rows than D are kept, more are not; twice, since the first backward may not use up what the second needs."""
+    """Fewer scored rows than D are kept, more are not; twice, since the first backward may not use
+    up what the second needs."""
     hidden, weight, bias, labels = inputs(tokens=tokens)
     assert ((labels != -100).sum() <= D) == (tokens == 3)
-    leaves = [t.requires_grad_(needed) for t, needed in zip((hidden, weight, bias), needs, strict=True)]
+    leaves = [
+        t.requires_grad_(needed) for t, needed in zip((hidden, weight, bias), needs, strict=True)
+    ]
     loss = mpo_kernels.linear_mpo_loss(*leaves[:2], labels, GAP, bias=leaves[2]).loss
     exact = [t.detach().double().requires_grad_() for t in leaves]
     (1.7 * reference.linear_mpo_loss(*exact[:2], labels, GAP.double(), bias=exact[2])[0]).backward()
@@ -157,7 +207,9 @@ def test_a_chunk_kept_for_backward_gives_the_same_gradients(needs, tokens):
 def test_a_kept_chunk_is_smaller_than_the_weight_gradient_and_is_not_copied():
     hidden, weight, _, labels = inputs(tokens=2)
     with Memory() as seen:
-        loss = mpo_kernels.linear_mpo_loss(hidden.requires_grad_(), weight.requires_grad_(), labels, GAP).loss
+        loss = mpo_kernels.linear_mpo_loss(
+            hidden.requires_grad_(), weight.requires_grad_(), labels, GAP
+        ).loss
     scored = int((labels != -100).sum())
     small = labels.numel() * 8 * 10
     assert seen.alive <= scored * (V + D) * 4 + hidden.nbytes + small < weight.nbytes
@@ -184,13 +236,16 @@ def test_retain_graph_scales_the_same_gradients_again():
 
 
 def test_backward_does_not_need_the_weight():
-    """ZeRO-3 partitions the head's weight after its forward: its data may be gone, and its gradient must come all the same."""
+    """ZeRO-3 partitions the head's weight after its forward: its data may be gone, and its gradient
+    must come all the same."""
     hidden, weight, _, labels = inputs()
     head = torch.nn.Parameter(weight.clone())
     loss = mpo_kernels.linear_mpo_loss(hidden, head, labels, GAP).loss
     head.data.fill_(float("nan"))
     loss.backward()
-    _, (want,) = gradients(lambda w: mpo_kernels.linear_mpo_loss(hidden, w, labels, GAP).loss, (weight,), 1.0)
+    _, (want,) = gradients(
+        lambda w: mpo_kernels.linear_mpo_loss(hidden, w, labels, GAP).loss, (weight,), 1.0
+    )
     torch.testing.assert_close(head.grad, want)
 
 
@@ -200,7 +255,8 @@ def test_backward_does_not_need_the_weight():
     ids=["both", "frozen head", "frozen hidden", "none"],
 )
 def test_flops_are_the_least_possible(trained, gemms):
-    """2 x scored rows x D x V for each GEMM that the mathematics needs, however many positions there are."""
+    """2 x scored rows x D x V for each GEMM that the mathematics needs, however many positions
+    there are."""
     hidden, weight, _, labels = inputs()
     hidden.requires_grad_("hidden" in trained)
     weight.requires_grad_("weight" in trained)
@@ -215,8 +271,8 @@ def test_flops_are_the_least_possible(trained, gemms):
 @pytest.mark.parametrize("large", [(0,), (0, 1, 2), (1,), (2,), (1, 2)], ids=str)
 @pytest.mark.parametrize(("trained", "gemms"), [("both", 3), ("hidden", 2), ("weight", 2)])
 def test_a_pair_in_pieces_costs_no_more(trained, gemms, large):
-    """A pair larger than the budget is scaled by c when its gap is known, wherever it stands among smaller ones; only a second one is
-    computed twice."""
+    """A pair larger than the budget is scaled by c when its gap is known, wherever it stands among
+    smaller ones; only a second one is computed twice."""
     pairs = max(large) + 1
     hidden, weight, _, labels = inputs(tokens=300, pairs=pairs)
     for pair in set(range(pairs)) - set(large):
@@ -227,7 +283,9 @@ def test_a_pair_in_pieces_costs_no_more(trained, gemms, large):
     rows = [int(scored[p] + scored[pairs + p]) for p in range(pairs)]
     assert [p for p in range(pairs) if rows[p] > 128] == list(large)
     with Flops() as counter:
-        mpo_kernels.linear_mpo_loss(hidden, weight, labels, GAP[:pairs], chunk_bytes=1).loss.backward()
+        mpo_kernels.linear_mpo_loss(
+            hidden, weight, labels, GAP[:pairs], chunk_bytes=1
+        ).loss.backward()
     again = 0 if trained == "hidden" else sum(rows[p] for p in large[1:])
     assert counter.total == 2 * D * V * (gemms * sum(rows) + again)
 
@@ -251,7 +309,11 @@ def test_pairs_in_pieces_give_the_same_gradients(dtype, frozen):
     assert max(map(relative_error, got, want)) < ERROR[dtype]
 
 
-@pytest.mark.parametrize(("trained", "gemms"), [(("hidden", "weight"), 4), (("hidden",), 2), (("weight",), 3), ((), 1)], ids=str)
+@pytest.mark.parametrize(
+    ("trained", "gemms"),
+    [(("hidden", "weight"), 4), (("hidden",), 2), (("weight",), 3), ((), 1)],
+    ids=str,
+)
 def test_flops_of_token_logprobs(trained, gemms):
     hidden, weight, _, labels = inputs()
     hidden.requires_grad_("hidden" in trained)
@@ -265,14 +327,19 @@ def test_flops_of_token_logprobs(trained, gemms):
 
 @pytest.mark.parametrize("function", ["loss", "token_logprobs", "token_logprobs, frozen head"])
 def test_float16_under_a_grad_scaler_does_not_underflow(function):
-    """Long answers and a gap that is nearly right: every logit's gradient is below the least float16 number until the scaler's factor
-    comes, in backward."""
+    """Long answers and a gap that is nearly right: every logit's gradient is below the least
+    float16 number until the scaler's factor comes, in backward."""
     generator = torch.Generator().manual_seed(0)
     tokens, vocab, scale = 300, 2000, 65536.0
     hidden = torch.randn(2, tokens, D, generator=generator).half()
     weight = torch.randn(vocab, D, generator=generator).mul_(0.05).half()
     labels = torch.randint(0, vocab, (2, tokens), generator=generator)
-    gap = mpo_kernels.linear_mpo_loss(hidden.float(), weight.float(), labels, torch.zeros(1)).reward_gap - 1e-3
+    gap = (
+        mpo_kernels.linear_mpo_loss(
+            hidden.float(), weight.float(), labels, torch.zeros(1)
+        ).reward_gap
+        - 1e-3
+    )
     frozen = function.endswith("frozen head")
     tensors = (hidden,) if frozen else (hidden, weight)
 
@@ -283,18 +350,24 @@ def test_float16_under_a_grad_scaler_does_not_underflow(function):
 
     wide = [hidden.double(), weight.double()]
     _, ours = gradients(lambda h, w=weight: value(mpo_kernels, h, w, gap), tensors, scale)
-    _, theirs = gradients(lambda h, w=wide[1]: value(reference, h, w, gap.double()), wide[: len(tensors)], scale)
+    _, theirs = gradients(
+        lambda h, w=wide[1]: value(reference, h, w, gap.double()), wide[: len(tensors)], scale
+    )
     largest = max(float(t.abs().max()) for t in theirs) / scale
     assert largest < 1e-4  # without the scaler most of it would be below 2^-24
-    directions = [float((a.double() * b).sum() / (a.double().norm() * b.norm())) for a, b in zip(ours, theirs, strict=True)]
+    directions = [
+        float((a.double() * b).sum() / (a.double().norm() * b.norm()))
+        for a, b in zip(ours, theirs, strict=True)
+    ]
     assert all(torch.isfinite(g).all() for g in ours) and min(directions) > 1 - 1e-5
-    if function != "loss":  # whose size is off where a gap of 1e-3 is the difference of means of fp16 logits
+    # whose size is off where a gap of 1e-3 is the difference of means of fp16 logits
+    if function != "loss":
         assert max(map(relative_error, ours, theirs)) < 2e-3
 
 
 def rounded_once(logit_grads, later, weight, dtype):
-    """dH as half precision can have it at best: the logits' gradients are rounded before the factors `later` are applied, scaled so that
-    float16 holds them, and then dH is rounded, once."""
+    """dH as half precision can have it at best: the logits' gradients are rounded before the
+    factors `later` are applied, scaled so that float16 holds them, and then dH is rounded, once."""
     before = logit_grads / later
     scale = 2 ** torch.floor(torch.log2(256 / before.abs().max()))
     return ((before * scale).to(dtype).double() @ weight.double() * later / scale).to(dtype)
@@ -302,10 +375,13 @@ def rounded_once(logit_grads, later, weight, dtype):
 
 @pytest.mark.skipif(INTERPRETED, reason="products round, of which kernels have none")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("trained", [("hidden",), ("hidden", "weight")], ids=["frozen head", "both"])
+@pytest.mark.parametrize(
+    "trained", [("hidden",), ("hidden", "weight")], ids=["frozen head", "both"]
+)
 @pytest.mark.parametrize("function", ["loss", "loss in pieces", "token_logprobs"])
 def test_hidden_gradients_are_rounded_once(function, trained, dtype):
-    """Whole numbers, whose logits are exact in half precision: what is left are the roundings of the gradients themselves."""
+    """Whole numbers, whose logits are exact in half precision: what is left are the roundings of
+    the gradients themselves."""
     if INTERPRETED and dtype == torch.bfloat16:
         pytest.skip("the interpreter cuts bfloat16 off where compiled code rounds")
     tokens = 80 if function == "loss in pieces" else 9
@@ -316,19 +392,28 @@ def test_hidden_gradients_are_rounded_once(function, trained, dtype):
         hidden = torch.randint(-2, 3, (2, tokens, D), generator=generator).to(dtype)
         weight = torch.randint(-1, 2, (V, D), generator=generator).to(dtype)
         labels = torch.randint(0, V, (2, tokens), generator=generator)
-        gap, upstream = torch.randn(1, generator=generator) + 10, torch.randn(2, tokens, generator=generator)
+        gap, upstream = (
+            torch.randn(1, generator=generator) + 10,
+            torch.randn(2, tokens, generator=generator),
+        )
         later = torch.tensor(1.7).double()
         logits = (hidden.double() @ weight.double().T).requires_grad_()
-        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_("weight" in trained)]
+        leaves = [
+            hidden.clone().requires_grad_(),
+            weight.clone().requires_grad_("weight" in trained),
+        ]
         if function == "token_logprobs":
             mpo_kernels.linear_token_logprobs(*leaves, labels).backward(upstream)
             reference.token_logprobs(logits, labels).backward(upstream.double())
             later = upstream[..., None].double() if trained == ("hidden",) else later.new_ones(())
         else:
-            mpo_kernels.linear_mpo_loss(*leaves, labels, gap, **options).loss.backward(torch.tensor(1.7))
+            mpo_kernels.linear_mpo_loss(*leaves, labels, gap, **options).loss.backward(
+                torch.tensor(1.7)
+            )
             loss, *_, reward_gap = reference.mpo_loss(logits, labels, gap.double())
             loss.backward(later)
-            if function == "loss in pieces":  # the first pair's c is not known before its last piece
+            # the first pair's c is not known before its last piece
+            if function == "loss in pieces":
                 later = later * 2 * (reward_gap - gap).detach()
         exact = logits.grad @ weight.double()
         ours += relative_error(leaves[0].grad, exact)
@@ -345,9 +430,17 @@ def test_the_weight_gradient_is_summed_in_fp32_over_chunks():
     labels = torch.randint(0, V, (2 * pairs, tokens), generator=generator)
     gap = torch.randn(pairs, generator=generator)
     errors = []
-    _, (want,) = gradients(lambda w: reference.linear_mpo_loss(hidden.double(), w, labels, gap.double())[0], (weight.double(),))
+    _, (want,) = gradients(
+        lambda w: reference.linear_mpo_loss(hidden.double(), w, labels, gap.double())[0],
+        (weight.double(),),
+    )
     for chunk_bytes in (None, 1):
-        _, (got,) = gradients(lambda w, c=chunk_bytes: mpo_kernels.linear_mpo_loss(hidden, w, labels, gap, chunk_bytes=c).loss, (weight,))
+        _, (got,) = gradients(
+            lambda w, c=chunk_bytes: (
+                mpo_kernels.linear_mpo_loss(hidden, w, labels, gap, chunk_bytes=c).loss
+            ),
+            (weight,),
+        )
         errors.append(relative_error(got, want))
     assert errors[1] < 1.05 * errors[0]  # no worse than one GEMM over all rows
 
@@ -361,7 +454,8 @@ def test_no_gradient_work_under_no_grad():
 
 
 def test_memory_is_the_chunk_and_the_gradients_whatever_the_number_of_tokens():
-    """Beyond the inputs: one chunk of logits (and of rows), dW in fp32, dH; backward scales these in place and hands them out."""
+    """Beyond the inputs: one chunk of logits (and of rows), dW in fp32, dH; backward scales these
+    in place and hands them out."""
     extra = []
     for tokens in (200, 800):
         hidden, weight, _, labels = inputs(tokens=tokens)
@@ -380,14 +474,17 @@ def test_memory_is_the_chunk_and_the_gradients_whatever_the_number_of_tokens():
 
 
 def test_one_chunk_of_logits_at_a_time():
-    """At a vocabulary that leaves everything else small: the budget, the CPU's working block, dW, dH, and a tenth for the rest."""
+    """At a vocabulary that leaves everything else small: the budget, the CPU's working block, dW,
+    dH, and a tenth for the rest."""
     vocab, hidden_size, budget, pairs, tokens = 20_000, 16, 20 << 20, 4, 256
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(2 * pairs, tokens, hidden_size, generator=generator).requires_grad_()
     weight = torch.randn(vocab, hidden_size, generator=generator).requires_grad_()
     labels = torch.randint(0, vocab, (2 * pairs, tokens), generator=generator)
     with Memory() as seen:
-        mpo_kernels.linear_mpo_loss(hidden, weight, labels, torch.zeros(pairs), chunk_bytes=budget).loss.backward()
+        mpo_kernels.linear_mpo_loss(
+            hidden, weight, labels, torch.zeros(pairs), chunk_bytes=budget
+        ).loss.backward()
     assert seen.peak <= 1.1 * (budget + twin.ROWS_BYTES + weight.nbytes + hidden.nbytes)
 
 
@@ -396,7 +493,8 @@ def test_scoring_keeps_two_numbers_per_token(dtype):
     hidden, weight, _, labels = inputs(dtype, tokens=400)
     with torch.no_grad(), Memory() as seen:
         logp = mpo_kernels.linear_token_logprobs(hidden, weight, labels, chunk_bytes=1)
-    # The PyTorch backend works on a copy in fp32, which is a few MB at real vocabularies and here as large as the chunk.
+    # The PyTorch backend works on a copy in fp32, which is a few MB at real vocabularies and here
+    # as large as the chunk.
     chunk = 128 * V * (hidden.itemsize + 4) + 128 * D * hidden.itemsize
     assert seen.peak <= 1.1 * chunk + labels.numel() * (8 * 4)  # host labels and places, results
     assert logp.numel() == labels.numel()
@@ -408,7 +506,9 @@ def test_token_logprobs_and_their_gradients():
     hidden, weight, bias, labels = inputs()
     upstream = torch.randn(labels.shape, generator=torch.Generator().manual_seed(3))
     got, ours = gradients(
-        lambda h, w, b: mpo_kernels.linear_token_logprobs(h, w, labels, bias=b, softcap=4.0, chunk_bytes=1),
+        lambda h, w, b: mpo_kernels.linear_token_logprobs(
+            h, w, labels, bias=b, softcap=4.0, chunk_bytes=1
+        ),
         (hidden, weight, bias),
         upstream,
     )
@@ -427,7 +527,10 @@ def test_plan_packs_whole_pairs_in_order():
     assert split_rows(0, 10, 4) == [(0, 4), (4, 8), (8, 10)]
 
 
-@given(lengths=st.lists(st.tuples(st.integers(1, 50), st.integers(1, 50)), min_size=1, max_size=30), budget=st.integers(1, 200))
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 50), st.integers(1, 50)), min_size=1, max_size=30),
+    budget=st.integers(1, 200),
+)
 def test_plan_covers_every_pair_once_within_the_budget(lengths, budget):
     flat = [a for a, _ in lengths] + [b for _, b in lengths]
     chunks = plan_pairs(flat, budget)

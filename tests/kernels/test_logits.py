@@ -5,7 +5,16 @@ import itertools
 
 import pytest
 import torch
-from cases import INTERPRETED, REGIMES, SOFTCAPS, check_softcap, labels_of, regime, relative_error, rounded
+from cases import (
+    INTERPRETED,
+    REGIMES,
+    SOFTCAPS,
+    check_softcap,
+    labels_of,
+    regime,
+    relative_error,
+    rounded,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,11 +27,16 @@ P, T = 2, 5
 def both(logits, labels, gap, *, upstream=2.5, inplace=False, **options):
     """(output, gradient) of ours and of the oracle on the same rounded logits."""
     theirs = logits.double().requires_grad_()
-    wide = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in options.items()}
+    wide = {
+        k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+        for k, v in options.items()
+    }
     expected = reference.mpo_loss(theirs, labels, gap.double(), **wide)
     (expected[0] * upstream).sum().backward()
     leaf = logits.clone().requires_grad_()
-    output = mpo_kernels.mpo_loss(leaf * 1 if inplace else leaf, labels, gap, inplace_backward=inplace, **options)
+    output = mpo_kernels.mpo_loss(
+        leaf * 1 if inplace else leaf, labels, gap, inplace_backward=inplace, **options
+    )
     (output.loss * upstream).sum().backward()
     return output, leaf.grad, expected, theirs.grad
 
@@ -33,7 +47,8 @@ def check(logits, labels, gap, **options):
         torch.testing.assert_close(ours.double(), theirs.double(), rtol=2e-5, atol=2e-5)
     assert torch.isfinite(grad).all()
     assert grad.dtype == logits.dtype
-    # The bar for half precision: at most 1.25 times the error of plain autograd, which rounds its exact fp32 gradient once.
+    # The bar for half precision: at most 1.25 times the error of plain autograd, which rounds its
+    # exact fp32 gradient once.
     best = relative_error(rounded(expected_grad, logits.dtype), expected_grad)
     assert relative_error(grad, expected_grad) < max(1e-5, 1.25 * best)
     assert not grad[labels == -100].any()
@@ -51,7 +66,9 @@ def test_dtypes_and_vocabularies(dtype, vocab):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_regimes(name, dtype):
     labels = labels_of((2 * P, T), 300)
-    check(regime(name, (2 * P, T, 300), labels).to(dtype), labels, torch.tensor([0.3, -0.2]), beta=0.7)
+    check(
+        regime(name, (2 * P, T, 300), labels).to(dtype), labels, torch.tensor([0.3, -0.2]), beta=0.7
+    )
 
 
 @pytest.mark.parametrize(
@@ -71,10 +88,18 @@ def test_regimes(name, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_options(options, dtype):
     labels = labels_of((2 * P, T), 257)
-    check(regime("normal", (2 * P, T, 257), labels).to(dtype), labels, torch.tensor([0.3, -0.2]), beta=1.5, **options)
+    check(
+        regime("normal", (2 * P, T, 257), labels).to(dtype),
+        labels,
+        torch.tensor([0.3, -0.2]),
+        beta=1.5,
+        **options,
+    )
 
 
-@pytest.mark.parametrize(("softcap", "logit_scale"), zip(SOFTCAPS, itertools.cycle([1.0, 1e-3, 250.0])))
+@pytest.mark.parametrize(
+    ("softcap", "logit_scale"), zip(SOFTCAPS, itertools.cycle([1.0, 1e-3, 250.0]))
+)
 def test_softcap_over_its_whole_range(softcap, logit_scale):
     """Logits far below the cap, at it and beyond it."""
     for size in (1e-3, 1.0, 0.3 * softcap, softcap, 100 * softcap):
@@ -83,7 +108,9 @@ def test_softcap_over_its_whole_range(softcap, logit_scale):
 
 def test_a_softcap_that_float32_does_not_hold_is_refused():
     for softcap in (1e-31, 1e31):
-        with pytest.raises(ValueError, match="it must lie between 1e-30 and 1e30, where float32 holds it"):
+        with pytest.raises(
+            ValueError, match="it must lie between 1e-30 and 1e30, where float32 holds it"
+        ):
             mpo_kernels.token_logprobs(torch.zeros(1, 2), torch.tensor([0]), softcap=softcap)
 
 
@@ -112,7 +139,8 @@ def test_error_near_zero_keeps_its_digits():
 
 
 def test_means_of_long_responses_keep_their_digits():
-    """Added one after the other in float32, thousands of log-probabilities would cost the gap an order of magnitude."""
+    """Added one after the other in float32, thousands of log-probabilities would cost the gap an
+    order of magnitude."""
     tokens = 300 if INTERPRETED else 5000
     labels = labels_of((2, tokens), 3)
     logits = regime("normal", (2, tokens, 3), labels) * 8
@@ -130,7 +158,9 @@ def test_a_shifted_view_is_read_and_written_in_place(inplace):
     leaf = whole.clone().requires_grad_()
     full = leaf * 1
     view = full[:, :-1]
-    mpo_kernels.mpo_loss(view, labels, torch.tensor([0.3, -0.2]), inplace_backward=inplace).loss.backward()
+    mpo_kernels.mpo_loss(
+        view, labels, torch.tensor([0.3, -0.2]), inplace_backward=inplace
+    ).loss.backward()
     oracle = whole.double().requires_grad_()
     reference.mpo_loss(oracle[:, :-1], labels, torch.tensor([0.3, -0.2]).double())[0].backward()
     assert relative_error(leaf.grad, oracle.grad) < 1e-5
@@ -150,9 +180,16 @@ def test_packed_equals_dense_and_padding_does_not_matter():
     offsets = torch.tensor([0, *lengths]).cumsum(0).int()
     gap = torch.tensor([0.1, 0.9])
     dense = mpo_kernels.mpo_loss(logits, padded_labels, gap)
-    torch.testing.assert_close(mpo_kernels.mpo_loss(packed, packed_labels, gap, cu_seqlens=offsets)[:4], dense[:4], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        mpo_kernels.mpo_loss(packed, packed_labels, gap, cu_seqlens=offsets)[:4],
+        dense[:4],
+        rtol=1e-6,
+        atol=1e-6,
+    )
     garbage = logits.masked_fill(~keep[..., None], float("nan"))
-    torch.testing.assert_close(mpo_kernels.mpo_loss(garbage, padded_labels, gap)[:4], dense[:4], rtol=0, atol=0)
+    torch.testing.assert_close(
+        mpo_kernels.mpo_loss(garbage, padded_labels, gap)[:4], dense[:4], rtol=0, atol=0
+    )
 
 
 def test_swapping_chosen_and_rejected_negates_the_gap():
@@ -195,7 +232,9 @@ def test_retain_graph_and_the_refusal_after_in_place():
     output = mpo_kernels.mpo_loss(working, labels, torch.zeros(P), inplace_backward=True)
     output.loss.backward(retain_graph=True)
     assert working._version > version
-    with pytest.raises(RuntimeError, match="overwritten by their gradient in an earlier backward pass"):
+    with pytest.raises(
+        RuntimeError, match="overwritten by their gradient in an earlier backward pass"
+    ):
         output.loss.backward()
 
 
@@ -223,12 +262,17 @@ def test_token_logprobs_with_any_upstream_gradient(shape, softcap, scale, seed):
 def test_any_leading_shape_and_no_rows():
     logits = torch.randn(2, 3, 4, 11)
     labels = torch.randint(0, 11, (2, 3, 4))
-    torch.testing.assert_close(mpo_kernels.token_logprobs(logits, labels), reference.token_logprobs(logits, labels))
-    assert mpo_kernels.token_logprobs(torch.empty(0, 11), torch.empty(0, dtype=torch.int64)).shape == (0,)
+    torch.testing.assert_close(
+        mpo_kernels.token_logprobs(logits, labels), reference.token_logprobs(logits, labels)
+    )
+    assert mpo_kernels.token_logprobs(
+        torch.empty(0, 11), torch.empty(0, dtype=torch.int64)
+    ).shape == (0,)
 
 
 def test_a_label_out_of_range_is_nan_and_reads_nothing_outside():
-    """Unchecked, a wrong label is loud and stays inside the row: the neighbouring rows are as ever."""
+    """Unchecked, a wrong label is loud and stays inside the row: the neighbouring rows are as
+    ever."""
     labels = torch.tensor([1, 11, 3, -5])
     logits = torch.randn(4, 11, requires_grad=True)
     logp = mpo_kernels.token_logprobs(logits, labels, validate=False)
@@ -239,4 +283,7 @@ def test_scalar_kinds_of_reference_gap_do_not_change_the_result():
     labels = labels_of((2, T), 33)
     logits = regime("normal", (2, T, 33), labels)
     wide = mpo_kernels.mpo_loss(logits, labels, torch.tensor([0.25], dtype=torch.float64)).loss
-    assert wide == mpo_kernels.mpo_loss(logits, labels, torch.tensor([0.25])).loss and wide.dtype == torch.float32
+    assert (
+        wide == mpo_kernels.mpo_loss(logits, labels, torch.tensor([0.25])).loss
+        and wide.dtype == torch.float32
+    )

@@ -39,8 +39,8 @@ def run(ranks, tmp_path, **environment):
 @pytest.mark.skipif(INTERPRETED, reason="starts its own processes")
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_the_same_results_as_one_process(ranks, tmp_path):
-    """Uneven slices; both kinds, on four ranks also together; ranks without scored rows, or without rows; pairs in pieces; mean, sum, none;
-    all dtypes; any ignore_index."""
+    """Uneven slices; both kinds, on four ranks also together; ranks without scored rows, or without
+    rows; pairs in pieces; mean, sum, none; all dtypes; any ignore_index."""
     run(ranks, tmp_path, MPO_KERNELS_BACKEND="torch")
 
 

@@ -28,7 +28,10 @@ def test_loss_and_gradient(dtype, reduction, masked, packed):
     layout = {"mask": mask if masked else None}
     if packed:
         hidden = hidden.reshape(-1, D)
-        layout = {"mask": mask.reshape(-1) if masked else None, "cu_seqlens": torch.tensor([0, 7, 14, 21, 28], dtype=torch.int32)}
+        layout = {
+            "mask": mask.reshape(-1) if masked else None,
+            "cu_seqlens": torch.tensor([0, 7, 14, 21, 28], dtype=torch.int32),
+        }
     ours, theirs = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
     got = mpo_kernels.retention_loss(ours, target, **layout, **options)
     wide = options | {"sequence_weights": options["sequence_weights"].double()}
@@ -43,11 +46,14 @@ def test_loss_and_gradient(dtype, reduction, masked, packed):
 def test_padding_cannot_leak_into_the_pool():
     hidden, mask, _ = inputs()
     dirty = hidden.masked_fill(~mask[..., None], float("nan"))
-    assert torch.equal(mpo_kernels.mean_pool(dirty, mask=mask), mpo_kernels.mean_pool(hidden, mask=mask))
+    assert torch.equal(
+        mpo_kernels.mean_pool(dirty, mask=mask), mpo_kernels.mean_pool(hidden, mask=mask)
+    )
 
 
 def test_pooling_is_in_fp32_for_bf16_states():
-    """The mean of 1000 rows that differ in their last bf16 bit; a bf16 sum would be off by percents."""
+    """The mean of 1000 rows that differ in their last bf16 bit; a bf16 sum would be off by
+    percents."""
     hidden = torch.full((1, 1000, 3), 1.0)
     hidden[0, ::2] += 2**-7
     assert torch.equal(mpo_kernels.mean_pool(hidden.bfloat16()), torch.full((1, 3), 1 + 2**-8))

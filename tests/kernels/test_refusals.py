@@ -8,7 +8,15 @@ import torch
 from test_strides import CALLS, TENSORS, results
 
 import mpo_kernels
-from mpo_kernels import Parallel, linear_mpo_loss, linear_token_logprobs, mean_pool, mpo_loss, retention_loss, token_logprobs
+from mpo_kernels import (
+    Parallel,
+    linear_mpo_loss,
+    linear_token_logprobs,
+    mean_pool,
+    mpo_loss,
+    retention_loss,
+    token_logprobs,
+)
 
 LOGITS = torch.zeros(4, 3, 7)
 LABELS = torch.ones(4, 3, dtype=torch.int64)
@@ -26,69 +34,195 @@ def bad_label(value):
 
 
 REFUSED = [
-    (lambda: token_logprobs(LOGITS.long(), LABELS), "logits has dtype torch.int64; needed is one of"),
+    (
+        lambda: token_logprobs(LOGITS.long(), LABELS),
+        "logits has dtype torch.int64; needed is one of",
+    ),
     (lambda: token_logprobs([1.0], LABELS), "logits must be a tensor, not list"),
-    (lambda: token_logprobs(LOGITS, LABELS.float()), "labels have dtype torch.float32; needed is int64"),
-    (lambda: token_logprobs(LOGITS, LABELS[:, :2]), r"logits has shape \(4, 3, 7\) and labels \(4, 2\)"),
+    (
+        lambda: token_logprobs(LOGITS, LABELS.float()),
+        "labels have dtype torch.float32; needed is int64",
+    ),
+    (
+        lambda: token_logprobs(LOGITS, LABELS[:, :2]),
+        r"logits has shape \(4, 3, 7\) and labels \(4, 2\)",
+    ),
     (lambda: token_logprobs(LOGITS[..., :0], LABELS), "its last dimension is empty"),
     (lambda: token_logprobs(LOGITS, LABELS.to("meta")), "labels are on meta and logits on cpu"),
-    (lambda: token_logprobs(LOGITS, bad_label(7)), r"labels\[1, 2\] is 7; labels must be in \[0, 7\) or the ignore_index -100"),
+    (
+        lambda: token_logprobs(LOGITS, bad_label(7)),
+        r"labels\[1, 2\] is 7; labels must be in \[0, 7\) or the ignore_index -100",
+    ),
     (lambda: token_logprobs(LOGITS, bad_label(-1)), r"labels\[1, 2\] is -1"),
     (lambda: token_logprobs(LOGITS, LABELS, softcap=0.0), "softcap is 0.0; it must be positive"),
-    (lambda: token_logprobs(LOGITS, LABELS, softcap=torch.tensor([3.0])), r"softcap is torch.float32 \(1,\); needed is a number, or"),
-    (lambda: token_logprobs(LOGITS, LABELS, softcap=torch.tensor(0.0)), "softcap is 0.0; it must be positive"),
-    (lambda: token_logprobs(LOGITS, LABELS, logit_scale=torch.tensor(True)), "logit_scale is torch.bool"),
-    (lambda: token_logprobs(LOGITS, LABELS, logit_scale=torch.tensor(float("nan"))), "logit_scale is nan; it must be finite"),
-    (lambda: mpo_loss(LOGITS, LABELS, GAP, beta=torch.tensor(1.0, device="meta")), "beta is on meta; needed is a number, or a tensor"),
-    (lambda: mpo_loss(LOGITS, LABELS, GAP, beta=torch.ones((), requires_grad=True)), "beta requires a gradient, which is not computed"),
     (
-        lambda: linear_mpo_loss(HIDDEN, WEIGHT, LABELS, GAP, logit_scale=torch.ones((), requires_grad=True)),
+        lambda: token_logprobs(LOGITS, LABELS, softcap=torch.tensor([3.0])),
+        r"softcap is torch.float32 \(1,\); needed is a number, or",
+    ),
+    (
+        lambda: token_logprobs(LOGITS, LABELS, softcap=torch.tensor(0.0)),
+        "softcap is 0.0; it must be positive",
+    ),
+    (
+        lambda: token_logprobs(LOGITS, LABELS, logit_scale=torch.tensor(True)),
+        "logit_scale is torch.bool",
+    ),
+    (
+        lambda: token_logprobs(LOGITS, LABELS, logit_scale=torch.tensor(float("nan"))),
+        "logit_scale is nan; it must be finite",
+    ),
+    (
+        lambda: mpo_loss(LOGITS, LABELS, GAP, beta=torch.tensor(1.0, device="meta")),
+        "beta is on meta; needed is a number, or a tensor",
+    ),
+    (
+        lambda: mpo_loss(LOGITS, LABELS, GAP, beta=torch.ones((), requires_grad=True)),
+        "beta requires a gradient, which is not computed",
+    ),
+    (
+        lambda: linear_mpo_loss(
+            HIDDEN, WEIGHT, LABELS, GAP, logit_scale=torch.ones((), requires_grad=True)
+        ),
         "logit_scale requires a gradient",
     ),
-    (lambda: token_logprobs(LOGITS, LABELS, logit_scale=float("inf")), "logit_scale must be a finite Python number, not inf"),
-    (lambda: token_logprobs(LOGITS.clone().requires_grad_(), LABELS, inplace_backward=True), "are a leaf"),
-    (lambda: token_logprobs(LOGITS.mT, torch.ones(4, 7).long(), inplace_backward=True), "last stride is 1"),
-    (lambda: mpo_loss(LOGITS, LABELS, GAP, beta=None), "beta must be a finite Python number, not None"),
-    (lambda: mpo_loss(LOGITS, LABELS, GAP, reduction="batchmean"), "reduction is 'batchmean'; it can be 'mean', 'sum' or 'none'"),
+    (
+        lambda: token_logprobs(LOGITS, LABELS, logit_scale=float("inf")),
+        "logit_scale must be a finite Python number, not inf",
+    ),
+    (
+        lambda: token_logprobs(LOGITS.clone().requires_grad_(), LABELS, inplace_backward=True),
+        "are a leaf",
+    ),
+    (
+        lambda: token_logprobs(LOGITS.mT, torch.ones(4, 7).long(), inplace_backward=True),
+        "last stride is 1",
+    ),
+    (
+        lambda: mpo_loss(LOGITS, LABELS, GAP, beta=None),
+        "beta must be a finite Python number, not None",
+    ),
+    (
+        lambda: mpo_loss(LOGITS, LABELS, GAP, reduction="batchmean"),
+        "reduction is 'batchmean'; it can be 'mean', 'sum' or 'none'",
+    ),
     (lambda: mpo_loss(LOGITS[:3], LABELS[:3], GAP), "3 sequences cannot be pairs"),
     (lambda: mpo_loss(LOGITS[:0], LABELS[:0], GAP), "holds no sequence"),
     (lambda: mpo_loss(LOGITS[0], LABELS[0], GAP), "For packed rows"),
-    (lambda: mpo_loss(LOGITS, LABELS, torch.zeros(3)), r"reference_gap is torch.float32 \(3,\); needed is a float tensor of shape \(2,\)"),
+    (
+        lambda: mpo_loss(LOGITS, LABELS, torch.zeros(3)),
+        r"reference_gap is torch.float32 \(3,\); needed is a float tensor of shape \(2,\)",
+    ),
     (lambda: mpo_loss(LOGITS, LABELS, 0.5), "reference_gap must be a tensor, not float"),
     (lambda: mpo_loss(LOGITS, LABELS, None), "reference_gap must be a tensor, not NoneType"),
-    (lambda: mpo_loss(LOGITS, LABELS, torch.tensor([0.0, float("nan")])), r"reference_gap\[1\] is nan"),
+    (
+        lambda: mpo_loss(LOGITS, LABELS, torch.tensor([0.0, float("nan")])),
+        r"reference_gap\[1\] is nan",
+    ),
     (lambda: mpo_loss(LOGITS, LABELS, GAP, pair_weights=torch.ones(4)), "pair_weights is"),
-    (lambda: mpo_loss(LOGITS, LABELS, GAP, pair_weights=torch.tensor([1.0, float("inf")])), r"pair_weights\[1\] is inf"),
-    (lambda: mpo_loss(LOGITS, EMPTY, GAP), r"Sequence 2 \(rejected of pair 0\) has no scored position"),
-    (lambda: mpo_loss(LOGITS, LABELS, GAP, cu_seqlens=PACKED), "with cu_seqlens the packed layout is"),
-    (lambda: mpo_loss(LOGITS.view(12, 7), LABELS.view(12), GAP, cu_seqlens=PACKED.long()), "needed is int32"),
-    (lambda: mpo_loss(LOGITS.view(12, 7), LABELS.view(12), GAP, cu_seqlens=PACKED + 1), "must rise from 0 to the number of rows, 12"),
-    (lambda: mpo_loss(LOGITS.view(12, 7), LABELS.view(12), GAP, cu_seqlens=PACKED[[0, 2, 1, 3, 4]]), "without falling"),
-    (lambda: linear_mpo_loss(HIDDEN, WEIGHT[:, :4], LABELS, GAP), r"weight has shape \(7, 4\); needed is \(V, 5\)"),
-    (lambda: linear_mpo_loss(HIDDEN, torch.zeros(0), LABELS, GAP), r"partitioned \(ZeRO-3, FSDP\). Call the loss inside the head"),
-    (lambda: linear_mpo_loss(HIDDEN, WEIGHT.bfloat16(), LABELS, GAP), "weight is torch.bfloat16 on cpu and hidden torch.float32"),
-    (lambda: linear_mpo_loss(HIDDEN, WEIGHT, LABELS, GAP, bias=torch.zeros(6)), r"bias has shape \(6,\); needed is \(7,\)"),
+    (
+        lambda: mpo_loss(LOGITS, LABELS, GAP, pair_weights=torch.tensor([1.0, float("inf")])),
+        r"pair_weights\[1\] is inf",
+    ),
+    (
+        lambda: mpo_loss(LOGITS, EMPTY, GAP),
+        r"Sequence 2 \(rejected of pair 0\) has no scored position",
+    ),
+    (
+        lambda: mpo_loss(LOGITS, LABELS, GAP, cu_seqlens=PACKED),
+        "with cu_seqlens the packed layout is",
+    ),
+    (
+        lambda: mpo_loss(LOGITS.view(12, 7), LABELS.view(12), GAP, cu_seqlens=PACKED.long()),
+        "needed is int32",
+    ),
+    (
+        lambda: mpo_loss(LOGITS.view(12, 7), LABELS.view(12), GAP, cu_seqlens=PACKED + 1),
+        "must rise from 0 to the number of rows, 12",
+    ),
+    (
+        lambda: mpo_loss(
+            LOGITS.view(12, 7), LABELS.view(12), GAP, cu_seqlens=PACKED[[0, 2, 1, 3, 4]]
+        ),
+        "without falling",
+    ),
+    (
+        lambda: linear_mpo_loss(HIDDEN, WEIGHT[:, :4], LABELS, GAP),
+        r"weight has shape \(7, 4\); needed is \(V, 5\)",
+    ),
+    (
+        lambda: linear_mpo_loss(HIDDEN, torch.zeros(0), LABELS, GAP),
+        r"partitioned \(ZeRO-3, FSDP\). Call the loss inside the head",
+    ),
+    (
+        lambda: linear_mpo_loss(HIDDEN, WEIGHT.bfloat16(), LABELS, GAP),
+        "weight is torch.bfloat16 on cpu and hidden torch.float32",
+    ),
+    (
+        lambda: linear_mpo_loss(HIDDEN, WEIGHT, LABELS, GAP, bias=torch.zeros(6)),
+        r"bias has shape \(6,\); needed is \(7,\)",
+    ),
     (lambda: linear_mpo_loss(HIDDEN, WEIGHT, EMPTY, GAP), "has no scored position"),
-    (lambda: linear_mpo_loss(HIDDEN, WEIGHT, LABELS, torch.tensor([float("nan"), 0.0])), r"reference_gap\[0\] is nan"),
-    (lambda: linear_mpo_loss(HIDDEN, WEIGHT, LABELS, GAP, pair_weights=torch.tensor([1.0, -float("inf")])), r"pair_weights\[1\] is -inf"),
-    (lambda: linear_mpo_loss(HIDDEN, WEIGHT, LABELS, GAP, parallel=object()), "parallel is object; needed is a mpo_kernels.Parallel"),
-    (lambda: token_logprobs(LOGITS, LABELS, parallel="world"), "parallel is str; needed is a mpo_kernels.Parallel"),
+    (
+        lambda: linear_mpo_loss(HIDDEN, WEIGHT, LABELS, torch.tensor([float("nan"), 0.0])),
+        r"reference_gap\[0\] is nan",
+    ),
+    (
+        lambda: linear_mpo_loss(
+            HIDDEN, WEIGHT, LABELS, GAP, pair_weights=torch.tensor([1.0, -float("inf")])
+        ),
+        r"pair_weights\[1\] is -inf",
+    ),
+    (
+        lambda: linear_mpo_loss(HIDDEN, WEIGHT, LABELS, GAP, parallel=object()),
+        "parallel is object; needed is a mpo_kernels.Parallel",
+    ),
+    (
+        lambda: token_logprobs(LOGITS, LABELS, parallel="world"),
+        "parallel is str; needed is a mpo_kernels.Parallel",
+    ),
     (lambda: linear_mpo_loss(HIDDEN, WEIGHT, bad_label(9), GAP), r"labels\[5\] is 9"),
     (lambda: linear_token_logprobs(HIDDEN, WEIGHT, bad_label(9)), r"labels\[5\] is 9"),
-    (lambda: linear_mpo_loss(HIDDEN, WEIGHT, LABELS, GAP, chunk_bytes=0), "chunk_bytes is 0; it must be a positive int, or None"),
-    (lambda: linear_token_logprobs(HIDDEN, WEIGHT, LABELS, chunk_bytes=1e9), "chunk_bytes is 1000000000.0"),
-    (lambda: token_logprobs(LOGITS, LABELS, ignore_index=None), "ignore_index must be an int of 64 bits, not None"),
-    (lambda: token_logprobs(LOGITS, LABELS, ignore_index=2**63), "ignore_index must be an int of 64 bits, not 9223372036854775808"),
-    (lambda: linear_mpo_loss(HIDDEN, WEIGHT, LABELS.to("meta"), GAP), "labels are on meta and hidden on cpu"),
-    (lambda: linear_mpo_loss(HIDDEN, WEIGHT.to("meta"), LABELS, GAP), "weight is torch.float32 on meta and hidden torch.float32 on cpu"),
-    (lambda: linear_mpo_loss(HIDDEN, WEIGHT, LABELS, GAP.to("meta")), "reference_gap is on meta; move it to cpu"),
+    (
+        lambda: linear_mpo_loss(HIDDEN, WEIGHT, LABELS, GAP, chunk_bytes=0),
+        "chunk_bytes is 0; it must be a positive int, or None",
+    ),
+    (
+        lambda: linear_token_logprobs(HIDDEN, WEIGHT, LABELS, chunk_bytes=1e9),
+        "chunk_bytes is 1000000000.0",
+    ),
+    (
+        lambda: token_logprobs(LOGITS, LABELS, ignore_index=None),
+        "ignore_index must be an int of 64 bits, not None",
+    ),
+    (
+        lambda: token_logprobs(LOGITS, LABELS, ignore_index=2**63),
+        "ignore_index must be an int of 64 bits, not 9223372036854775808",
+    ),
+    (
+        lambda: linear_mpo_loss(HIDDEN, WEIGHT, LABELS.to("meta"), GAP),
+        "labels are on meta and hidden on cpu",
+    ),
+    (
+        lambda: linear_mpo_loss(HIDDEN, WEIGHT.to("meta"), LABELS, GAP),
+        "weight is torch.float32 on meta and hidden torch.float32 on cpu",
+    ),
+    (
+        lambda: linear_mpo_loss(HIDDEN, WEIGHT, LABELS, GAP.to("meta")),
+        "reference_gap is on meta; move it to cpu",
+    ),
     (lambda: Parallel(), "Parallel needs a vocab_group, a context_group or both"),
     (lambda: Parallel(vocab_slice=4), "vocab_group and vocab_slice .* go together"),
     (lambda: mean_pool(HIDDEN, mask=torch.ones(4, 3)), "mask is torch.float32"),
-    (lambda: mean_pool(HIDDEN, mask=torch.zeros(4, 3, dtype=torch.bool)), "Sequence 0 has no pooled position"),
+    (
+        lambda: mean_pool(HIDDEN, mask=torch.zeros(4, 3, dtype=torch.bool)),
+        "Sequence 0 has no pooled position",
+    ),
     (lambda: mean_pool(HIDDEN[0]), "For packed rows"),
     (lambda: retention_loss(HIDDEN, torch.zeros(4, 6)), r"reference is torch.float32 \(4, 6\)"),
-    (lambda: retention_loss(HIDDEN, torch.zeros(4, 5), sequence_weights=torch.ones(3)), "one value per sequence"),
+    (
+        lambda: retention_loss(HIDDEN, torch.zeros(4, 5), sequence_weights=torch.ones(3)),
+        "one value per sequence",
+    ),
     (lambda: retention_loss(HIDDEN, torch.zeros(4, 5), reduction="max"), "reduction is 'max'"),
 ]
 
@@ -132,15 +266,22 @@ VIEWS_OF_LEAVES = [
 @pytest.mark.parametrize("place", range(len(VIEWS_OF_LEAVES)))
 def test_a_leaf_is_not_overwritten_through_any_view(place):
     leaf = torch.randn(4, 3, 7, generator=torch.Generator().manual_seed(0))
-    before, labels = leaf.clone(), torch.ones_like(VIEWS_OF_LEAVES[place](leaf)[..., 0], dtype=torch.int64)
+    before, labels = (
+        leaf.clone(),
+        torch.ones_like(VIEWS_OF_LEAVES[place](leaf)[..., 0], dtype=torch.int64),
+    )
     with pytest.raises(ValueError, match=r"overwrite logits that are a (view of a )?leaf"):
-        token_logprobs(VIEWS_OF_LEAVES[place](leaf.requires_grad_()), labels, inplace_backward=True).sum().backward()
+        token_logprobs(
+            VIEWS_OF_LEAVES[place](leaf.requires_grad_()), labels, inplace_backward=True
+        ).sum().backward()
     assert torch.equal(leaf, before)
     head_output = leaf * 1  # the same views of what a head returned
     token_logprobs(VIEWS_OF_LEAVES[place](leaf), labels).sum().backward()
     expected, leaf.grad = leaf.grad, None
     if not _shares_memory(VIEWS_OF_LEAVES[place](head_output)):
-        token_logprobs(VIEWS_OF_LEAVES[place](head_output), labels, inplace_backward=True).sum().backward()
+        token_logprobs(
+            VIEWS_OF_LEAVES[place](head_output), labels, inplace_backward=True
+        ).sum().backward()
         torch.testing.assert_close(leaf.grad, expected)
 
 
@@ -154,9 +295,16 @@ def _shares_memory(tensor):
 
 
 def test_memory_that_several_logits_share_is_not_overwritten():
-    """Three rows by hand, then any strides: shared memory is refused; all else has the gradient that it has out of place."""
+    """Three rows by hand, then any strides: shared memory is refused; all else has the gradient
+    that it has out of place."""
     one = torch.zeros(1, 1, 3, requires_grad=True) * 1
-    with pytest.raises(ValueError, match=r"memory of its own for each logit; these have shape \(2, 1, 3\) and strides \(0, 3, 1\)"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"memory of its own for each logit; these have shape \(2, 1, 3\) and strides \(0,"
+            r" 3, 1\)"
+        ),
+    ):
         token_logprobs(one.expand(2, 1, 3), torch.tensor([[0], [1]]), inplace_backward=True)
     refused = 0
     for b, t in itertools.product(range(13), repeat=2):
@@ -182,7 +330,8 @@ def test_memory_that_several_logits_share_is_not_overwritten():
 
 @pytest.fixture(scope="module")
 def divided():
-    """Makes a DTensor over two ranks; the process group is torch's fake one, which starts no thread and sends nothing."""
+    """Makes a DTensor over two ranks; the process group is torch's fake one, which starts no thread
+    and sends nothing."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
@@ -194,15 +343,24 @@ def divided():
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("call", "name"), TENSORS, ids=[f"{call}: {name}" for call, name in TENSORS])
+@pytest.mark.parametrize(
+    ("call", "name"), TENSORS, ids=[f"{call}: {name}" for call, name in TENSORS]
+)
 def test_what_is_no_plain_tensor(call, name, divided):
     """Each tensor of each function as a list, as an array, and divided over ranks."""
     arguments = {n: a for n, a in CALLS[call].items() if n != "frozen"}
     tensor, function = arguments[name], getattr(mpo_kernels, call.split(",")[0].split()[0])
     for other in (tensor.tolist(), tensor.numpy()):
-        with pytest.raises(ValueError, match=f"^{name} must be a tensor, not {type(other).__name__}; torch.as_tensor"):
+        with pytest.raises(
+            ValueError,
+            match=f"^{name} must be a tensor, not {type(other).__name__}; torch.as_tensor",
+        ):
             function(**arguments | {name: other})
-    how = "Call the loss inside the head" if name in ("weight", "bias") else f"Give {name}.to_local\\(\\) and say with `parallel`"
+    how = (
+        "Call the loss inside the head"
+        if name in ("weight", "bias")
+        else f"Give {name}.to_local\\(\\) and say with `parallel`"
+    )
     with pytest.raises(ValueError, match=f"^{name} is a DTensor.*{how}"):
         function(**arguments | {name: divided(tensor)})
 
@@ -211,7 +369,10 @@ def test_what_is_no_plain_tensor(call, name, divided):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_side_inputs_of_another_precision_do_not_change_the_results_dtype(call, name, dtype):
     """The problem's own dtype says in what is computed."""
-    tensors = {n: t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() else t for n, t in CALLS[call].items()}
+    tensors = {
+        n: t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() else t
+        for n, t in CALLS[call].items()
+    }
     other = torch.float32 if dtype == torch.float64 else torch.float64
     want, got = results(call, tensors), results(call, tensors | {name: tensors[name].to(other)})
     assert [t.dtype for t in got] == [t.dtype for t in want]
@@ -220,13 +381,17 @@ def test_side_inputs_of_another_precision_do_not_change_the_results_dtype(call, 
 
 def test_float64_is_not_computed_by_another_backend_than_the_one_forced(monkeypatch):
     monkeypatch.setenv("MPO_KERNELS_BACKEND", "triton")
-    with pytest.raises(ValueError, match="MPO_KERNELS_BACKEND is triton, but the kernels do not compute in float64"):
+    with pytest.raises(
+        ValueError, match="MPO_KERNELS_BACKEND is triton, but the kernels do not compute in float64"
+    ):
         token_logprobs(LOGITS.double(), LABELS)
 
 
 def test_unknown_backend(monkeypatch):
     monkeypatch.setenv("MPO_KERNELS_BACKEND", "cuda")
-    with pytest.raises(ValueError, match="MPO_KERNELS_BACKEND is 'cuda'; it can be auto, triton or torch"):
+    with pytest.raises(
+        ValueError, match="MPO_KERNELS_BACKEND is 'cuda'; it can be auto, triton or torch"
+    ):
         token_logprobs(LOGITS, LABELS)
 
 
@@ -256,7 +421,10 @@ OPTIONS = {
 """None at its default."""
 
 
-@pytest.mark.parametrize(("module", "function"), [(mpo_kernels.MPOLoss, mpo_loss), (mpo_kernels.LinearMPOLoss, linear_mpo_loss)])
+@pytest.mark.parametrize(
+    ("module", "function"),
+    [(mpo_kernels.MPOLoss, mpo_loss), (mpo_kernels.LinearMPOLoss, linear_mpo_loss)],
+)
 def test_every_argument_of_a_module_reaches_its_function(module, function, monkeypatch):
     names = inspect.signature(function).parameters
     tensors = {name: tensor for name, tensor in GIVEN.items() if name in names}
@@ -267,7 +435,8 @@ def test_every_argument_of_a_module_reaches_its_function(module, function, monke
         assert f"{name}={value!r}" in repr(module(**{name: value}))
     seen = {}
     monkeypatch.setattr(
-        f"mpo_kernels.nn.{function.__name__}", lambda *a, **k: seen.update(inspect.signature(function).bind(*a, **k).arguments)
+        f"mpo_kernels.nn.{function.__name__}",
+        lambda *a, **k: seen.update(inspect.signature(function).bind(*a, **k).arguments),
     )
     module(**options)(**tensors)
     given = tensors | options
@@ -281,7 +450,9 @@ def test_every_argument_of_a_module_reaches_its_function(module, function, monke
     torch.testing.assert_close(got, want, rtol=0, atol=0)
     for name in ("pair_weights", "cu_seqlens", "bias"):  # and they matter
         if name in tensors and name != "cu_seqlens":
-            assert not torch.equal(module(**options)(**{n: t for n, t in tensors.items() if n != name}).loss, want.loss)
+            assert not torch.equal(
+                module(**options)(**{n: t for n, t in tensors.items() if n != name}).loss, want.loss
+            )
 
 
 @pytest.mark.parametrize("module", [mpo_kernels.MPOLoss, mpo_kernels.LinearMPOLoss])

@@ -1,4 +1,5 @@
-"""The functions under torch.compile, torch.library.opcheck, autocast and functional_call; test_autograd.py has torch.func."""
+"""The functions under torch.compile, torch.library.opcheck, autocast and functional_call;
+test_autograd.py has torch.func."""
 
 import inspect
 import shutil
@@ -10,7 +11,11 @@ from cases import INTERPRETED, labels_of, relative_error
 import mpo_kernels
 from mpo_kernels import reference
 from mpo_kernels.ops.gradients import scaled
-from mpo_kernels.ops.linear import linear_pair_loss_op, linear_token_logprobs_grad_op, linear_token_logprobs_op
+from mpo_kernels.ops.linear import (
+    linear_pair_loss_op,
+    linear_token_logprobs_grad_op,
+    linear_token_logprobs_op,
+)
 from mpo_kernels.ops.pair import pair_loss_grad_op, pair_loss_op
 from mpo_kernels.ops.pool import mean_pool_grad_op, mean_pool_op
 from mpo_kernels.ops.token import token_logprobs_grad_op, token_logprobs_op
@@ -39,7 +44,11 @@ def from_hidden(grad):
 FLAT = LABELS.reshape(-1)
 FEW = torch.tensor([-100, 3, -100, V - 1, -100]).repeat(2 * P)  # not more scored rows than D
 OPERATORS = {
-    "token_logprobs": (token_logprobs_op, (random(2 * P, T, V, grad=True), FLAT), {"token_outputs": True, **HEAD}),
+    "token_logprobs": (
+        token_logprobs_op,
+        (random(2 * P, T, V, grad=True), FLAT),
+        {"token_outputs": True, **HEAD},
+    ),
     "token_logprobs, numbers on the device": (
         token_logprobs_op,
         (random(2 * P, T, V, grad=True), FLAT),
@@ -47,7 +56,13 @@ OPERATORS = {
     ),
     "token_logprobs_grad": (
         token_logprobs_grad_op,
-        (random(2 * P * T), random(2 * P, T, V), FLAT, -random(2 * P * T).abs(), random(2 * P * T, 2).abs() + 1),
+        (
+            random(2 * P * T),
+            random(2 * P, T, V),
+            FLAT,
+            -random(2 * P * T).abs(),
+            random(2 * P * T, 2).abs() + 1,
+        ),
         HEAD,
     ),
     "pair_loss": (
@@ -55,7 +70,11 @@ OPERATORS = {
         (random(2 * P * T, grad=True), FLAT, OFFSETS, GAP, GAP.abs()),
         {"beta": 1.5, "beta_number": torch.tensor(0.5), "ignore_index": -100, "parallel": 0},
     ),
-    "pair_loss_grad": (pair_loss_grad_op, (GAP, torch.ones(2 * P), FLAT, OFFSETS), {"ignore_index": -100}),
+    "pair_loss_grad": (
+        pair_loss_grad_op,
+        (GAP, torch.ones(2 * P), FLAT, OFFSETS),
+        {"ignore_index": -100},
+    ),
     "mean_pool": (mean_pool_op, (random(2 * P * T, D, grad=True), FLAT > 0, OFFSETS), {}),
     "mean_pool_grad": (
         mean_pool_grad_op,
@@ -66,12 +85,26 @@ OPERATORS = {
     "linear_pair_loss": (
         linear_pair_loss_op,
         (*from_hidden(True), FLAT, OFFSETS, GAP, None),
-        {**BETA, "hidden_grad": True, "weight_grad": True, "bias_grad": True, "may_keep_chunk": False, **LINEAR},
+        {
+            **BETA,
+            "hidden_grad": True,
+            "weight_grad": True,
+            "bias_grad": True,
+            "may_keep_chunk": False,
+            **LINEAR,
+        },
     ),
     "linear_pair_loss, one chunk kept": (
         linear_pair_loss_op,
         (*from_hidden(True), FEW, OFFSETS, GAP, None),
-        {**BETA, "hidden_grad": True, "weight_grad": True, "bias_grad": True, "may_keep_chunk": True, **LINEAR},
+        {
+            **BETA,
+            "hidden_grad": True,
+            "weight_grad": True,
+            "bias_grad": True,
+            "may_keep_chunk": True,
+            **LINEAR,
+        },
     ),
     "linear_pair_loss, no gradient": (
         linear_pair_loss_op,
@@ -98,7 +131,13 @@ OPERATORS = {
     ),
     "linear_token_logprobs_grad": (
         linear_token_logprobs_grad_op,
-        (random(2 * P * T), -random(2 * P * T).abs(), random(2 * P * T, 2).abs() + 1, *from_hidden(False), FLAT),
+        (
+            random(2 * P * T),
+            -random(2 * P * T).abs(),
+            random(2 * P * T, 2).abs() + 1,
+            *from_hidden(False),
+            FLAT,
+        ),
         {"hidden_grad": True, "weight_grad": True, "bias_grad": True, **LINEAR},
     ),
 }
@@ -107,7 +146,12 @@ OPERATORS = {
 @pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck(name):
     operator, arguments, keywords = OPERATORS[name]
-    checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    checks = [
+        "test_schema",
+        "test_autograd_registration",
+        "test_faketensor",
+        "test_aot_dispatch_dynamic",
+    ]
     if keywords.get("may_keep_chunk"):  # never under a compiler
         checks.remove("test_aot_dispatch_dynamic")
     torch.library.opcheck(operator, arguments, keywords, test_utils=checks)
@@ -116,18 +160,41 @@ def test_opcheck(name):
 FUNCTIONS = {
     "token_logprobs": lambda x, h, w, b: mpo_kernels.token_logprobs(x, LABELS).sum(),
     "token_statistics": lambda x, h, w, b: mpo_kernels.token_statistics(x, LABELS).logprobs.sum(),
-    "mpo_loss": lambda x, h, w, b: mpo_kernels.mpo_loss(x[:, :-1], LABELS[:, 1:], GAP, beta=1.2, token_outputs=True).loss,
-    "mpo_loss packed": lambda x, h, w, b: mpo_kernels.mpo_loss(x.view(-1, V), FLAT, GAP, cu_seqlens=OFFSETS, reduction="none").loss.sum(),
-    "mpo_loss in place": lambda x, h, w, b: mpo_kernels.mpo_loss(x * 1, LABELS, GAP, inplace_backward=True).loss,
-    "linear_mpo_loss": lambda x, h, w, b: mpo_kernels.linear_mpo_loss(h, w, LABELS, GAP, bias=b, softcap=3.0).loss,
-    "linear_mpo_loss none": lambda x, h, w, b: mpo_kernels.linear_mpo_loss(h, w, LABELS, GAP, bias=b, reduction="none").loss.sum(),
-    "linear_token_logprobs": lambda x, h, w, b: mpo_kernels.linear_token_logprobs(h, w, LABELS, bias=b).sum(),
+    "mpo_loss": (
+        lambda x, h, w, b: (
+            mpo_kernels.mpo_loss(x[:, :-1], LABELS[:, 1:], GAP, beta=1.2, token_outputs=True).loss
+        )
+    ),
+    "mpo_loss packed": (
+        lambda x, h, w, b: mpo_kernels.mpo_loss(
+            x.view(-1, V), FLAT, GAP, cu_seqlens=OFFSETS, reduction="none"
+        ).loss.sum()
+    ),
+    "mpo_loss in place": (
+        lambda x, h, w, b: mpo_kernels.mpo_loss(x * 1, LABELS, GAP, inplace_backward=True).loss
+    ),
+    "linear_mpo_loss": (
+        lambda x, h, w, b: mpo_kernels.linear_mpo_loss(h, w, LABELS, GAP, bias=b, softcap=3.0).loss
+    ),
+    "linear_mpo_loss none": (
+        lambda x, h, w, b: mpo_kernels.linear_mpo_loss(
+            h, w, LABELS, GAP, bias=b, reduction="none"
+        ).loss.sum()
+    ),
+    "linear_token_logprobs": (
+        lambda x, h, w, b: mpo_kernels.linear_token_logprobs(h, w, LABELS, bias=b).sum()
+    ),
     "retention_loss": lambda x, h, w, b: mpo_kernels.retention_loss(h, torch.zeros(2 * P, D)),
 }
 
 
 def value_and_grads(function):
-    leaves = [random(2 * P, T, V, grad=True), random(2 * P, T, D, grad=True), random(V, D, grad=True), random(V, grad=True)]
+    leaves = [
+        random(2 * P, T, V, grad=True),
+        random(2 * P, T, D, grad=True),
+        random(V, D, grad=True),
+        random(V, grad=True),
+    ]
     value = function(*leaves)
     value.backward()
     return [value.detach(), *(leaf.grad for leaf in leaves)]
@@ -135,25 +202,45 @@ def value_and_grads(function):
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_compiled_without_a_graph_break(name):
-    """backend aot_eager: dynamo, fake kernels and the registered backward, without a C++ compiler."""
+    """backend aot_eager: dynamo, fake kernels and the registered backward, without a C++
+    compiler."""
     torch._dynamo.reset()
     compiled = torch.compile(FUNCTIONS[name], fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(value_and_grads(compiled), value_and_grads(FUNCTIONS[name]), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        value_and_grads(compiled), value_and_grads(FUNCTIONS[name]), rtol=1e-6, atol=1e-6
+    )
 
 
 HEAD_NUMBERS = ("logit_scale", "softcap")
 NUMBERS = {
-    "token_logprobs": (lambda x, h, w, b, **n: mpo_kernels.token_logprobs(x, LABELS, **n).sum(), HEAD_NUMBERS),
-    "token_statistics": (lambda x, h, w, b, **n: mpo_kernels.token_statistics(x, LABELS, **n)[0].sum(), HEAD_NUMBERS),
-    "mpo_loss": (lambda x, h, w, b, **n: mpo_kernels.mpo_loss(x, LABELS, GAP, **n).loss, ("beta", *HEAD_NUMBERS)),
-    "linear_token_logprobs": (lambda x, h, w, b, **n: mpo_kernels.linear_token_logprobs(h, w, LABELS, bias=b, **n).sum(), HEAD_NUMBERS),
-    "linear_token_statistics": (lambda x, h, w, b, **n: mpo_kernels.linear_token_statistics(h, w, LABELS, **n)[0].sum(), HEAD_NUMBERS),
+    "token_logprobs": (
+        lambda x, h, w, b, **n: mpo_kernels.token_logprobs(x, LABELS, **n).sum(),
+        HEAD_NUMBERS,
+    ),
+    "token_statistics": (
+        lambda x, h, w, b, **n: mpo_kernels.token_statistics(x, LABELS, **n)[0].sum(),
+        HEAD_NUMBERS,
+    ),
+    "mpo_loss": (
+        lambda x, h, w, b, **n: mpo_kernels.mpo_loss(x, LABELS, GAP, **n).loss,
+        ("beta", *HEAD_NUMBERS),
+    ),
+    "linear_token_logprobs": (
+        lambda x, h, w, b, **n: mpo_kernels.linear_token_logprobs(h, w, LABELS, bias=b, **n).sum(),
+        HEAD_NUMBERS,
+    ),
+    "linear_token_statistics": (
+        lambda x, h, w, b, **n: mpo_kernels.linear_token_statistics(h, w, LABELS, **n)[0].sum(),
+        HEAD_NUMBERS,
+    ),
     "linear_mpo_loss": (
         lambda x, h, w, b, **n: mpo_kernels.linear_mpo_loss(h, w, LABELS, GAP, bias=b, **n).loss,
         ("beta", *HEAD_NUMBERS),
     ),
     "linear_mpo_loss none": (
-        lambda x, h, w, b, **n: mpo_kernels.linear_mpo_loss(h, w, LABELS, GAP, reduction="none", **n).loss.sum(),
+        lambda x, h, w, b, **n: mpo_kernels.linear_mpo_loss(
+            h, w, LABELS, GAP, reduction="none", **n
+        ).loss.sum(),
         ("beta", *HEAD_NUMBERS),
     ),
 }
@@ -164,7 +251,8 @@ GIVEN = {
     "tensor in double precision": lambda b: torch.tensor(float(b), dtype=torch.float64),
 }
 COMPILER = pytest.mark.skipif(
-    shutil.which("g++") is None and shutil.which("clang++") is None, reason="inductor needs a C++ compiler on the CPU"
+    shutil.which("g++") is None and shutil.which("clang++") is None,
+    reason="inductor needs a C++ compiler on the CPU",
 )
 
 
@@ -175,7 +263,9 @@ def graphs_of_a_changing_number(name, number, given, backend, values=4):
     torch._dynamo.utils.counters.clear()
 
     def by_and_times(b, *tensors):
-        return function(*tensors, **{number: 0.5 * b}) * (b.float() if isinstance(b, torch.Tensor) else b)
+        return function(*tensors, **{number: 0.5 * b}) * (
+            b.float() if isinstance(b, torch.Tensor) else b
+        )
 
     compiled = torch.compile(by_and_times, fullgraph=True, backend=backend)
     for b in range(1, values + 1):
@@ -185,9 +275,13 @@ def graphs_of_a_changing_number(name, number, given, backend, values=4):
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize(("name", "number"), [(name, number) for name, (_, numbers) in NUMBERS.items() for number in numbers])
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [(name, number) for name, (_, numbers) in NUMBERS.items() for number in numbers],
+)
 def test_a_number_that_changes_is_no_constant_of_a_graph(name, number):
-    """A beta that a schedule changes: never an earlier one's result, and one graph for all but the first."""
+    """A beta that a schedule changes: never an earlier one's result, and one graph for all but the
+    first."""
     assert graphs_of_a_changing_number(name, number, "float", "aot_eager") <= 2
 
 
@@ -196,15 +290,22 @@ def test_twelve_values_of_beta():
     assert graphs_of_a_changing_number("mpo_loss", "beta", "float", "aot_eager", values=12) <= 2
 
 
-@pytest.mark.parametrize(("backend", "given"), [*(("eager", given) for given in GIVEN), pytest.param("inductor", "float", marks=COMPILER)])
+@pytest.mark.parametrize(
+    ("backend", "given"),
+    [*(("eager", given) for given in GIVEN), pytest.param("inductor", "float", marks=COMPILER)],
+)
 def test_however_a_changing_number_is_given(backend, given):
     assert graphs_of_a_changing_number("mpo_loss", "beta", given, backend) <= 2
 
 
 def test_every_number_is_asked_whether_it_may_change():
     for name, (_, asked) in NUMBERS.items():
-        assert {"beta", "logit_scale", "softcap"} & set(inspect.signature(getattr(mpo_kernels, name.split()[0])).parameters) == set(asked)
-    assert {name.split()[0] for name in NUMBERS} == {name for name in mpo_kernels.__all__ if "logprobs" in name or "mpo_loss" in name} | {
+        assert {"beta", "logit_scale", "softcap"} & set(
+            inspect.signature(getattr(mpo_kernels, name.split()[0])).parameters
+        ) == set(asked)
+    assert {name.split()[0] for name in NUMBERS} == {
+        name for name in mpo_kernels.__all__ if "logprobs" in name or "mpo_loss" in name
+    } | {
         "token_statistics",
         "linear_token_statistics",
     }
@@ -214,7 +315,9 @@ def test_every_number_is_asked_whether_it_may_change():
 def test_a_tensor_for_a_number_is_that_number(name):
     function, numbers = NUMBERS[name]
     as_floats = value_and_grads(lambda *tensors: function(*tensors, **dict.fromkeys(numbers, 0.75)))
-    as_tensors = value_and_grads(lambda *tensors: function(*tensors, **dict.fromkeys(numbers, torch.tensor(0.75))))
+    as_tensors = value_and_grads(
+        lambda *tensors: function(*tensors, **dict.fromkeys(numbers, torch.tensor(0.75)))
+    )
     torch.testing.assert_close(as_tensors, as_floats, rtol=0, atol=0)
 
 
@@ -232,12 +335,15 @@ def test_compiled_by_inductor_with_another_shape_after():
         labels, gap = labels_of((2 * pairs, tokens), V), random(pairs)
         expected, got = function(h, w, labels, gap), compiled(h, w, labels, gap)
         torch.testing.assert_close(got, expected)
-        torch.testing.assert_close(torch.autograd.grad(got, (h, w)), torch.autograd.grad(expected, (h, w)))
+        torch.testing.assert_close(
+            torch.autograd.grad(got, (h, w)), torch.autograd.grad(expected, (h, w))
+        )
 
 
 @pytest.mark.parametrize("function", ["linear_mpo_loss", "linear_token_logprobs"])
 def test_autocast(function):
-    """GEMMs in bf16, everything else in fp32, and the fp32 weight's gradient in fp32: never rounded to bf16 on its way."""
+    """GEMMs in bf16, everything else in fp32, and the fp32 weight's gradient in fp32: never rounded
+    to bf16 on its way."""
     hidden, weight = random(2 * P, T, D, grad=True), random(V, D, grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         mixed = hidden.bfloat16()  # what the autocast body hands over, beside the fp32 weight
@@ -249,7 +355,10 @@ def test_autocast(function):
     loss.backward()
     assert weight.grad.dtype == torch.float32 and hidden.grad.dtype == torch.float32
     assert not torch.equal(weight.grad, weight.grad.bfloat16().float())
-    h, w = hidden.detach().bfloat16().double().requires_grad_(), weight.detach().bfloat16().double().requires_grad_()
+    h, w = (
+        hidden.detach().bfloat16().double().requires_grad_(),
+        weight.detach().bfloat16().double().requires_grad_(),
+    )
     if function == "linear_mpo_loss":
         expected = reference.linear_mpo_loss(h, w, LABELS, GAP.double())[0]
     else:

@@ -1,6 +1,8 @@
-"""Every tensor of every function and of every registered operator in other memory: gaps, transposed, off its alignment, expanded.
+"""Every tensor of every function and of every registered operator in other memory: gaps,
+transposed, off its alignment, expanded.
 
-The numbers are the same, so the results are: bit for bit, since whoever minds a stride makes the same steps.
+The numbers are the same, so the results are: bit for bit, since whoever minds a stride makes the
+same steps.
 """
 
 import functools
@@ -31,7 +33,12 @@ CALLS = {
     "token_statistics": {"logits": random(2 * P, T, V), "labels": LABELS},
     "mpo_loss": {"logits": random(2 * P, T, V), "labels": LABELS, **PAIRS},
     "mpo_loss packed": {"logits": random(2 * P * T, V), **PACKED, **PAIRS},
-    "mpo_loss in place": {"logits": random(2 * P, T, V), "labels": LABELS, **PAIRS, "inplace_backward": True},
+    "mpo_loss in place": {
+        "logits": random(2 * P, T, V),
+        "labels": LABELS,
+        **PAIRS,
+        "inplace_backward": True,
+    },
     "linear_token_logprobs": HEAD,
     "linear_token_statistics": HEAD,
     "linear_mpo_loss": {**HEAD, **PAIRS},
@@ -40,9 +47,18 @@ CALLS = {
     "linear_mpo_loss, no gradient": {**HEAD, **PAIRS, "frozen": ("hidden", "weight", "bias")},
     "linear_token_logprobs, frozen head": {**HEAD, "frozen": ("weight", "bias")},
     "mean_pool": POOL,
-    "mean_pool packed": {"hidden": random(2 * P * T, D), "mask": POOL["mask"].flatten(), "cu_seqlens": OFFSETS},
+    "mean_pool packed": {
+        "hidden": random(2 * P * T, D),
+        "mask": POOL["mask"].flatten(),
+        "cu_seqlens": OFFSETS,
+    },
     "retention_loss": {**POOL, **REFERENCE},
-    "retention_loss packed": {"hidden": random(2 * P * T, D), "mask": POOL["mask"].flatten(), "cu_seqlens": OFFSETS, **REFERENCE},
+    "retention_loss packed": {
+        "hidden": random(2 * P * T, D),
+        "mask": POOL["mask"].flatten(),
+        "cu_seqlens": OFFSETS,
+        **REFERENCE,
+    },
 }
 TRAINED = ("logits", "hidden", "weight", "bias")
 
@@ -51,12 +67,22 @@ def results(call, arguments, compiler=lambda f: f, upstream=lambda grad: grad):
     """All that a function returns, and the gradients."""
     arguments = dict(arguments)
     frozen, inplace = arguments.pop("frozen", ()), arguments.get("inplace_backward")
-    leaves = [t.detach().requires_grad_() for n, t in arguments.items() if n in TRAINED and n not in frozen]
-    arguments |= dict(zip([n for n in arguments if n in TRAINED and n not in frozen], leaves, strict=True))
+    leaves = [
+        t.detach().requires_grad_()
+        for n, t in arguments.items()
+        if n in TRAINED and n not in frozen
+    ]
+    arguments |= dict(
+        zip([n for n in arguments if n in TRAINED and n not in frozen], leaves, strict=True)
+    )
     if inplace:  # what is overwritten is no leaf, and has the strides that were asked for
         arguments["logits"] = leaves[0].clone()
     out = compiler(getattr(mpo_kernels, call.split(",")[0].split()[0]))(**arguments)
-    values = [v for v in torch.utils._pytree.tree_leaves(tuple(out) if isinstance(out, tuple) else out) if isinstance(v, torch.Tensor)]
+    values = [
+        v
+        for v in torch.utils._pytree.tree_leaves(tuple(out) if isinstance(out, tuple) else out)
+        if isinstance(v, torch.Tensor)
+    ]
     if leaves:
         values[0].backward(upstream(torch.linspace(-1, 2, values[0].numel()).view(values[0].shape)))
     return [v.detach() for v in values] + [leaf.grad for leaf in leaves]
@@ -69,14 +95,27 @@ def expected(call):
 
 def same(got, want):
     for one, other in zip(got, want, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)  # a GEMM of other strides may add in another order
+        # a GEMM of other strides may add in another order
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
-TENSORS = [(call, name) for call, arguments in CALLS.items() for name, a in arguments.items() if isinstance(a, torch.Tensor)]
+TENSORS = [
+    (call, name)
+    for call, arguments in CALLS.items()
+    for name, a in arguments.items()
+    if isinstance(a, torch.Tensor)
+]
 
 
-SAME_KERNELS = ("token_statistics", "linear_token_statistics", "linear_mpo_loss packed", "retention_loss", "retention_loss packed")
-TRIED = [(call, name) for call, name in TENSORS if not INTERPRETED or call not in SAME_KERNELS]  # the interpreter is slow
+SAME_KERNELS = (
+    "token_statistics",
+    "linear_token_statistics",
+    "linear_mpo_loss packed",
+    "retention_loss",
+    "retention_loss packed",
+)
+# the interpreter is slow
+TRIED = [(call, name) for call, name in TENSORS if not INTERPRETED or call not in SAME_KERNELS]
 
 
 @pytest.mark.parametrize("layout", ["gaps", "expanded"])
@@ -93,7 +132,9 @@ def test_each_tensor_of_each_function(call, name, layout):
 @pytest.mark.parametrize("layout", ["transposed", "offset"][: 1 if INTERPRETED else 2])
 @pytest.mark.parametrize("call", [call for call in dict(TRIED) if "in place" not in call])
 def test_all_tensors_at_once(call, layout):
-    strided = {n: laid_out(a, layout) if isinstance(a, torch.Tensor) else a for n, a in CALLS[call].items()}
+    strided = {
+        n: laid_out(a, layout) if isinstance(a, torch.Tensor) else a for n, a in CALLS[call].items()
+    }
     same(results(call, strided), expected(call))
 
 
@@ -103,7 +144,9 @@ def test_no_argument_is_forgotten():
                  "mean_pool", "retention_loss"):  # fmt: skip
         parameters = inspect.signature(getattr(mpo_kernels, name)).parameters.values()
         tensors = {p.name for p in parameters if "Tensor" in str(p.annotation)}
-        assert tensors <= {argument for call, argument in TENSORS if call.split(",")[0].split()[0] == name}, name
+        assert tensors <= {
+            argument for call, argument in TENSORS if call.split(",")[0].split()[0] == name
+        }, name
 
 
 @pytest.mark.parametrize("layout", ["gaps", "transposed", "offset"][: 1 if INTERPRETED else 3])
@@ -115,7 +158,9 @@ def test_each_tensor_of_each_operator(layout):
             got = results(call, arguments)
         same(got, expected(call))
         seen |= mode.seen
-    assert seen == {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("mpo_kernels::")}
+    assert seen == {
+        name for name in torch._C._dispatch_get_all_op_names() if name.startswith("mpo_kernels::")
+    }
 
 
 @pytest.mark.parametrize("call", dict(TRIED))
@@ -123,17 +168,25 @@ def test_an_expanded_or_strided_upstream_gradient(call):
     def constant(grad):
         return torch.tensor(0.7).expand_as(grad)
 
-    same(results(call, CALLS[call], upstream=constant), results(call, CALLS[call], upstream=lambda g: constant(g).contiguous()))
+    same(
+        results(call, CALLS[call], upstream=constant),
+        results(call, CALLS[call], upstream=lambda g: constant(g).contiguous()),
+    )
     same(results(call, CALLS[call], upstream=lambda g: laid_out(g, "gaps")), expected(call))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="torch.compile and the interpreter do not meet")
-@pytest.mark.parametrize("call", ["token_statistics", "mpo_loss", "linear_token_logprobs", "linear_mpo_loss", "retention_loss"])
+@pytest.mark.parametrize(
+    "call",
+    ["token_statistics", "mpo_loss", "linear_token_logprobs", "linear_mpo_loss", "retention_loss"],
+)
 def test_compiled(call):
     """All tensors strided at once, after the graph was traced with contiguous ones."""
     torch._dynamo.reset()
     compiler = lambda f: torch.compile(f, fullgraph=True, backend="aot_eager")  # noqa: E731
-    strided = {n: laid_out(a, "gaps") if isinstance(a, torch.Tensor) else a for n, a in CALLS[call].items()}
+    strided = {
+        n: laid_out(a, "gaps") if isinstance(a, torch.Tensor) else a for n, a in CALLS[call].items()
+    }
     same(results(call, CALLS[call], compiler), expected(call))
     same(results(call, strided, compiler), expected(call))
 
@@ -142,4 +195,6 @@ def test_probabilities_by_hand():
     """Labels that are a column, and labels that one number stands for."""
     logits = torch.tensor([[0.1, 0.2, 0.7], [0.1, 0.2, 0.7]]).log()
     for labels in (torch.tensor([[2, 0], [2, 0]])[:, 0], torch.tensor([2]).expand(2)):
-        torch.testing.assert_close(mpo_kernels.token_logprobs(logits, labels).exp(), torch.tensor([0.7, 0.7]))
+        torch.testing.assert_close(
+            mpo_kernels.token_logprobs(logits, labels).exp(), torch.tensor([0.7, 0.7])
+        )

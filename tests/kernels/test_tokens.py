@@ -1,4 +1,5 @@
-"""Per-token outputs, and rows whose statistics several programs share, against the float64 oracle."""
+"""Per-token outputs, and rows whose statistics several programs share, against the float64
+oracle."""
 
 import contextlib
 
@@ -16,7 +17,8 @@ GAP = torch.tensor([0.3, -0.2])
 
 
 def shared_by_several_programs():
-    """Tiles so small that every row is split, whatever its vocabulary. The PyTorch backend has none."""
+    """Tiles so small that every row is split, whatever its vocabulary. The PyTorch backend has
+    none."""
     if not INTERPRETED:
         return contextlib.nullcontext()
     from mpo_kernels.kernels.tiles import Tile, use_tiles
@@ -29,7 +31,12 @@ def check(logits, labels, **options):
     got = mpo_kernels.token_statistics(ours, labels, **options)
     logp = reference.token_logprobs(theirs, labels, **options)
     torch.testing.assert_close(got.logprobs.double(), logp, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(got.entropy.double(), reference.token_entropy(logits.double(), labels, **options), rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(
+        got.entropy.double(),
+        reference.token_entropy(logits.double(), labels, **options),
+        rtol=1e-5,
+        atol=2e-6,
+    )
     assert torch.equal(got.is_argmax, reference.token_is_argmax(logits.float(), labels, **options))
     assert not got.entropy.requires_grad and got.is_argmax.dtype == torch.bool
     upstream = torch.linspace(-1, 2, labels.numel()).view(labels.shape)
@@ -47,7 +54,11 @@ def test_regimes(name, split):
         check(regime(name, (4, 5, 300), labels), labels)
 
 
-@pytest.mark.parametrize("options", [{"softcap": 5.0}, {"softcap": 30.0, "logit_scale": 0.25}, {"ignore_index": 3}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"softcap": 5.0}, {"softcap": 30.0, "logit_scale": 0.25}, {"ignore_index": 3}],
+    ids=str,
+)
 @pytest.mark.parametrize("vocab", [1, 2, 31, 33, 257])
 def test_options_and_vocabularies_with_split_rows(options, vocab):
     labels = labels_of((2, 6), vocab, mask="none")
@@ -73,7 +84,9 @@ def slices_of(logits, labels, sizes, **options):
         local = local.where((local >= 0) & (local < part.shape[-1]), -1)
         parts.append(backend.logprob_partials(part, local, **options, token_outputs=True))
         start += part.shape[-1]
-    return backend.combine(torch.stack(parts), labels, ignore_index=options["ignore_index"], token_outputs=True)
+    return backend.combine(
+        torch.stack(parts), labels, ignore_index=options["ignore_index"], token_outputs=True
+    )
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
@@ -81,7 +94,10 @@ def slices_of(logits, labels, sizes, **options):
 def test_infinities_at_every_place(divided, softcap):
     """Log-probabilities, entropy, arg-max and gradients are the oracle's, NaN where it has NaN."""
     cases = infinities(100)
-    logits, labels = torch.stack([z for z, _ in cases.values()]), torch.tensor([y for _, y in cases.values()])
+    logits, labels = (
+        torch.stack([z for z, _ in cases.values()]),
+        torch.tensor([y for _, y in cases.values()]),
+    )
     ours, theirs = logits.clone().requires_grad_(), logits.double().requires_grad_()
     expected = reference.token_logprobs(theirs, labels, softcap=softcap)
     expected.sum().backward()
@@ -93,20 +109,39 @@ def test_infinities_at_every_place(divided, softcap):
         options = {"ignore_index": -100, "logit_scale": 1.0, "softcap": softcap}
         logp, normalizer, entropy, is_argmax = slices_of(logits, labels, [33, 1, 60, 6], **options)
         grad = torch.empty_like(logits)
-        backend_for(logits).logprob_grad(logits[None], labels, logp, normalizer, torch.ones(len(labels)), grad[None], **options)
-    wanted = reference.token_entropy(theirs, labels, softcap=softcap).detach(), reference.token_is_argmax(theirs, labels, softcap=softcap)
+        backend_for(logits).logprob_grad(
+            logits[None], labels, logp, normalizer, torch.ones(len(labels)), grad[None], **options
+        )
+    wanted = (
+        reference.token_entropy(theirs, labels, softcap=softcap).detach(),
+        reference.token_is_argmax(theirs, labels, softcap=softcap),
+    )
     for i, name in enumerate(cases):
-        for what, found, want in (("logp", logp, expected.detach()), ("entropy", entropy, wanted[0]), ("gradient", grad, theirs.grad)):
+        for what, found, want in (
+            ("logp", logp, expected.detach()),
+            ("entropy", entropy, wanted[0]),
+            ("gradient", grad, theirs.grad),
+        ):
             torch.testing.assert_close(
-                found[i].double(), want[i], rtol=1e-5, atol=1e-6, equal_nan=True, msg=lambda text, at=f"{what}, {name}": f"{at}: {text}"
+                found[i].double(),
+                want[i],
+                rtol=1e-5,
+                atol=1e-6,
+                equal_nan=True,
+                msg=lambda text, at=f"{what}, {name}": f"{at}: {text}",
             )
         assert is_argmax[i] == wanted[1][i], name
 
 
 def test_infinities_reach_the_losses():
-    """A row of -inf, as by a mask that leaves nothing, makes the loss NaN; an impossible label makes it infinite."""
+    """A row of -inf, as by a mask that leaves nothing, makes the loss NaN; an impossible label
+    makes it infinite."""
     logits, labels = torch.zeros(2, 2, 9), torch.tensor([[1, 2], [3, 4]])
-    for where, value in (((0, 1), float("-inf")), ((1, 0, 5), float("inf")), ((0, 1, 2), float("-inf"))):
+    for where, value in (
+        ((0, 1), float("-inf")),
+        ((1, 0, 5), float("inf")),
+        ((0, 1, 2), float("-inf")),
+    ):
         broken = logits.clone()
         broken[where] = value
         want, *means = reference.mpo_loss(broken.double(), labels, GAP[:1].double())
@@ -114,14 +149,20 @@ def test_infinities_reach_the_losses():
         torch.testing.assert_close(out.loss.double(), want, equal_nan=True)
         for got, mean in zip(out[1:4], means, strict=True):
             torch.testing.assert_close(got.double(), mean, equal_nan=True)
-    for bias in (torch.full((9,), float("-inf")), torch.zeros(9).index_fill(0, torch.tensor([7]), float("inf"))):
-        logp = mpo_kernels.linear_token_logprobs(torch.ones(2, 3), torch.ones(9, 3), labels[0], bias=bias)
+    for bias in (
+        torch.full((9,), float("-inf")),
+        torch.zeros(9).index_fill(0, torch.tensor([7]), float("inf")),
+    ):
+        logp = mpo_kernels.linear_token_logprobs(
+            torch.ones(2, 3), torch.ones(9, 3), labels[0], bias=bias
+        )
         assert logp.isnan().all()
 
 
 @pytest.mark.parametrize("others", [1, 40])
 def test_digits_of_a_likely_label(others):
-    """1 - p of the label's gradient, and the entropy, to a few roundings, for p from a half to nearly 1."""
+    """1 - p of the label's gradient, and the entropy, to a few roundings, for p from a half to
+    nearly 1."""
     gaps = torch.linspace(0, 14, 60)[None]
     logits = torch.zeros(1, 60, 1 + others)
     logits[..., 0] = gaps + torch.tensor(float(others)).log()
@@ -134,12 +175,18 @@ def test_digits_of_a_likely_label(others):
     logp.sum().backward()
     assert float((got.logprobs.detach().double() / logp - 1).abs().max()) < 8e-7
     entropy = reference.token_entropy(theirs.detach(), labels)
-    assert float((ours.grad.double() / theirs.grad - 1)[..., 0].abs().max()) < 1.5e-6  # others have the error of their exp
+    # others have the error of their exp
+    assert float((ours.grad.double() / theirs.grad - 1)[..., 0].abs().max()) < 1.5e-6
     assert float((got.entropy.double() / entropy - 1).abs().max()) < 1.5e-6
 
 
 @settings(max_examples=20, deadline=None)
-@given(rows=st.integers(1, 5), vocab=st.integers(1, 200), scale=st.sampled_from([0.01, 1.0, 30.0]), seed=st.integers(0, 999))
+@given(
+    rows=st.integers(1, 5),
+    vocab=st.integers(1, 200),
+    scale=st.sampled_from([0.01, 1.0, 30.0]),
+    seed=st.integers(0, 999),
+)
 def test_split_rows_equal_whole_rows(rows, vocab, scale, seed):
     labels = labels_of((1, rows), vocab, seed)
     logits = regime("normal", (1, rows, vocab), labels, seed) * scale
@@ -161,13 +208,18 @@ def test_a_label_out_of_range_is_nan_when_rows_are_split():
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_losses_hand_out_the_same_numbers(reduction):
     generator = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(4, 5, 8, generator=generator), torch.randn(60, 8, generator=generator)
+    hidden, weight = (
+        torch.randn(4, 5, 8, generator=generator),
+        torch.randn(60, 8, generator=generator),
+    )
     labels = labels_of((4, 5), 60)
     logits = hidden @ weight.T
     expected = mpo_kernels.token_statistics(logits, labels)
     for out in (
         mpo_kernels.mpo_loss(logits, labels, GAP, reduction=reduction, token_outputs=True),
-        mpo_kernels.linear_mpo_loss(hidden.requires_grad_(), weight, labels, GAP, reduction=reduction, token_outputs=True),
+        mpo_kernels.linear_mpo_loss(
+            hidden.requires_grad_(), weight, labels, GAP, reduction=reduction, token_outputs=True
+        ),
     ):
         for got, want in zip(out.tokens, expected, strict=True):
             assert not got.requires_grad
@@ -187,7 +239,10 @@ def test_tiles_can_be_overridden_and_wrong_ones_are_refused():
         assert tile_for("stats", 5000, cpu) == Tile(1024, 2)
         assert tile_for("grad", 5000, cpu) == Tile(4096, 4)
     assert tile_for("stats", 50000, cpu) == Tile(8192, 8)
-    with pytest.raises(ValueError, match="stats: block is 1000; it must be a power of two"), use_tiles(stats=Tile(1000, 4)):
+    with (
+        pytest.raises(ValueError, match="stats: block is 1000; it must be a power of two"),
+        use_tiles(stats=Tile(1000, 4)),
+    ):
         pass
     with pytest.raises(ValueError, match="grad: num_warps is 3"), use_tiles(grad=Tile(1024, 3)):
         pass

@@ -1,4 +1,5 @@
-"""Runs commands one after the other in one process, and damages files between them. Arguments: file of the steps, file for what they gave.
+"""Runs commands one after the other in one process, and damages files between them. Arguments: file
+of the steps, file for what they gave.
 
 The libraries behind a command take longer to import than a tiny run takes.
 """
@@ -18,7 +19,8 @@ from mpo import cli, distributed
 
 
 def damage(path: Path, fault: str) -> None:
-    """Does one thing to a file or a folder, whatever it was. Any other name of a fault is what the file holds then."""
+    """Does one thing to a file or a folder, whatever it was. Any other name of a fault is what the
+    file holds then."""
     content = path.read_bytes() if path.is_file() else b""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -95,7 +97,9 @@ def do(step: list) -> dict:
         damage(Path(arguments[0]), arguments[1])
     elif what == "look":
         run = Path(arguments[0])
-        files = sorted(str(path.relative_to(run)) for path in run.rglob("*")) if run.is_dir() else []
+        files = (
+            sorted(str(path.relative_to(run)) for path in run.rglob("*")) if run.is_dir() else []
+        )
         return {"files": files, **outcome(run)}
     elif what == "remove":
         shutil.rmtree(arguments[0], ignore_errors=True)
@@ -106,5 +110,7 @@ if __name__ == "__main__":
     distributed.leave = lambda: None  # one process group for all of them
     Figure.savefig = no_picture
     steps_file, outcomes_file = map(Path, sys.argv[1:])
-    outcomes_file.write_text(json.dumps([do(step) for step in json.loads(steps_file.read_text())], allow_nan=False))
+    outcomes_file.write_text(
+        json.dumps([do(step) for step in json.loads(steps_file.read_text())], allow_nan=False)
+    )
     os._exit(0)  # gloo's threads need not be waited for

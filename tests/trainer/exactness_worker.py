@@ -1,13 +1,18 @@
-"""Many short runs in one process group, for test_exactness.py: python -m torch.distributed.run ... exactness_worker.py CONFIG CELLS.json
+"""Many short runs in one process group, for test_exactness.py: python -m torch.distributed.run ...
+exactness_worker.py CONFIG CELLS.json
 
-CELLS.json holds [{"name": output folder beside CONFIG, "overrides": [...]}, ...]. Each cell is one call of `mpo.train.train`, the function
-behind `mpo train`. Beside what the run itself leaves in its folder, rank 0 writes what only the live engine knows:
+CELLS.json holds [{"name": output folder beside CONFIG, "overrides": [...]}, ...]. Each cell is one
+call of `mpo.train.train`, the function behind `mpo train`. Beside what the run itself leaves in its
+folder, rank 0 writes what only the live engine knows:
 
 moments.safetensors   AdamW's first moment of every trained parameter after the last step, gathered. It is linear in the gradients: it shows
-                      a wrong scale of them, to which AdamW's step is blind, and does not blow up their rounding as that step does.
+                      a wrong scale of them, to which AdamW's step is blind, and does not blow up
+                      their rounding as that step does.
 observed.json         `gathers`: per micro-batch, ZeRO-3's all-gathers in order as [module, parameter, "forward" or "backward"].
-                      `attention_calls`: per micro-batch, forward calls of the first block's attention.
-                      `optimizer`: the class that steps. `offloads_parameters`: whether ZeRO-3 keeps those not in use on the host.
+                      `attention_calls`: per micro-batch, forward calls of the first block's
+                      attention.
+                      `optimizer`: the class that steps. `offloads_parameters`: whether ZeRO-3 keeps
+                      those not in use on the host.
 """
 
 from __future__ import annotations
@@ -51,11 +56,16 @@ class Observer:
             self._watch(built[0])
             return built
 
-        def fetch_sub_module(coordinator: Any, module: torch.nn.Module, *arguments: Any, **options: Any) -> None:
+        def fetch_sub_module(
+            coordinator: Any, module: torch.nn.Module, *arguments: Any, **options: Any
+        ) -> None:
             self._fetching = module
             fetch(coordinator, module, *arguments, **options)
 
-        mpo.train.build_engine, PartitionedParameterCoordinator.fetch_sub_module = build_engine, fetch_sub_module
+        mpo.train.build_engine, PartitionedParameterCoordinator.fetch_sub_module = (
+            build_engine,
+            fetch_sub_module,
+        )
         try:
             yield
         finally:
@@ -65,8 +75,11 @@ class Observer:
         self._engine = engine
         modules = {module: name for name, module in engine.module.named_modules()}
         names = {parameter: name for name, parameter in engine.module.named_parameters()}
-        engine.module.register_forward_pre_hook(self._forward_begins, prepend=True)  # before DeepSpeed's, which begins to gather
-        first_attention = next(module for module, name in modules.items() if name.endswith("layers.0.self_attn"))
+        # before DeepSpeed's, which begins to gather
+        engine.module.register_forward_pre_hook(self._forward_begins, prepend=True)
+        first_attention = next(
+            module for module, name in modules.items() if name.endswith("layers.0.self_attn")
+        )
         first_attention.register_forward_pre_hook(self._attention_called)
 
         def counted(gather: Any) -> Any:
@@ -74,13 +87,17 @@ class Observer:
                 parameters = list(parameters)
                 if self._training:
                     phase = "forward" if torch._C._current_graph_task_id() == -1 else "backward"
-                    self.gathers[-1].extend((modules[self._fetching], names[p], phase) for p in parameters)
+                    self.gathers[-1].extend(
+                        (modules[self._fetching], names[p], phase) for p in parameters
+                    )
                 return gather(parameters, *arguments, **options)
 
             return all_gather_coalesced
 
         for parameter in names:
-            if hasattr(parameter, "ds_id"):  # ZeRO-3: the coordinator calls this method of a group's first parameter for all of the group
+            # ZeRO-3: the coordinator calls this method of a group's first parameter for all of the
+            # group
+            if hasattr(parameter, "ds_id"):
                 parameter.all_gather_coalesced = counted(parameter.all_gather_coalesced)
 
     def _forward_begins(self, *_: Any) -> None:
@@ -100,7 +117,8 @@ class Observer:
         for name, parameter in self._engine.module.named_parameters():
             if parameter.requires_grad:
                 moment = safe_get_full_optimizer_state(parameter, "exp_avg")
-                if moment is None:  # stage 0 in fp32: torch's optimizer, with nothing of DeepSpeed's around it
+                # stage 0 in fp32: torch's optimizer, with nothing of DeepSpeed's around it
+                if moment is None:
                     moment = optimizer.state[parameter]["exp_avg"]
                 moments[name] = moment.detach().cpu().clone()
         if is_main():
@@ -123,7 +141,9 @@ def main(configuration: Path, cells: list[dict[str, Any]]) -> None:
         print(f"-- {folder.name}", flush=True)
         observer = Observer()
         with observer.watching():
-            mpo.train.train(load_config(configuration, [f"output_dir={folder}", *cell["overrides"]]))
+            mpo.train.train(
+                load_config(configuration, [f"output_dir={folder}", *cell["overrides"]])
+            )
         observer.write(folder)
         dist.barrier()
 

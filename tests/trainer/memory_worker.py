@@ -1,7 +1,8 @@
-"""What real engines keep in memory, for test_memory.py: python memory_worker.py CONFIG CELLS.json > one JSON line a cell
+"""What real engines keep in memory, for test_memory.py: python memory_worker.py CONFIG CELLS.json >
+one JSON line a cell
 
-Each cell is a list of overrides. Counted are the bytes of all tensors at the end of the second step's backward, when weights, gradients and
-the optimizer's state exist together.
+Each cell is a list of overrides. Counted are the bytes of all tensors at the end of the second
+step's backward, when weights, gradients and the optimizer's state exist together.
 """
 
 import dataclasses
@@ -25,23 +26,40 @@ from mpo.model import bind_mpo_forward, load_model
 def storages() -> dict[int, torch.UntypedStorage]:
     """Of all tensors, by address."""
     gc.collect()
-    tensors = [value for value in gc.get_objects() if type(value) in (torch.Tensor, torch.nn.Parameter)]
-    both = [tensor for value in tensors for tensor in (value, value.grad if value.is_leaf else None) if tensor is not None]
-    return {storage.data_ptr(): storage for storage in (tensor.untyped_storage() for tensor in both)}
+    tensors = [
+        value for value in gc.get_objects() if type(value) in (torch.Tensor, torch.nn.Parameter)
+    ]
+    both = [
+        tensor
+        for value in tensors
+        for tensor in (value, value.grad if value.is_leaf else None)
+        if tensor is not None
+    ]
+    return {
+        storage.data_ptr(): storage for storage in (tensor.untyped_storage() for tensor in both)
+    }
 
 
 def measure(config: Config) -> int:
-    before = storages()  # held, so that no address is used again: DeepSpeed lets go of an engine only when the next one comes
+    # held, so that no address is used again: DeepSpeed lets go of an engine only when the next one
+    # comes
+    before = storages()
     settings = deepspeed_settings(config)
     keep_alive = HfDeepSpeedConfig(settings) if config.zero.stage == 3 else None
-    engine, _ = build_engine(bind_mpo_forward(load_model(config.model), config.loss), config, settings)
+    engine, _ = build_engine(
+        bind_mpo_forward(load_model(config.model), config.loss), config, settings
+    )
     del keep_alive
     batch = mpo_batch(some_sequences())
-    batch = dataclasses.replace(batch, pooled_reference=torch.randn(2, engine.module.config.hidden_size))
+    batch = dataclasses.replace(
+        batch, pooled_reference=torch.randn(2, engine.module.config.hidden_size)
+    )
     held = 0
     for _ in range(2):
         engine.backward(engine(batch=batch).loss, scale_wrt_gas=False)
-        held = sum(storage.nbytes() for address, storage in storages().items() if address not in before)
+        held = sum(
+            storage.nbytes() for address, storage in storages().items() if address not in before
+        )
         engine.step()
     engine.destroy()
     return held
@@ -54,7 +72,11 @@ def main(configuration: Path, cells: list[list[str]]) -> None:
         torch.nn.functional.linear = linear  # ZeRO-3 puts its own there for the rest of the process
         config = load_config(configuration, cell)
         size = memory.size_of(config.model)
-        result: dict[str, Any] = {"computed": memory.per_gpu(config, size, 0, 1), "size": size._asdict(), "held": measure(config)}
+        result: dict[str, Any] = {
+            "computed": memory.per_gpu(config, size, 0, 1),
+            "size": size._asdict(),
+            "held": measure(config),
+        }
         print(json.dumps(result), flush=True)
     leave()
 

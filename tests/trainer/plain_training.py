@@ -1,7 +1,9 @@
-"""MPO training as one would write it first: one sequence at a time through the model's own eager forward, torch's AdamW, no DeepSpeed.
+"""MPO training as one would write it first: one sequence at a time through the model's own eager
+forward, torch's AdamW, no DeepSpeed.
 
-What the trainer's many ways of computing a run are compared with; slow, and short enough to be checked by eye. Of the package it takes the
-tokens of the rows; which rows a step has, its rate, and all arithmetic are written here once more.
+What the trainer's many ways of computing a run are compared with; slow, and short enough to be
+checked by eye. Of the package it takes the tokens of the rows; which rows a step has, its rate, and
+all arithmetic are written here once more.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from mpo.tokenizing import TokenizedResponse
 
 
 def rows_of_steps(config: Config, rows: int) -> list[list[int]]:
-    """Of each step the indices of its rows: one random order an epoch, the epochs one after the other, cut into equal pieces."""
+    """Of each step the indices of its rows: one random order an epoch, the epochs one after the
+    other, cut into equal pieces."""
     train = config.train
     assert train.max_steps is None and not train.group_by_dominant and not train.overfit_batch
     total = int(Decimal(rows) * Decimal(str(train.epochs)))
@@ -27,21 +30,36 @@ def rows_of_steps(config: Config, rows: int) -> list[list[int]]:
     while len(order) < total:
         generator = torch.Generator().manual_seed(1_000_003 * train.seed + len(order) // rows)
         order += torch.randperm(rows, generator=generator).tolist()
-    return [order[:total][i : i + train.pairs_per_step] for i in range(0, total, train.pairs_per_step)]
+    return [
+        order[:total][i : i + train.pairs_per_step] for i in range(0, total, train.pairs_per_step)
+    ]
 
 
 def rates(config: Config, steps: int) -> list[float]:
-    """The learning rate of each step: in equal strides up to the peak, then down to what would be 0 a step after the last."""
+    """The learning rate of each step: in equal strides up to the peak, then down to what would be 0
+    a step after the last."""
     train, up = config.train, math.ceil(Decimal(str(config.train.warmup_ratio)) * steps)
     down = [i / (steps - up) for i in range(steps - up)]
-    shape = {"constant": lambda x: 1.0, "linear": lambda x: 1 - x, "cosine": lambda x: math.cos(math.pi * x / 2) ** 2}[train.schedule]
-    return [train.learning_rate * share for share in [(i + 1) / up for i in range(up)] + [shape(x) for x in down]]
+    shape = {
+        "constant": lambda x: 1.0,
+        "linear": lambda x: 1 - x,
+        "cosine": lambda x: math.cos(math.pi * x / 2) ** 2,
+    }[train.schedule]
+    return [
+        train.learning_rate * share
+        for share in [(i + 1) / up for i in range(up)] + [shape(x) for x in down]
+    ]
 
 
-def train_plainly(config: Config) -> tuple[list[dict[str, float]], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Returns per step loss, l1 and l2, means over its pairs; AdamW's first moments and the weights after the last step."""
+def train_plainly(
+    config: Config,
+) -> tuple[list[dict[str, float]], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Returns per step loss, l1 and l2, means over its pairs; AdamW's first moments and the weights
+    after the last step."""
     examples = prepare(config, lambda line: None).examples
-    model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        config.model.path, dtype=torch.float32, attn_implementation="eager"
+    )
 
     def mean_logp_and_pool(sequence: TokenizedResponse) -> tuple[torch.Tensor, torch.Tensor]:
         ids, start = torch.tensor([sequence.input_ids]), sequence.response_start
@@ -50,8 +68,15 @@ def train_plainly(config: Config) -> tuple[list[dict[str, float]], dict[str, tor
         return logps.mean(), output.hidden_states[-1][0, start:].mean(0)
 
     with torch.no_grad():
-        reference = {s: mean_logp_and_pool(s) for e in examples for s in (e.dominant_chosen, e.dominant_rejected)}
-    options: dict[str, Any] = {"betas": config.train.adam_betas, "weight_decay": config.train.weight_decay}
+        reference = {
+            s: mean_logp_and_pool(s)
+            for e in examples
+            for s in (e.dominant_chosen, e.dominant_rejected)
+        }
+    options: dict[str, Any] = {
+        "betas": config.train.adam_betas,
+        "weight_decay": config.train.weight_decay,
+    }
     optimizer = torch.optim.AdamW(model.parameters(), **options)
     order, steps = rows_of_steps(config, len(examples)), []
     for indices, rate in zip(order, rates(config, len(order)), strict=True):
@@ -59,10 +84,17 @@ def train_plainly(config: Config) -> tuple[list[dict[str, float]], dict[str, tor
         rows = [examples[i] for i in indices]
         l1 = l2 = torch.zeros(())
         for row in rows:
-            gap = mean_logp_and_pool(row.target_chosen)[0] - mean_logp_and_pool(row.target_rejected)[0]
+            gap = (
+                mean_logp_and_pool(row.target_chosen)[0]
+                - mean_logp_and_pool(row.target_rejected)[0]
+            )
             dominant = (row.dominant_chosen, row.dominant_rejected)
-            l1 = l1 + (config.loss.beta * gap - (reference[dominant[0]][0] - reference[dominant[1]][0])).square() / len(rows)
-            distances = [(mean_logp_and_pool(s)[1] - reference[s][1]).square().mean() for s in dominant]
+            l1 = l1 + (
+                config.loss.beta * gap - (reference[dominant[0]][0] - reference[dominant[1]][0])
+            ).square() / len(rows)
+            distances = [
+                (mean_logp_and_pool(s)[1] - reference[s][1]).square().mean() for s in dominant
+            ]
             l2 = l2 + sum(distances) / 2 / len(rows)
         loss = l1 + config.loss.retention_weight * l2
         optimizer.zero_grad()
@@ -71,4 +103,8 @@ def train_plainly(config: Config) -> tuple[list[dict[str, float]], dict[str, tor
         optimizer.step()
         steps.append({"loss": loss.item(), "l1": l1.item(), "l2": l2.item()})
     parameters = dict(model.named_parameters())
-    return steps, {name: optimizer.state[p]["exp_avg"] for name, p in parameters.items()}, {n: p.detach() for n, p in parameters.items()}
+    return (
+        steps,
+        {name: optimizer.state[p]["exp_avg"] for name, p in parameters.items()},
+        {n: p.detach() for n, p in parameters.items()},
+    )

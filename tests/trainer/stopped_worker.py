@@ -1,8 +1,11 @@
-"""One run that is stopped, or fails, at one place after another: python stopped_worker.py CONFIG STOPS.json OVERRIDES...
+"""One run that is stopped, or fails, at one place after another: python stopped_worker.py CONFIG
+STOPS.json OVERRIDES...
 
-STOPS.json holds [[place, how], ...]. Each is one call of `mpo.train.train`, the function behind `mpo train`, in the same output folder.
-It meets at the place a signal (SIGTERM, SIGINT), a failing write (ENOSPC), or both, a SIGTERM and a disk that is full from then on (FULL).
-The last call meets nothing. Prints a JSON line for each: what it raised, the step of the newest checkpoint, whether there is a result.
+STOPS.json holds [[place, how], ...]. Each is one call of `mpo.train.train`, the function behind
+`mpo train`, in the same output folder. It meets at the place a signal (SIGTERM, SIGINT), a failing
+write (ENOSPC), or both, a SIGTERM and a disk that is full from then on (FULL). The last call meets
+nothing. Prints a JSON line for each: what it raised, the step of the newest checkpoint, whether
+there is a result.
 """
 
 from __future__ import annotations
@@ -57,7 +60,8 @@ NO_LIMIT = resource.getrlimit(resource.RLIMIT_FSIZE)
 
 @contextmanager
 def stopped(place: str, how: str, steps: int) -> Iterator[None]:
-    """Within it the function of the place meets `how` when it begins, at the step that the place names."""
+    """Within it the function of the place meets `how` when it begins, at the step that the place
+    names."""
     if place == "nowhere":
         yield
         return
@@ -91,7 +95,13 @@ def main(configuration: Path, stops: list[list[str]], overrides: list[str]) -> N
                 raised = f"{type(error).__name__}: {error}"
         gc.collect()  # the folder's lock goes with the run's object
         found = checkpoint.newest(out / "checkpoints")
-        seen = {"place": place, "how": how, "raised": raised, "step": found and found.step, "result": (out / "result.json").exists()}
+        seen = {
+            "place": place,
+            "how": how,
+            "raised": raised,
+            "step": found and found.step,
+            "result": (out / "result.json").exists(),
+        }
         print("STOPPED", json.dumps(seen), flush=True)
 
 

@@ -1,4 +1,5 @@
-"""LoRA and QLoRA: what adapters compute, what their folders hold, quantized weights, and whole runs on a CPU."""
+"""LoRA and QLoRA: what adapters compute, what their folders hold, quantized weights, and whole runs
+on a CPU."""
 
 import json
 import shutil
@@ -44,7 +45,8 @@ def logits(model):
 
 @pytest.fixture(scope="module", params=["llama", "llama-tied", "qwen2"])
 def folder(request, tmp_path_factory, tokenizer):
-    """A model folder; hidden size 32, so that no row of weights is a multiple of nf4's block of 64."""
+    """A model folder; hidden size 32, so that no row of weights is a multiple of nf4's block of
+    64."""
     return save_model(tmp_path_factory.mktemp(request.param), tokenizer, request.param)
 
 
@@ -56,15 +58,25 @@ def test_adapters_off_is_the_model_before(folder):
     with lora.adapters_off(model):
         torch.testing.assert_close(logits(model), before, rtol=0, atol=0)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    assert trained and all("lora_" in name for name in trained) and not any("lm_head" in name or "embed" in name for name in trained)
-    assert sorted(model.state_dict()) == sorted(trained)  # what a checkpoint holds, a tied head not among it
+    assert (
+        trained
+        and all("lora_" in name for name in trained)
+        and not any("lm_head" in name or "embed" in name for name in trained)
+    )
+    # what a checkpoint holds, a tied head not among it
+    assert sorted(model.state_dict()) == sorted(trained)
 
 
 @pytest.mark.parametrize(("rank", "alpha"), [(4, 8), (2, 1), (1, 3)])
 def test_an_update_is_scaled_by_alpha_over_rank(folder, tmp_path, rank, alpha):
-    """x A^T B^T alpha / rank is added to what the layer gives, in the model and in the folder that is opened again."""
+    """x A^T B^T alpha / rank is added to what the layer gives, in the model and in the folder that
+    is opened again."""
     config = ModelConfig(path=str(folder), dtype="float32", attention="eager")
-    model = load_model(config.model_copy(update={"lora": LoraConfig(rank=rank, alpha=alpha, target_modules=("v_proj",))}))
+    model = load_model(
+        config.model_copy(
+            update={"lora": LoraConfig(rank=rank, alpha=alpha, target_modules=("v_proj",))}
+        )
+    )
     torch.manual_seed(2)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -85,8 +97,14 @@ def test_an_update_is_scaled_by_alpha_over_rank(folder, tmp_path, rank, alpha):
 
 
 def test_dropout_of_adapters_is_the_configured_one(folder):
-    model = load_model(ModelConfig(path=str(folder), dtype="float32", lora=LoraConfig(rank=4, dropout=0.25)))
-    rates = {module.p for name, module in model.named_modules() if "lora_dropout" in name and isinstance(module, torch.nn.Dropout)}
+    model = load_model(
+        ModelConfig(path=str(folder), dtype="float32", lora=LoraConfig(rank=4, dropout=0.25))
+    )
+    rates = {
+        module.p
+        for name, module in model.named_modules()
+        if "lora_dropout" in name and isinstance(module, torch.nn.Dropout)
+    }
     assert rates == {0.25}
 
 
@@ -98,7 +116,12 @@ def test_an_adapter_folder_opens_with_peft_and_merged_is_the_same(folder, tmp_pa
     assert lora.is_adapter(str(tmp_path)) and lora.base_of(str(tmp_path)) == str(folder)
     base = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     expected = logits(trained)
-    torch.testing.assert_close(logits(peft.PeftModel.from_pretrained(base, tmp_path).eval()), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        logits(peft.PeftModel.from_pretrained(base, tmp_path).eval()),
+        expected,
+        rtol=1e-5,
+        atol=1e-5,
+    )
     whole = load_model(config.model_copy(update={"path": str(tmp_path)}))
     assert not any("lora" in name for name, _ in whole.named_parameters())
     torch.testing.assert_close(logits(whole), expected, rtol=1e-4, atol=1e-4)
@@ -113,11 +136,19 @@ def test_adapters_on_the_head_are_refused_at_once(names):
 
 def test_unknown_modules_are_refused_with_the_known_ones(folder):
     with pytest.raises(UserError, match=r"query_key_value.*linear modules are .*q_proj"):
-        load_model(ModelConfig(path=str(folder), dtype="float32", lora=LoraConfig(target_modules=("query_key_value",))))
+        load_model(
+            ModelConfig(
+                path=str(folder),
+                dtype="float32",
+                lora=LoraConfig(target_modules=("query_key_value",)),
+            )
+        )
 
 
 def test_new_adapters_on_top_of_adapters_are_refused(folder, tmp_path):
-    lora.save(with_adapters(load_model(ModelConfig(path=str(folder), dtype="float32"))), tmp_path, None)
+    lora.save(
+        with_adapters(load_model(ModelConfig(path=str(folder), dtype="float32"))), tmp_path, None
+    )
     with pytest.raises(UserError, match=r"holds adapters.*--merge"):
         load_model(ModelConfig(path=str(tmp_path), lora=LoraConfig()))
 
@@ -131,13 +162,20 @@ def test_without_bitsandbytes_quantization_is_refused_before_anything_is_read(mo
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_quantized_layers_compute_with_the_numbers_they_hold(folder, kind, dtype):
-    """Forward and gradient; the same in training and evaluation; each row by itself, whatever is beside it."""
+    """Forward and gradient; the same in training and evaluation; each row by itself, whatever is
+    beside it."""
     needs_bitsandbytes()
     plain = load_model(ModelConfig(path=str(folder), dtype=dtype))
-    model = load_model(ModelConfig(path=str(folder), dtype=dtype, quantize=kind, lora=LoraConfig(rank=4)))
+    model = load_model(
+        ModelConfig(path=str(folder), dtype=dtype, quantize=kind, lora=LoraConfig(rank=4))
+    )
     assert quantized.kind_of(model) == kind and quantized.kind_of(plain) is None
-    assert model.lm_head.weight.dtype == model.model.embed_tokens.weight.dtype == getattr(torch, dtype)
-    assert (model.lm_head.weight is model.model.embed_tokens.weight) == (plain.lm_head.weight is plain.model.embed_tokens.weight)
+    assert (
+        model.lm_head.weight.dtype == model.model.embed_tokens.weight.dtype == getattr(torch, dtype)
+    )
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == (
+        plain.lm_head.weight is plain.model.embed_tokens.weight
+    )
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {getattr(torch, dtype)}
     layers = quantized._layers(model)
     assert len(layers) == 14  # seven linear modules in each of two blocks
@@ -178,7 +216,8 @@ def test_a_merged_model_is_what_was_trained_on_quantized_weights(folder, tmp_pat
     whole = lora.merged(load_model(config), str(tmp_path))
     assert quantized.kind_of(whole) is None
     torch.testing.assert_close(logits(whole), expected, rtol=1e-4, atol=1e-4)
-    other = load_model(config.model_copy(update={"path": str(tmp_path), "quantize": None}))  # merged into the unquantized weights
+    # merged into the unquantized weights
+    other = load_model(config.model_copy(update={"path": str(tmp_path), "quantize": None}))
     assert (logits(other) - expected).abs().max() > 1e-2
     whole.save_pretrained(tmp_path / "whole")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", attn_implementation="eager")
@@ -187,11 +226,20 @@ def test_a_merged_model_is_what_was_trained_on_quantized_weights(folder, tmp_pat
 
 def test_a_reference_store_knows_how_its_weights_were_quantized(folder, tokenizer):
     stores = [
-        identity(model_identity(ModelConfig(path=str(folder), dtype="float32", quantize=kind), tokenizer), [], "response")
+        identity(
+            model_identity(
+                ModelConfig(path=str(folder), dtype="float32", quantize=kind), tokenizer
+            ),
+            [],
+            "response",
+        )
         for kind in (None, *KINDS)
     ]
     assert [store["quantized"] for store in stores] == [None, *KINDS]
-    assert all({key for key in store if store[key] != stores[0][key]} == {"quantized"} for store in stores[1:])
+    assert all(
+        {key for key in store if store[key] != stores[0][key]} == {"quantized"}
+        for store in stores[1:]
+    )
 
 
 OPTIONS = ["model.lora.rank=4", "train.learning_rate=3e-3", "train.epochs=4", "checkpoint.every=4"]
@@ -217,8 +265,15 @@ def nf4(project):  # noqa: F811
 def test_nf4_trains_and_its_checkpoints_hold_what_trains(nf4):
     result = json.loads((nf4 / "result.json").read_text())
     assert result["all"]["distance"]["after"] < result["all"]["distance"]["before"]
-    assert sorted(path.name for path in (nf4 / "checkpoints").glob("step-*")) == ["step-00000008", "step-00000011"]
-    saved = torch.load(nf4 / "checkpoints" / "step-00000011" / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
+    assert sorted(path.name for path in (nf4 / "checkpoints").glob("step-*")) == [
+        "step-00000008",
+        "step-00000011",
+    ]
+    saved = torch.load(
+        nf4 / "checkpoints" / "step-00000011" / "mp_rank_00_model_states.pt",
+        map_location="cpu",
+        weights_only=False,
+    )
     assert saved["module"] and all("lora_" in name for name in saved["module"])
 
 
@@ -241,7 +296,12 @@ def test_nf4_goes_on_from_a_checkpoint_bit_for_bit(project, nf4):  # noqa: F811
         ("live-z3x2", 2, ["reference.mode=live", "zero.stage=3", PARTITION_ALL]),
         pytest.param("stored-z2x2", 2, ["zero.stage=2"], marks=pytest.mark.slow),
         pytest.param("live-z1", 1, ["reference.mode=live", "zero.stage=1"], marks=pytest.mark.slow),
-        pytest.param("recomputed-z0", 1, ["zero.stage=0", "model.activation_checkpointing=true"], marks=pytest.mark.slow),
+        pytest.param(
+            "recomputed-z0",
+            1,
+            ["zero.stage=0", "model.activation_checkpointing=true"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_nf4_is_the_same_however_the_work_is_split(project, nf4, name, ranks, overrides):  # noqa: F811
@@ -259,23 +319,36 @@ def test_adapters_of_nf4_merged_have_the_gaps_that_the_run_reported(project, nf4
 
 @pytest.mark.slow
 def test_adapters_beside_nf4_have_the_gaps_that_the_run_reported(project, nf4):  # noqa: F811
-    (gap,) = measured(project, "model.quantize=nf4", "model.lora.rank=4", "--model", str(nf4 / "model"))
+    (gap,) = measured(
+        project, "model.quantize=nf4", "model.lora.rank=4", "--model", str(nf4 / "model")
+    )
     assert gap == pytest.approx(gap_after(nf4), abs=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "dtype", "overrides"),
-    [(1, "float32", ["zero.stage=2"]), (2, "float32", ["zero.stage=3", PARTITION_ALL]), (2, "bfloat16", ["zero.stage=2"])],
+    [
+        (1, "float32", ["zero.stage=2"]),
+        (2, "float32", ["zero.stage=3", PARTITION_ALL]),
+        (2, "bfloat16", ["zero.stage=2"]),
+    ],
 )
 def test_int8_trains_and_its_merged_model_has_the_same_gaps(project, ranks, dtype, overrides):  # noqa: F811
     needs_bitsandbytes()
     dtype_option = f"model.dtype={dtype}"
-    options = [*OPTIONS, "model.quantize=int8", "model.lora.export=merged", dtype_option, *overrides]
+    options = [
+        *OPTIONS,
+        "model.quantize=int8",
+        "model.lora.export=merged",
+        dtype_option,
+        *overrides,
+    ]
     out, _ = run(project, f"int8-{dtype}-{ranks}", *options, ranks=ranks)
     result = json.loads((out / "result.json").read_text())
     assert result["all"]["distance"]["after"] < result["all"]["distance"]["before"]
     assert (out / "adapter" / "adapter_model.safetensors").is_file()
     (gap,) = measured(project, dtype_option, "--model", str(out / "model"))
-    # A weight in bfloat16 is off by 2^-9 of itself at most; in float32 only the order of sums differs.
+    # A weight in bfloat16 is off by 2^-9 of itself at most; in float32 only the order of sums
+    # differs.
     assert gap == pytest.approx(gap_after(out), abs=1e-5 if dtype == "float32" else 5e-3)

@@ -1,7 +1,9 @@
-"""A process that ends at any of its calls of the file system leaves the old thing or the new one, and whatever comes next goes on.
+"""A process that ends at any of its calls of the file system leaves the old thing or the new one,
+and whatever comes next goes on.
 
-Each writer runs again and again in a child process, which ends before its first call of the file system, before its second... until it gets
-through: killed, when nothing is cleaned up; or on a full disk, when a call fails and the writer goes its own way.
+Each writer runs again and again in a child process, which ends before its first call of the file
+system, before its second... until it gets through: killed, when nothing is cleaned up; or on a full
+disk, when a call fails and the writer goes its own way.
 """
 
 import io
@@ -30,7 +32,20 @@ from mpo.output_folder import OutputFolder, read_metrics
 from mpo.scoring import Gaps
 
 KILLED, REFUSED, DONE_ANYWAY, WRONG = 9, 3, 4, 5
-CALLS = {"open", "replace", "rename", "mkdir", "unlink", "remove", "rmdir", "fsync", "write", "ftruncate", "link", "symlink"}
+CALLS = {
+    "open",
+    "replace",
+    "rename",
+    "mkdir",
+    "unlink",
+    "remove",
+    "rmdir",
+    "fsync",
+    "write",
+    "ftruncate",
+    "link",
+    "symlink",
+}
 OF_FILES = {"write", "writelines", "flush", "truncate", "close"}
 
 
@@ -39,13 +54,16 @@ def changes_a_file(call):
     name, owner = call.__name__, getattr(call, "__self__", None)
     if isinstance(owner, io.IOBase):
         return name in OF_FILES
-    return name in ("serialize_file", "_save") or (name in CALLS and call.__module__ in ("posix", "_io", "io"))
+    return name in ("serialize_file", "_save") or (
+        name in CALLS and call.__module__ in ("posix", "_io", "io")
+    )
 
 
 def in_a_child(work, place, how):
     """Runs `work` in a child whose `place`-th call of the file system ends it.
 
-    Returns KILLED, REFUSED (a UserError), DONE_ANYWAY (a call failed that does not matter), or 0 where there are fewer calls.
+    Returns KILLED, REFUSED (a UserError), DONE_ANYWAY (a call failed that does not matter), or 0
+    where there are fewer calls.
     """
     child = os.fork()
     if child == 0:
@@ -64,7 +82,11 @@ def in_a_child(work, place, how):
             sys.setprofile(None)
             status = 0 if next(seen) <= place else DONE_ANYWAY
         except UserError as error:
-            status = REFUSED if "cannot be written" in str(error) or "cannot be read" in str(error) else WRONG
+            status = (
+                REFUSED
+                if "cannot be written" in str(error) or "cannot be read" in str(error)
+                else WRONG
+            )
         except BaseException as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
         finally:
@@ -73,13 +95,16 @@ def in_a_child(work, place, how):
 
 
 def every_end(tmp_path, how, prepare, work, check):
-    """Ends `work` everywhere. `prepare(folder)` comes before it, `check(folder, done)` behind it. Returns the number of places."""
+    """Ends `work` everywhere. `prepare(folder)` comes before it, `check(folder, done)` behind it.
+    Returns the number of places."""
     for place in itertools.count(1):
         folder = tmp_path / str(place)
         folder.mkdir()
         prepare(folder)
         status = in_a_child(lambda folder=folder: work(folder), place, how)
-        assert status == 0 or (status == KILLED if how == "killed" else status in (REFUSED, DONE_ANYWAY)), f"place {place}: {status}"
+        assert status == 0 or (
+            status == KILLED if how == "killed" else status in (REFUSED, DONE_ANYWAY)
+        ), f"place {place}: {status}"
         check(folder, status in (0, DONE_ANYWAY))
         shutil.rmtree(folder)
         if status == 0:
@@ -105,7 +130,13 @@ def test_a_file_is_the_old_one_or_the_new_one(tmp_path, how):
         remove_incomplete(folder)
         assert [path.name for path in folder.iterdir()] == ["x.json"]
 
-    places = every_end(tmp_path, how, lambda f: write_json(f / "x.json", old), lambda f: write_json(f / "x.json", new), check)
+    places = every_end(
+        tmp_path,
+        how,
+        lambda f: write_json(f / "x.json", old),
+        lambda f: write_json(f / "x.json", new),
+        check,
+    )
     assert places >= 5  # the tests notices if the calls are no longer seen
 
 
@@ -118,28 +149,41 @@ def test_a_folder_is_the_old_one_or_the_new_one_never_a_part(tmp_path, how, ther
                 (temporary / name).write_text(mark)
 
     def contents(folder):
-        return {path.name: path.read_text() for path in folder.iterdir()} if folder.exists() else None
+        return (
+            {path.name: path.read_text() for path in folder.iterdir()} if folder.exists() else None
+        )
 
     old, new = dict.fromkeys("abc", "old") if there_is_one else None, dict.fromkeys("abc", "new")
 
     def check(folder, done):
         found = contents(folder / "x")
         assert found == new if done else found in (old, new, None)
-        if there_is_one and found is None:  # between the two renames: then it lies beside its place, whole
+        # between the two renames: then it lies beside its place, whole
+        if there_is_one and found is None:
             assert how == "killed" and old in [contents(folder / name) for name in junk(folder)]
         assert how == "killed" or done or not junk(folder)
         write(folder, "newer")
         remove_incomplete(folder)
-        assert [path.name for path in folder.iterdir()] == ["x"] and contents(folder / "x") == dict.fromkeys("abc", "newer")
+        assert [path.name for path in folder.iterdir()] == ["x"] and contents(
+            folder / "x"
+        ) == dict.fromkeys("abc", "newer")
 
-    places = every_end(tmp_path, how, lambda f: write(f, "old") if there_is_one else None, lambda f: write(f, "new"), check)
+    places = every_end(
+        tmp_path,
+        how,
+        lambda f: write(f, "old") if there_is_one else None,
+        lambda f: write(f, "new"),
+        check,
+    )
     assert places >= 8
 
 
 def example(i):
     from mpo.tokenizing import Example, TokenizedResponse
 
-    return Example(f"rows:{i}", "sw", *(TokenizedResponse((1, 2, 3 + i, 4 + k), 2) for k in range(4)))
+    return Example(
+        f"rows:{i}", "sw", *(TokenizedResponse((1, 2, 3 + i, 4 + k), 2) for k in range(4))
+    )
 
 
 @both
@@ -149,9 +193,19 @@ def test_a_store_is_there_whole_or_not_at_all(tmp_path, how):
 
     def check(folder, done):
         found = reference.load(folder / "store", {"weights": "a"}, [example(0)])
-        assert found is not None if done else found is None or torch.equal(found.scores.pooled, scores.pooled)
+        assert (
+            found is not None
+            if done
+            else found is None or torch.equal(found.scores.pooled, scores.pooled)
+        )
 
-    every_end(tmp_path, how, lambda f: None, lambda f: reference.save(store, f / "store", {"weights": "a"}), check)
+    every_end(
+        tmp_path,
+        how,
+        lambda f: None,
+        lambda f: reference.save(store, f / "store", {"weights": "a"}),
+        check,
+    )
 
 
 @both
@@ -166,9 +220,17 @@ def test_parts_of_a_store_are_whole_or_not_there(tmp_path, how):
     def check(folder, done):
         found = reference.Parts(folder / ".store.parts", manifest).finished([2, 2])
         assert set(found) == {0, 1} if done else set(found) in ({0}, {0, 1})
-        assert all(torch.equal(part.mean_logp, scores.mean_logp) for part in found.values()) and not junk(folder)
+        assert all(
+            torch.equal(part.mean_logp, scores.mean_logp) for part in found.values()
+        ) and not junk(folder)
 
-    every_end(tmp_path, how, prepare, lambda f: reference.Parts(f / ".store.parts", manifest).keep(1, scores), check)
+    every_end(
+        tmp_path,
+        how,
+        prepare,
+        lambda f: reference.Parts(f / ".store.parts", manifest).keep(1, scores),
+        check,
+    )
 
     def again(folder, done):
         parts = reference.Parts(folder / ".store.parts", {"weights": "b"})
@@ -183,7 +245,11 @@ def config(tmp_path_factory):
     root = tmp_path_factory.mktemp("atomic")
     save_model(root / "model", make_tokenizer())
     write_rows(root / "train.jsonl", native_rows(dominants=1))
-    (root / "run.yaml").write_text(yaml.safe_dump({"output_dir": "x", "model": {"path": "model"}, "data": {"train": ["train.jsonl"]}}))
+    (root / "run.yaml").write_text(
+        yaml.safe_dump(
+            {"output_dir": "x", "model": {"path": "model"}, "data": {"train": ["train.jsonl"]}}
+        )
+    )
     return load_config(root / "run.yaml", ["data.date=2026-03-02"])
 
 
@@ -194,7 +260,13 @@ def test_a_run_that_never_got_to_begin_is_begun_again(tmp_path, how, config):
         assert run.open(config, "rows", {}) in ([True] if done else [True, False])
         assert run.read()["rows"] == "rows" and not junk(folder)
 
-    every_end(tmp_path, how, lambda f: None, lambda f: OutputFolder(f / "run").open(config, "rows", {}), check)
+    every_end(
+        tmp_path,
+        how,
+        lambda f: None,
+        lambda f: OutputFolder(f / "run").open(config, "rows", {}),
+        check,
+    )
 
 
 @both
@@ -203,9 +275,13 @@ def test_gaps_before_are_whole_or_measured_again(tmp_path, how):
 
     def check(folder, done):
         found = OutputFolder(folder).load_gaps_before(2)
-        assert found is not None if done else found is None or torch.equal(found.target, gaps.target)
+        assert (
+            found is not None if done else found is None or torch.equal(found.target, gaps.target)
+        )
 
-    every_end(tmp_path, how, lambda f: None, lambda f: OutputFolder(f).save_gaps_before(gaps), check)
+    every_end(
+        tmp_path, how, lambda f: None, lambda f: OutputFolder(f).save_gaps_before(gaps), check
+    )
 
 
 def row(step):
@@ -220,9 +296,13 @@ def lines(folder, steps):
 def test_a_line_of_metrics_is_whole_or_left_out(tmp_path, config):
     def check(folder, done):
         found = read_metrics(folder / "metrics.jsonl")
-        assert found == [row(1), row(2), row(3)][: len(found)] and len(found) in ([3] if done else [2, 3])
+        assert found == [row(1), row(2), row(3)][: len(found)] and len(found) in (
+            [3] if done else [2, 3]
+        )
 
-    assert every_end(tmp_path, "killed", lambda f: lines(f, 2), lambda f: lines_from(f, 3), check) >= 3
+    assert (
+        every_end(tmp_path, "killed", lambda f: lines(f, 2), lambda f: lines_from(f, 3), check) >= 3
+    )
 
 
 def lines_from(folder, step):
@@ -237,7 +317,9 @@ def test_metrics_are_cut_in_one_piece(tmp_path, how, config):
 
     def check(folder, done):
         assert read_metrics(folder / "metrics.jsonl") in (
-            [[row(1), row(2), row(3)]] if done else [[row(i) for i in range(1, n + 1)] for n in (3, 5)]
+            [[row(1), row(2), row(3)]]
+            if done
+            else [[row(i) for i in range(1, n + 1)] for n in (3, 5)]
         )
 
     every_end(tmp_path, how, prepare, lambda f: OutputFolder(f).truncate_metrics(3), check)
@@ -254,9 +336,12 @@ def test_a_disk_that_is_full_for_a_while_costs_no_line_of_metrics(tmp_path):
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (first + room, limits[1]))
         try:
-            assert "cannot be written" in run.append_metrics(row(2)) and "2 line(s) wait" in run.append_metrics(row(3))
+            assert "cannot be written" in run.append_metrics(
+                row(2)
+            ) and "2 line(s) wait" in run.append_metrics(row(3))
             assert read_metrics(folder / "metrics.jsonl") == [row(1)]
-            assert (folder / "metrics.jsonl").stat().st_size == first  # nothing half is left that a line would be written behind
+            # nothing half is left that a line would be written behind
+            assert (folder / "metrics.jsonl").stat().st_size == first
             with pytest.raises(UserError, match=r"metrics.jsonl cannot be written"):
                 run.flush_metrics()
         finally:
@@ -313,12 +398,15 @@ def steps_in(folder):
 
 
 def is_whole(found, mark):
-    return {p.name: p.read_text() for p in found.folder.glob("*.pt")} == {n: f"{mark} {n}" for n in ("model_states.pt", "optim_states.pt")}
+    return {p.name: p.read_text() for p in found.folder.glob("*.pt")} == {
+        n: f"{mark} {n}" for n in ("model_states.pt", "optim_states.pt")
+    }
 
 
 @pytest.mark.parametrize(("how", "keep"), [("killed", 1), ("full disk", 2)])
 def test_a_checkpoint_is_whole_or_not_there(tmp_path, how, keep, one_rank):
-    """The newest is the old one or the new one, and the next save leaves just what is to be kept."""
+    """The newest is the old one or the new one, and the next save leaves just what is to be
+    kept."""
 
     def prepare(folder):
         assert save(folder, 1, mark="first") is None and save(folder, 2, mark="second") is None
@@ -350,14 +438,23 @@ def test_an_end_within_deepspeed_leaves_the_older_checkpoint(tmp_path, one_rank,
     assert steps_in(tmp_path) == ["step-00000001", "step-00000002.incomplete"]
     engine = Engine(fails=(name, OSError(28, "No space left on device")))
     failure = checkpoint.save(engine, tmp_path / "checkpoints", 3, 2, 2)
-    assert "No space left" in failure and "The newest one is step-00000001" in failure and steps_in(tmp_path) == ["step-00000001"]
-    assert not set(vars(engine.checkpoint_engine)) - {"write"} and "_copy_recovery_script" not in vars(engine)  # as it was
-    assert "No space left" in save(tmp_path, 3, fails=(name, RuntimeError("[enforce fail] No space left on device")))
+    assert (
+        "No space left" in failure
+        and "The newest one is step-00000001" in failure
+        and steps_in(tmp_path) == ["step-00000001"]
+    )
+    assert not set(vars(engine.checkpoint_engine)) - {
+        "write"
+    } and "_copy_recovery_script" not in vars(engine)  # as it was
+    assert "No space left" in save(
+        tmp_path, 3, fails=(name, RuntimeError("[enforce fail] No space left on device"))
+    )
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_full_disk_on_one_rank_costs_the_checkpoint_on_all(tmp_path, one_rank, monkeypatch, rank):
-    """What each rank could not write, and which files each has written, are known to the one that publishes."""
+    """What each rank could not write, and which files each has written, are known to the one that
+    publishes."""
     assert save(tmp_path, 1) is None
     monkeypatch.setattr(checkpoint.dist, "get_world_size", lambda: 2)
     fails = [["No space left on device"] if rank == r else [] for r in range(2)]
@@ -371,19 +468,28 @@ def test_a_full_disk_on_one_rank_costs_the_checkpoint_on_all(tmp_path, one_rank,
     fails[rank] = []
     assert save(tmp_path, 2) is None
     state = json.loads((tmp_path / "checkpoints" / "step-00000002" / "state.json").read_text())
-    assert state["world_size"] == 2 and set(state["files"]) == {"model_states.pt", "optim_states.pt", "rank1_optim_states.pt"}
+    assert state["world_size"] == 2 and set(state["files"]) == {
+        "model_states.pt",
+        "optim_states.pt",
+        "rank1_optim_states.pt",
+    }
     said = []
-    assert checkpoint.newest(tmp_path / "checkpoints", said.append).step == 1  # the file of the other rank is not there
+    # the file of the other rank is not there
+    assert checkpoint.newest(tmp_path / "checkpoints", said.append).step == 1
     assert "rank1_optim_states.pt is missing" in said[0]
 
 
 def test_a_damaged_later_checkpoint_does_not_push_out_the_new_one(tmp_path, one_rank):
-    """The run goes on from step 2, because 9 is damaged; what it writes after step 3 is the newest, and 9 goes."""
+    """The run goes on from step 2, because 9 is damaged; what it writes after step 3 is the newest,
+    and 9 goes."""
     assert save(tmp_path, 2) is None and save(tmp_path, 9) is None
     (tmp_path / "checkpoints" / "step-00000009" / "model_states.pt").write_text("half")
     (tmp_path / "checkpoints" / "step-00000009.portable").mkdir()
     said = []
-    assert checkpoint.newest(tmp_path / "checkpoints", said.append).step == 2 and "model_states.pt has 4 bytes" in said[0]
+    assert (
+        checkpoint.newest(tmp_path / "checkpoints", said.append).step == 2
+        and "model_states.pt has 4 bytes" in said[0]
+    )
     assert save(tmp_path, 3, keep=1) is None
     assert steps_in(tmp_path) == ["step-00000003"]
 
@@ -391,10 +497,20 @@ def test_a_damaged_later_checkpoint_does_not_push_out_the_new_one(tmp_path, one_
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_two_real_ranks_of_which_one_has_a_full_disk(project, stage):  # noqa: F811
-    """From some step on no file of rank 1 may grow beyond 20 kB. Both go through the collectives together and train on."""
+    """From some step on no file of rank 1 may grow beyond 20 kB. Both go through the collectives
+    together and train on."""
     out = project / f"one-full-{stage}"
-    options = [f"zero.stage={stage}", "checkpoint.every=2", "checkpoint.export=false", "train.max_steps=60"]
-    options += ["zero.deepspeed={zero_optimization: {stage3_param_persistence_threshold: 0}}"] if stage == 3 else []
+    options = [
+        f"zero.stage={stage}",
+        "checkpoint.every=2",
+        "checkpoint.export=false",
+        "train.max_steps=60",
+    ]
+    options += (
+        ["zero.deepspeed={zero_optimization: {stage3_param_persistence_threshold: 0}}"]
+        if stage == 3
+        else []
+    )
     ranks = begin(project, out, options, 2)
     while not (out / "metrics.jsonl").exists() and ranks[1].poll() is None:
         time.sleep(0.01)
@@ -402,6 +518,8 @@ def test_two_real_ranks_of_which_one_has_a_full_disk(project, stage):  # noqa: F
     assert [process.wait(240) for process in ranks] == [0, 0]
     text = out.with_name(f"{out.name}-rank0.log").read_text()
     assert "The checkpoint after step 60 could not be written" in text, text[-3000:]
-    assert len(read_metrics(out / "metrics.jsonl")) == 60 and not list((out / "checkpoints").glob("*.incomplete"))
+    assert len(read_metrics(out / "metrics.jsonl")) == 60 and not list(
+        (out / "checkpoints").glob("*.incomplete")
+    )
     found = checkpoint.newest(out / "checkpoints", pytest.fail)
     assert found is None or found.step < 60

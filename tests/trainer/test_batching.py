@@ -1,4 +1,5 @@
-"""Packing and the assignment of rows to steps and ranks: exact bookkeeping, checked position by position."""
+"""Packing and the assignment of rows to steps and ranks: exact bookkeeping, checked position by
+position."""
 
 import math
 from decimal import ROUND_HALF_EVEN, Decimal
@@ -9,7 +10,16 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mpo.batching import MicroBatch, Schedule, in_micro_batches, of_every_rank, order_of_rows, pack, pack_for_scoring, tokens_of
+from mpo.batching import (
+    MicroBatch,
+    Schedule,
+    in_micro_batches,
+    of_every_rank,
+    order_of_rows,
+    pack,
+    pack_for_scoring,
+    tokens_of,
+)
 from mpo.config import Config, TrainConfig
 from mpo.engine import learning_rate
 from mpo.model import Scores
@@ -17,7 +27,11 @@ from mpo.reference import ReferenceStore
 from mpo.tokenizing import Example, TokenizedResponse
 from mpo.train import Batches, make_batch, schedule_of
 
-SEQUENCES = st.lists(st.integers(1, 6).flatmap(lambda start: st.tuples(st.just(start), st.integers(1, 5))), min_size=1, max_size=6)
+SEQUENCES = st.lists(
+    st.integers(1, 6).flatmap(lambda start: st.tuples(st.just(start), st.integers(1, 5))),
+    min_size=1,
+    max_size=6,
+)
 
 
 def sequences_of(shapes):
@@ -48,10 +62,16 @@ def test_each_label_is_the_token_after_its_row(shapes, same, share):
         first, last = packed.scored_cu_seqlens[i : i + 2].tolist()
         rows, start = packed.scored_rows[first:last].tolist(), sequence.response_start
         assert tuple(packed.labels[first:last].tolist()) == sequence.input_ids[start:]
-        assert tuple(ids[row] for row in rows) == sequence.input_ids[start - 1 : -1]  # each row holds the token before its label
-        assert [positions[row] for row in rows] == list(range(start - 1, len(sequence.input_ids) - 1))
+        # each row holds the token before its label
+        assert tuple(ids[row] for row in rows) == sequence.input_ids[start - 1 : -1]
+        assert [positions[row] for row in rows] == list(
+            range(start - 1, len(sequence.input_ids) - 1)
+        )
         first, last = packed.pooled_cu_seqlens[i : i + 2].tolist()
-        assert tuple(ids[row] for row in packed.pooled_rows[first:last].tolist()) == sequence.input_ids[start:]
+        assert (
+            tuple(ids[row] for row in packed.pooled_rows[first:last].tolist())
+            == sequence.input_ids[start:]
+        )
     assert sum(map(sum, packed.documents)) == len(ids) == tokens_of(sequences, share)
     assert positions.count(0) == len(packed.documents)
     assert all(len(document) <= (3 if share else 2) for document in packed.documents)
@@ -72,14 +92,20 @@ def test_pool_all_averages_a_shared_prompt_into_both():
     sequences = with_shared_prompts(sequences_of([(2, 3), (2, 1)]), [True])
     packed = pack(sequences, scored=[], pooled=[1, 0], pool="all", share_prompts=True)
     assert packed.documents == ((2, 3, 1),)
-    assert packed.input_ids[0][packed.pooled_rows].tolist() == list(sequences[1].input_ids + sequences[0].input_ids)
+    assert packed.input_ids[0][packed.pooled_rows].tolist() == list(
+        sequences[1].input_ids + sequences[0].input_ids
+    )
 
 
 def examples_of(rows):
-    """Rows of different lengths; each three share a dominant pair, and all share their rejected dominant answer in tens."""
+    """Rows of different lengths; each three share a dominant pair, and all share their rejected
+    dominant answer in tens."""
 
     def response(token, start, scored):
-        return TokenizedResponse(tuple(range(token, token + start)) + tuple(range(token + 50, token + 50 + scored)), start)
+        return TokenizedResponse(
+            tuple(range(token, token + start)) + tuple(range(token + 50, token + 50 + scored)),
+            start,
+        )
 
     return [
         Example(
@@ -103,11 +129,15 @@ def examples_of(rows):
     budget=st.sampled_from([None, 1, 10, 25]),
     share=st.booleans(),
 )
-def test_every_pair_once_and_every_rank_as_many_micro_batches(rows, per_step, micro, world, epochs, budget, share):
+def test_every_pair_once_and_every_rank_as_many_micro_batches(
+    rows, per_step, micro, world, epochs, budget, share
+):
     schedule, examples = Schedule(rows, per_step, epochs, None), examples_of(rows)
 
     def cut(positions):
-        return in_micro_batches([examples[p % rows] for p in positions], pairs=micro, tokens=budget, share_prompts=share)
+        return in_micro_batches(
+            [examples[p % rows] for p in positions], pairs=micro, tokens=budget, share_prompts=share
+        )
 
     seen = []
     for step in range(schedule.steps):
@@ -120,7 +150,8 @@ def test_every_pair_once_and_every_rank_as_many_micro_batches(rows, per_step, mi
         if budget is None:
             assert computed == in_step
         for rank, parts in enumerate(shares):
-            # Each dominant sequence of the rank's rows once, with half the number of rows that have it.
+            # Each dominant sequence of the rank's rows once, with half the number of rows that have
+            # it.
             mine = [examples[p % rows] for p in schedule.share(step, rank, world)]
             want: dict = {}
             for row in mine:
@@ -132,7 +163,10 @@ def test_every_pair_once_and_every_rank_as_many_micro_batches(rows, per_step, mi
                 if budget is None:
                     assert len(part.examples) <= micro
                 else:
-                    assert part.tokens(share) <= budget or len(part.examples) + bool(part.dominant) == 1
+                    assert (
+                        part.tokens(share) <= budget
+                        or len(part.examples) + bool(part.dominant) == 1
+                    )
         seen += in_step
     assert len(seen) == pairs_of(rows, epochs)
 
@@ -154,26 +188,44 @@ def pairs_of(rows, epochs):
 @example(rows=50, per_step=1, epochs=0.29, max_steps=None, world=2)
 @settings(max_examples=400)
 def test_steps_cut_the_rows_of_a_run_without_a_rest(rows, per_step, epochs, max_steps, world):
-    """No step is empty, all but the last are full, every rank's shares add up, and what is counted is what is computed."""
+    """No step is empty, all but the last are full, every rank's shares add up, and what is counted
+    is what is computed."""
     schedule = Schedule(rows, per_step, epochs, max_steps)
     assert schedule.pairs == (pairs_of(rows, epochs) if max_steps is None else max_steps * per_step)
     steps = [schedule.positions(step) for step in range(schedule.steps)]
     assert [place for step in steps for place in step] == list(range(schedule.pairs))
     assert all(len(step) == per_step for step in steps[:-1]) and 1 <= len(steps[-1]) <= per_step
     for i, step in enumerate(steps):
-        assert [place for rank in range(world) for place in schedule.share(i, rank, world)] == list(step)
+        assert [place for rank in range(world) for place in schedule.share(i, rank, world)] == list(
+            step
+        )
     again = Schedule(rows, per_step, epochs, max_steps, repeats_first_step=True)
-    assert again.steps == schedule.steps and {again.positions(i) for i in range(again.steps)} == {steps[0]}
+    assert again.steps == schedule.steps and {again.positions(i) for i in range(again.steps)} == {
+        steps[0]
+    }
 
 
-@given(rows=st.integers(1, 20), per_step=st.integers(1, 7), epochs=st.integers(1, 3), world=st.integers(1, 4), grouped=st.booleans())
+@given(
+    rows=st.integers(1, 20),
+    per_step=st.integers(1, 7),
+    epochs=st.integers(1, 3),
+    world=st.integers(1, 4),
+    grouped=st.booleans(),
+)
 def test_every_epoch_computes_every_row_once(rows, per_step, epochs, world, grouped):
     """Through the very object that a run and the dry run ask."""
     train = {"pairs_per_step": per_step, "epochs": epochs, "group_by_dominant": grouped}
-    config = Config.model_validate({"output_dir": "-", "model": {"path": "-"}, "data": {"train": ["-"]}, "train": train})
+    config = Config.model_validate(
+        {"output_dir": "-", "model": {"path": "-"}, "data": {"train": ["-"]}, "train": train}
+    )
     examples, schedule = examples_of(rows), schedule_of(config, rows)
     batches = Batches(examples, schedule, config)
-    parts = [part for step in range(schedule.steps) for rank in range(world) for part in batches.micro_batches(step, rank, world)]
+    parts = [
+        part
+        for step in range(schedule.steps)
+        for rank in range(world)
+        for part in batches.micro_batches(step, rank, world)
+    ]
     computed = [int(e.source) for part in parts for e in part.examples]
     assert len(computed) == rows * epochs
     for epoch in range(epochs):
@@ -189,14 +241,19 @@ def test_a_budget_is_filled_by_the_longest_first():
 
 
 def test_an_empty_micro_batch_runs_on_the_filler():
-    config = Config.model_validate({"output_dir": "-", "model": {"path": "-"}, "data": {"train": ["-"]}})
-    batch = make_batch(MicroBatch(), ReferenceStore({}, Scores(torch.zeros(0), torch.zeros(0, 4))), config)
+    config = Config.model_validate(
+        {"output_dir": "-", "model": {"path": "-"}, "data": {"train": ["-"]}}
+    )
+    batch = make_batch(
+        MicroBatch(), ReferenceStore({}, Scores(torch.zeros(0), torch.zeros(0, 4))), config
+    )
     assert batch.packed.documents == ((1, 1, 1),) and batch.packed.input_ids.tolist() == [[0, 0, 0]]
     assert batch.packed.scored_rows.tolist() == [0, 0] and batch.packed.pooled_rows.numel() == 0
     assert batch.pair_weights.tolist() == [0] and batch.pooled_weights.numel() == 0
 
 
-TEN_STEPS = {  # ratio of the warm-up: the share of the peak in steps 0, 1, 2, 3, 5 and 9 of ten, by hand
+# ratio of the warm-up: the share of the peak in steps 0, 1, 2, 3, 5 and 9 of ten, by hand
+TEN_STEPS = {
     ("constant", 0): (1, 1, 1, 1, 1, 1),
     ("constant", 0.1): (1, 1, 1, 1, 1, 1),
     ("constant", 0.3): (1 / 3, 2 / 3, 1, 1, 1, 1),
@@ -219,7 +276,8 @@ def test_learning_rates_are_those_of_a_table_made_by_hand(schedule, warmup):
 
 
 @given(ratio=st.decimals("0", "1", places=2), steps=st.integers(1, 300))
-@example(ratio=Decimal("0.1"), steps=30)  # floats make it 3.0000000000000004, which is no fourth step
+# floats make it 3.0000000000000004, which is no fourth step
+@example(ratio=Decimal("0.1"), steps=30)
 @example(ratio=Decimal("0.07"), steps=100)
 def test_the_peak_comes_after_the_share_of_the_steps_that_was_written(ratio, steps):
     warmup = math.ceil(ratio * steps)
@@ -235,9 +293,13 @@ def test_max_steps_overrides_epochs():
 
 @pytest.mark.parametrize("grouped", [False, True])
 def test_order_is_a_function_of_seed_and_epoch(grouped):
-    examples = [SimpleNamespace(dominant_chosen=i // 3, dominant_rejected=-(i // 3)) for i in range(30)]
+    examples = [
+        SimpleNamespace(dominant_chosen=i // 3, dominant_rejected=-(i // 3)) for i in range(30)
+    ]
     order = order_of_rows(examples, 1, 7, grouped)
     assert sorted(order) == list(range(30)) and order == order_of_rows(examples, 1, 7, grouped)
-    assert order != order_of_rows(examples, 2, 7, grouped) and order != order_of_rows(examples, 1, 8, grouped)
+    assert order != order_of_rows(examples, 2, 7, grouped) and order != order_of_rows(
+        examples, 1, 8, grouped
+    )
     if grouped:
         assert all(len({i // 3 for i in order[k : k + 3]}) == 1 for k in range(0, 30, 3))

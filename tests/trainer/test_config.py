@@ -18,8 +18,14 @@ def write(folder: Path, text: str) -> Path:
 
 def test_defaults_and_overrides(tmp_path):
     path = write(tmp_path, MINIMAL)
-    config = load_config(path, ["loss.beta=1.5", "train.max_steps=3", "data.train=[a.jsonl, b.jsonl]"])
-    assert (config.loss.beta, config.train.max_steps, config.data.train) == (1.5, 3, ("a.jsonl", "b.jsonl"))
+    config = load_config(
+        path, ["loss.beta=1.5", "train.max_steps=3", "data.train=[a.jsonl, b.jsonl]"]
+    )
+    assert (config.loss.beta, config.train.max_steps, config.data.train) == (
+        1.5,
+        3,
+        ("a.jsonl", "b.jsonl"),
+    )
     assert config.loss.retention_weight == 1.0
 
 
@@ -68,7 +74,9 @@ def test_yaml_tags_cannot_run_code(tmp_path):
         load_config(write(tmp_path, "output_dir: !!python/object/apply:os.getcwd []"))
 
 
-@pytest.mark.parametrize("name", sorted(p.name for p in (Path(__file__).parents[2] / "mpo" / "recipes").glob("*.yaml")))
+@pytest.mark.parametrize(
+    "name", sorted(p.name for p in (Path(__file__).parents[2] / "mpo" / "recipes").glob("*.yaml"))
+)
 def test_shipped_recipes_are_valid(name):
     config = load_config(Path(__file__).parents[2] / "mpo" / "recipes" / name)
     if name == "demo.yaml":

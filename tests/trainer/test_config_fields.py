@@ -1,4 +1,5 @@
-"""Every field of both configurations with every kind of value: it is taken as it was meant, or refused with the field's name."""
+"""Every field of both configurations with every kind of value: it is taken as it was meant, or
+refused with the field's name."""
 
 import datetime
 import math
@@ -24,10 +25,39 @@ BUILD = {
     "translator": {"file": {"path": "translations.jsonl"}},
 }
 VALUES = [
-    *(None, True, False, "", " ", "x", "no", "x" * 5000, "a\0b", "\ud800", "nan", "1e400", "[a]", "${nowhere}"),
+    *(
+        None,
+        True,
+        False,
+        "",
+        " ",
+        "x",
+        "no",
+        "x" * 5000,
+        "a\0b",
+        "\ud800",
+        "nan",
+        "1e400",
+        "[a]",
+        "${nowhere}",
+    ),
     *(-1, 0, 1, 2**31, 2**63, 10**30, -(10**30)),
     *(0.5, 1.5, -0.5, 1e308, -1e308, 1e-320, math.nan, math.inf, -math.inf),
-    *([], {}, [[]], [None], [1, 2, 3], [True], [math.nan, 0.5], [1, 1], [0.9, math.inf], ["a\0b"], {"x": 1}, {"x": math.inf}, {1: 2}),
+    *(
+        [],
+        {},
+        [[]],
+        [None],
+        [1, 2, 3],
+        [True],
+        [math.nan, 0.5],
+        [1, 1],
+        [0.9, math.inf],
+        ["a\0b"],
+        {"x": 1},
+        {"x": math.inf},
+        {1: 2},
+    ),
     datetime.date(2026, 1, 2),
 ]
 
@@ -36,7 +66,11 @@ def sections(kind, path=()):
     """(path, field) of every field, those of optional sections too."""
     for name, field in kind.model_fields.items():
         yield (*path, name), field
-        parts = typing.get_args(field.annotation) if isinstance(field.annotation, types.UnionType) else (field.annotation,)
+        parts = (
+            typing.get_args(field.annotation)
+            if isinstance(field.annotation, types.UnionType)
+            else (field.annotation,)
+        )
         for part in parts:
             if isinstance(part, type) and issubclass(part, BaseModel):
                 yield from sections(part, (*path, name))
@@ -73,12 +107,19 @@ def test_every_value_of_every_field_is_taken_or_refused_by_name(tmp_path, kind, 
     base, load = FIELDS[kind, field]
     path = tmp_path / "run.yaml"
     for value in VALUES:
-        path.write_text(yaml.safe_dump(with_value(base, field.split("."), value), allow_unicode=False), encoding="utf-8")
+        path.write_text(
+            yaml.safe_dump(with_value(base, field.split("."), value), allow_unicode=False),
+            encoding="utf-8",
+        )
         try:
             config = load(path)
         except UserError as error:
             where = str(error).replace(str(path), "")
-            assert field.rsplit(".", 1)[-1] in where or "does not resolve" in where or "no readable YAML" in where, (value, where)
+            assert (
+                field.rsplit(".", 1)[-1] in where
+                or "does not resolve" in where
+                or "no readable YAML" in where
+            ), (value, where)
             assert len(where) < 8000
             continue
         assert not_finite(config.model_dump()) == [], value
@@ -87,14 +128,20 @@ def test_every_value_of_every_field_is_taken_or_refused_by_name(tmp_path, kind, 
         meant = config
         for name in field.split("."):
             meant = getattr(meant, name)
-        assert not isinstance(value, bool) or meant == value or (value is False and "no" in str(meant)), (value, meant)
+        assert (
+            not isinstance(value, bool) or meant == value or (value is False and "no" in str(meant))
+        ), (value, meant)
         if isinstance(config, Config):
             _derived(config)
 
 
 def _integers(value):
     if isinstance(value, dict | list | tuple):
-        return [number for part in (value.values() if isinstance(value, dict) else value) for number in _integers(part)]
+        return [
+            number
+            for part in (value.values() if isinstance(value, dict) else value)
+            for number in _integers(part)
+        ]
     return [value] if isinstance(value, int) else []
 
 
@@ -123,9 +170,15 @@ def _derived(config):
         ("data.train.0.x=y", "does not resolve"),
         ("model=x", "model: "),
         ("=x", "is not of the form"),
-        ("train.pairs_per_step=true", "train.pairs_per_step: true is no value of it. YAML takes yes"),
+        (
+            "train.pairs_per_step=true",
+            "train.pairs_per_step: true is no value of it. YAML takes yes",
+        ),
         ("train.pairs_per_step=" + "9" * 5000, "does not resolve|train.pairs_per_step"),
-        ("train.max_steps=99999999999", "train.max_steps: Input should be less than or equal to 2147483647"),
+        (
+            "train.max_steps=99999999999",
+            "train.max_steps: Input should be less than or equal to 2147483647",
+        ),
         ("output_dir=2026", "output_dir: Input should be a valid string"),
         ("model.path=[", "does not resolve"),
         ("loss={beta: 1, beta: 2}", "does not resolve"),
@@ -167,7 +220,9 @@ def test_any_text_for_a_configuration(tmp_path, text):
             load(tmp_path / "run.yaml")
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"\x00" * 100, bytes(range(256)), b"[1, 2]", b"null", b"3"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff\xfe\x00", b"\x00" * 100, bytes(range(256)), b"[1, 2]", b"null", b"3"]
+)
 def test_any_bytes_for_a_configuration(tmp_path, content):
     (tmp_path / "run.yaml").write_bytes(content)
     with pytest.raises(UserError, match=r"run\.yaml"):
@@ -183,8 +238,14 @@ def test_any_bytes_for_a_configuration(tmp_path, content):
         ({"fp16": {"enabled": True}}, "set model.dtype"),
         ({"zero_optimisation": {"stage": 3}}, "did you mean 'zero_optimization'"),
         ({"curriculum_learning": {"enabled": True}}, "is no setting that a run passes on"),
-        ({"zero_optimization": {"reduce_bucket_sise": 1}}, "zero.deepspeed.zero_optimization: reduce_bucket_sise"),
-        ({"zero_optimization": {"reduce_bucket_size": -1}}, "reduce_bucket_size Input should be greater than"),
+        (
+            {"zero_optimization": {"reduce_bucket_sise": 1}},
+            "zero.deepspeed.zero_optimization: reduce_bucket_sise",
+        ),
+        (
+            {"zero_optimization": {"reduce_bucket_size": -1}},
+            "reduce_bucket_size Input should be greater than",
+        ),
         ({"zero_optimization": 3}, "zero_optimization"),
         ({"gradient_accumulation_steps": 4}, "contradicts 1"),
     ],
@@ -199,11 +260,15 @@ def test_settings_of_deepspeed_that_a_run_heeds_are_passed_on(tmp_path):
     extra = {"wall_clock_breakdown": True, "zero_optimization": {"reduce_bucket_size": 1000}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({**RUN, "zero": {"deepspeed": extra}}))
     settings = deepspeed_settings(load_config(tmp_path / "run.yaml"))
-    assert settings["wall_clock_breakdown"] is True and settings["zero_optimization"]["reduce_bucket_size"] == 1000
+    assert (
+        settings["wall_clock_breakdown"] is True
+        and settings["zero_optimization"]["reduce_bucket_size"] == 1000
+    )
 
 
 def test_names_of_files_hold_from_any_folder(tmp_path, monkeypatch):
-    """Beside the configuration, in the working folder or in the home folder: the configuration then has the whole path."""
+    """Beside the configuration, in the working folder or in the home folder: the configuration then
+    has the whole path."""
     for folder in ("recipes", "work", "home"):
         (tmp_path / folder).mkdir()
     for name in ("recipes/beside.jsonl", "work/here.jsonl", "home/mine.jsonl"):
@@ -214,8 +279,13 @@ def test_names_of_files_hold_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "work")
     names = "data.train=[beside.jsonl,here.jsonl,~/mine.jsonl,hf:owner/name]"
     for path in ("../recipes/run.yaml", tmp_path / "recipes" / "run.yaml"):
-        config = load_config(path, [names, "model.path=model", "output_dir=~/run", "reference.store=stores/a"])
-        expected = [str(tmp_path / name) for name in ("recipes/beside.jsonl", "work/here.jsonl", "home/mine.jsonl")]
+        config = load_config(
+            path, [names, "model.path=model", "output_dir=~/run", "reference.store=stores/a"]
+        )
+        expected = [
+            str(tmp_path / name)
+            for name in ("recipes/beside.jsonl", "work/here.jsonl", "home/mine.jsonl")
+        ]
         assert list(config.data.train) == [*expected, "hf:owner/name"]
         assert config.model.path == str(tmp_path / "work" / "model")
         assert config.output_dir == str(tmp_path / "home" / "run")

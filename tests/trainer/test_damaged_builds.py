@@ -1,17 +1,29 @@
-"""Each file of a build of data, damaged in each way: the build goes on, or ends with status 2 and a sentence that names the file."""
+"""Each file of a build of data, damaged in each way: the build goes on, or ends with status 2 and a
+sentence that names the file."""
 
 import re
 import shutil
 
 from commands_worker import damage
-from test_build_data import expected, folder, read, server, through  # noqa: F401  (folder and server are fixtures)
+from test_build_data import (
+    expected,
+    folder,  # noqa: F401  (a fixture)
+    read,
+    server,  # noqa: F401  (a fixture)
+    through,
+)
 
 from mpo.cli import status_of
 
-JOURNAL, REPORT, DROPPED = (f"rows.jsonl.{name}.json{'' if name == 'report' else 'l'}" for name in ("translations", "report", "dropped"))
+JOURNAL, REPORT, DROPPED = (
+    f"rows.jsonl.{name}.json{'' if name == 'report' else 'l'}"
+    for name in ("translations", "report", "dropped")
+)
 FILES = {
     JOURNAL: {
-        **dict.fromkeys(("absent", "empty", "truncated", "deep nesting", "a link to it", "\n"), "ok"),  # one line without an end is cut off
+        **dict.fromkeys(
+            ("absent", "empty", "truncated", "deep nesting", "a link to it", "\n"), "ok"
+        ),  # one line without an end is cut off
         "other bytes": "translations.jsonl, line 1",
         "[1]\n": "translations.jsonl, line 1: holds list",
         '{"key": 1}\n': "is no journal of this command",
@@ -19,19 +31,33 @@ FILES = {
         "a folder": "translations.jsonl cannot be written",
     },
     REPORT: {
-        **dict.fromkeys(("absent", "unreadable", "a folder", '{"build": []}', "{}"), "no report beside it says that this command wrote it"),
-        **dict.fromkeys(("empty", "truncated", "other bytes", "[]", "null", "deep nesting"), "report beside output .* is damaged"),
+        **dict.fromkeys(
+            ("absent", "unreadable", "a folder", '{"build": []}', "{}"),
+            "no report beside it says that this command wrote it",
+        ),
+        **dict.fromkeys(
+            ("empty", "truncated", "other bytes", "[]", "null", "deep nesting"),
+            "report beside output .* is damaged",
+        ),
         "a link to it": "ok",
     },
-    DROPPED: {**dict.fromkeys(("absent", "empty", "other bytes", "a link to it"), "ok"), "a folder": "dropped.jsonl cannot be written"},
+    DROPPED: {
+        **dict.fromkeys(("absent", "empty", "other bytes", "a link to it"), "ok"),
+        "a folder": "dropped.jsonl cannot be written",
+    },
     "rows.jsonl": {
         **dict.fromkeys(("absent", "a link to it", "unreadable"), "ok"),
         **dict.fromkeys(("empty", "truncated", "other bytes"), "was changed after it was built"),
         "a folder": "is a folder",
     },
-    ".rows.jsonl.lock": {**dict.fromkeys(("absent", "other bytes"), "ok"), "a folder": ".rows.jsonl.lock cannot be written"},
+    ".rows.jsonl.lock": {
+        **dict.fromkeys(("absent", "other bytes"), "ok"),
+        "a folder": ".rows.jsonl.lock cannot be written",
+    },
 }
-CASES = [(file, fault, expected) for file, faults in FILES.items() for fault, expected in faults.items()]
+CASES = [
+    (file, fault, expected) for file, faults in FILES.items() for fault, expected in faults.items()
+]
 
 
 def test_damaged_files_of_a_build(folder, server, capfd):  # noqa: F811

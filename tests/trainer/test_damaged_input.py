@@ -1,6 +1,8 @@
-"""Every command with every file that it reads, and every place that it writes to, damaged in turn: status 2, words, and no traceback.
+"""Every command with every file that it reads, and every place that it writes to, damaged in turn:
+status 2, words, and no traceback.
 
-What lies in a run's own folder is damaged in test_damaged_runs, a model's files one by one in test_weights.
+What lies in a run's own folder is damaged in test_damaged_runs, a model's files one by one in
+test_weights.
 """
 
 import gc
@@ -25,7 +27,10 @@ READS = {
     "dry-run": (["train", "run.yaml", "--dry-run"], ["run.yaml", "rows.jsonl", "model"]),
     "train": (["train", "run.yaml", *FAST], ["run.yaml", "rows.jsonl", "model"]),
     "precompute": (["precompute", "run.yaml"], ["run.yaml", "rows.jsonl", "model"]),
-    "gaps": (["gaps", "run.yaml", "--model", "other"], ["run.yaml", "rows.jsonl", "model", "other"]),
+    "gaps": (
+        ["gaps", "run.yaml", "--model", "other"],
+        ["run.yaml", "rows.jsonl", "model", "other"],
+    ),
     "build": (["data", "build", "build.yaml"], ["build.yaml", "pairs.jsonl", "known.jsonl"]),
     "export": (["export", "run", "--to", "exported"], ["run"]),
     "convert": (["convert", "run"], ["run"]),
@@ -101,12 +106,22 @@ def origin(tmp_path_factory, tokenizer):
     data = {"train": ["rows.jsonl"], "max_length": 128}
     run = {"output_dir": "out", "model": {"path": "model", "dtype": "float32"}, "data": data}
     (root / "run.yaml").write_text(yaml.safe_dump(run))
-    write_rows(root / "pairs.jsonl", [{"prompt": "hello there", "chosen": "no way", "rejected": "yes sir"}])
+    write_rows(
+        root / "pairs.jsonl", [{"prompt": "hello there", "chosen": "no way", "rejected": "yes sir"}]
+    )
     write_rows(
         root / "known.jsonl",
-        [{"source": text, "language": "sw", "translation": f"sw {text}"} for text in ("hello there", "no way", "yes sir")],
+        [
+            {"source": text, "language": "sw", "translation": f"sw {text}"}
+            for text in ("hello there", "no way", "yes sir")
+        ],
     )
-    build = {"input": ["pairs.jsonl"], "output": "made.jsonl", "languages": ["sw"], "translator": {"file": {"path": "known.jsonl"}}}
+    build = {
+        "input": ["pairs.jsonl"],
+        "output": "made.jsonl",
+        "languages": ["sw"],
+        "translator": {"file": {"path": "known.jsonl"}},
+    }
     (root / "build.yaml").write_text(yaml.safe_dump({**build, "filters": {"detect_from": None}}))
     before = dict(os.environ)
     here = Path.cwd()
@@ -135,14 +150,24 @@ def refused(capsys, arguments, status=2):
     capsys.readouterr()
     ended = cli.status_of(arguments)
     said = capsys.readouterr()
-    complaint = next((said.err[found.start() :] for found in [re.search(r"^(Error|Unexpected error)", said.err, re.M)] if found), said.err)
+    complaint = next(
+        (
+            said.err[found.start() :]
+            for found in [re.search(r"^(Error|Unexpected error)", said.err, re.M)]
+            if found
+        ),
+        said.err,
+    )
     assert ended == status, (arguments, ended, complaint[-1000:])
     assert "Traceback" not in said.err + said.out and "Error:" in complaint
     assert len(complaint.splitlines()) < 25 and len(complaint) < 4000
     return complaint
 
 
-@pytest.mark.parametrize(("command", "name"), [(command, name) for command, (_, names) in READS.items() for name in names])
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [(command, name) for command, (_, names) in READS.items() for name in names],
+)
 def test_what_a_command_reads_is_damaged(place, capsys, command, name):
     arguments, _ = READS[command]
     kept = place.parent / "kept"
@@ -193,9 +218,15 @@ def test_where_a_command_writes_is_no_place(place, capsys, command):
     (place / "full").mkdir()
     (place / "full" / "mine.txt").write_text("mine")
     (place / "loop").symlink_to("loop")
-    before = {path: path.read_bytes() for path in (place / "pairs.jsonl", place / "full" / "mine.txt")}
+    before = {
+        path: path.read_bytes() for path in (place / "pairs.jsonl", place / "full" / "mine.txt")
+    }
     for kind, name in PLACES.items():
-        if kind == "loop" and not (arguments[0] in ("train", "precompute") and option.startswith("output_dir")) and command != "plot":
+        if (
+            kind == "loop"
+            and not (arguments[0] in ("train", "precompute") and option.startswith("output_dir"))
+            and command != "plot"
+        ):
             continue  # a link to nothing, whose place the output takes
         said = refused(capsys, [*arguments, option.format(name)])
         assert name.split("/")[0][:40] in said, (kind, said)
@@ -229,21 +260,39 @@ def test_links_to_folders_are_followed(place):
     assert cli.status_of(["train", "run.yaml", "output_dir=runs", *FAST]) == 0
     assert (elsewhere / "runs" / "result.json").is_file()
     assert cli.status_of(["export", "run", "--to=exports"]) == 0
-    assert (elsewhere / "exports" / "model.safetensors").is_file() and (place / "exports").is_symlink()
+    assert (elsewhere / "exports" / "model.safetensors").is_file() and (
+        place / "exports"
+    ).is_symlink()
 
 
 def test_a_run_goes_on_from_another_folder(place, monkeypatch, capsys):
-    """Its configuration holds whole paths, so that neither the run nor its export depends on where one stands."""
-    options = ["model.path=model", "data.train=[rows.jsonl]", "checkpoint.every=1", "train.pairs_per_step=2"]
+    """Its configuration holds whole paths, so that neither the run nor its export depends on where
+    one stands."""
+    options = [
+        "model.path=model",
+        "data.train=[rows.jsonl]",
+        "checkpoint.every=1",
+        "train.pairs_per_step=2",
+    ]
     (place / "recipe").mkdir()
     shutil.move(place / "run.yaml", place / "recipe" / "run.yaml")
-    assert cli.status_of(["train", "recipe/run.yaml", "output_dir=moved", *options, "train.max_steps=2"]) == 0
+    assert (
+        cli.status_of(
+            ["train", "recipe/run.yaml", "output_dir=moved", *options, "train.max_steps=2"]
+        )
+        == 0
+    )
     for name in ("model", "result.json"):
         remove(place / "moved" / name)
     gc.collect()  # the first run lets go of its folder when its process ends, or here
     monkeypatch.chdir(place / "recipe")
     absolute = [f"model.path={place}/model", f"data.train=[{place}/rows.jsonl]", *options[2:]]
-    assert cli.status_of(["train", "run.yaml", f"output_dir={place}/moved", *absolute, "train.max_steps=2"]) == 0
+    assert (
+        cli.status_of(
+            ["train", "run.yaml", f"output_dir={place}/moved", *absolute, "train.max_steps=2"]
+        )
+        == 0
+    )
     assert "2 of 2 steps done" in capsys.readouterr().out
     assert cli.status_of(["export", "../moved", "--to=exported"]) == 0
 
@@ -254,10 +303,28 @@ def test_a_run_goes_on_from_another_folder(place, monkeypatch, capsys):
         ({"RANK": "0"}, "WORLD_SIZE is not set, MASTER_ADDR is not set, MASTER_PORT is not set"),
         ({"RANK": "0", "WORLD_SIZE": "1"}, "MASTER_ADDR is not set"),
         ({"RANK": "a"}, "RANK is 'a'"),
-        ({"RANK": "-1", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, "RANK is '-1'"),
-        ({"RANK": "0", "WORLD_SIZE": "x", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, "WORLD_SIZE is 'x'"),
-        ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, "RANK 2 is not below WORLD_SIZE 2"),
-        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "x", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, "LOCAL_RANK is 'x'"),
+        (
+            {"RANK": "-1", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
+            "RANK is '-1'",
+        ),
+        (
+            {"RANK": "0", "WORLD_SIZE": "x", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
+            "WORLD_SIZE is 'x'",
+        ),
+        (
+            {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
+            "RANK 2 is not below WORLD_SIZE 2",
+        ),
+        (
+            {
+                "RANK": "0",
+                "WORLD_SIZE": "1",
+                "LOCAL_RANK": "x",
+                "MASTER_ADDR": "localhost",
+                "MASTER_PORT": "1",
+            },
+            "LOCAL_RANK is 'x'",
+        ),
     ],
 )
 @pytest.mark.parametrize("command", ["train", "precompute", "gaps"])
@@ -270,7 +337,8 @@ def test_half_of_a_launcher_is_refused(place, capsys, monkeypatch, command, envi
     capsys.readouterr()
     assert cli.status_of(READS[command][0]) == 2
     said = capsys.readouterr().err
-    assert "Traceback" not in said and (message in said or not said)  # said once on each node, by the rank whose number is a number
+    # said once on each node, by the rank whose number is a number
+    assert "Traceback" not in said and (message in said or not said)
 
 
 def test_without_a_home_folder_what_needs_none_works(place, capsys, monkeypatch):
@@ -281,7 +349,9 @@ def test_without_a_home_folder_what_needs_none_works(place, capsys, monkeypatch)
     for name in ("HOME", "XDG_CACHE_HOME", "MPO_CACHE"):
         monkeypatch.delenv(name, raising=False)
     assert cli.status_of(["validate", "run.yaml"]) == 0
-    assert "set MPO_CACHE" in refused(capsys, ["validate", "run.yaml", "model.path=pypi:SmolLM2-135M-Instruct"])
+    assert "set MPO_CACHE" in refused(
+        capsys, ["validate", "run.yaml", "model.path=pypi:SmolLM2-135M-Instruct"]
+    )
     assert "Set HOME" in refused(capsys, ["validate", "run.yaml", "output_dir=~/x"])
 
 
@@ -289,7 +359,9 @@ def test_a_run_named_in_the_place_of_its_model(place, capsys):
     for name in ("run", "nowhere", "rows.jsonl"):
         said = refused(capsys, ["gaps", "run.yaml", "--model", name])
         assert name in said
-    assert f"Its model is {Path('run') / 'model'}" in refused(capsys, ["gaps", "run.yaml", "--model", "run"])
+    assert f"Its model is {Path('run') / 'model'}" in refused(
+        capsys, ["gaps", "run.yaml", "--model", "run"]
+    )
 
 
 def test_reports_of_damaged_runs_are_json_all_the_same(place, capsys):

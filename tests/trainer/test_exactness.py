@@ -1,7 +1,9 @@
-"""Exactness: however a run is split over ranks, ZeRO stages and micro-batches, it computes what one plain process computes, to rounding.
+"""Exactness: however a run is split over ranks, ZeRO stages and micro-batches, it computes what one
+plain process computes, to rounding.
 
-The runs of a module share two process groups (exactness_worker.py), one of a single rank and one of two. Each run takes four steps, the
-last of a single pair, so that on two ranks one of them has only a filler. Compared with ZeRO-0, one rank, one pair per micro-batch:
+The runs of a module share two process groups (exactness_worker.py), one of a single rank and one of
+two. Each run takes four steps, the last of a single pair, so that on two ranks one of them has only
+a filler. Compared with ZeRO-0, one rank, one pair per micro-batch:
 
 losses and gaps       of every step
 first moments         AdamW's running mean of the clipped gradients: a wrong scale of them, or one lost micro-batch, shows here
@@ -27,7 +29,8 @@ from tiny import apart, native_rows, save_model, write_rows
 from mpo.config import load_config
 from mpo.output_folder import read_metrics
 
-PARTITION_ALL = "stage3_param_persistence_threshold: 0"  # DeepSpeed leaves parameters as small as ours whole unless told so
+# DeepSpeed leaves parameters as small as ours whole unless told so
+PARTITION_ALL = "stage3_param_persistence_threshold: 0"
 NO_LOOKAHEAD = f"{PARTITION_ALL}, stage3_max_reuse_distance: 0, stage3_prefetch_bucket_size: 0"
 
 
@@ -53,8 +56,17 @@ class Cell(NamedTuple):
 
     @property
     def overrides(self) -> list[str]:
-        size = "train.tokens_per_micro_batch=500" if self.split == "tokens" else f"train.pairs_per_micro_batch={self.split}"
-        return [f"model.path={self.architecture}", size, *stage(self.stage), *RECOMPUTE[self.recompute]]
+        size = (
+            "train.tokens_per_micro_batch=500"
+            if self.split == "tokens"
+            else f"train.pairs_per_micro_batch={self.split}"
+        )
+        return [
+            f"model.path={self.architecture}",
+            size,
+            *stage(self.stage),
+            *RECOMPUTE[self.recompute],
+        ]
 
 
 FACTORS: tuple[tuple, ...] = (
@@ -69,11 +81,15 @@ PLAIN = {architecture: Cell(architecture, 0, 1, "1", "kept") for architecture in
 
 
 def stage(number: int, zero3: str = PARTITION_ALL) -> list[str]:
-    return [f"zero.stage={number}", *([f"zero.deepspeed={{zero_optimization: {{{zero3}}}}}"] if number == 3 else [])]
+    return [
+        f"zero.stage={number}",
+        *([f"zero.deepspeed={{zero_optimization: {{{zero3}}}}}"] if number == 3 else []),
+    ]
 
 
 def interactions(cell: Cell) -> set[tuple]:
-    """Every two of the cell's choices, and the three that decide how gradients meet: stage, ranks and recomputation."""
+    """Every two of the cell's choices, and the three that decide how gradients meet: stage, ranks
+    and recomputation."""
     pairs = itertools.combinations(enumerate(cell), 2)
     return {*pairs, ((1, cell.stage), (2, cell.ranks), (4, cell.recompute))}
 
@@ -87,12 +103,18 @@ def covering() -> list[Cell]:
     return [cell for cell in chosen if cell not in PLAIN.values()]
 
 
-# And biases beside kept products: the linear layer that DeepSpeed puts in place under ZeRO-3 adds them to the product itself.
+# And biases beside kept products: the linear layer that DeepSpeed puts in place under ZeRO-3 adds
+# them to the product itself.
 COVERING = [*covering(), Cell("qwen2", 3, 2, "2", "selective")]
 
 
-def gathering(architecture: str, name: str, *overrides: str, zero3: str = NO_LOOKAHEAD) -> dict[str, Any]:
-    return {"name": f"gather-{architecture}-{name}", "overrides": [f"model.path={architecture}", *overrides, *stage(3, zero3)]}
+def gathering(
+    architecture: str, name: str, *overrides: str, zero3: str = NO_LOOKAHEAD
+) -> dict[str, Any]:
+    return {
+        "name": f"gather-{architecture}-{name}",
+        "overrides": [f"model.path={architecture}", *overrides, *stage(3, zero3)],
+    }
 
 
 GATHERING = [
@@ -125,9 +147,11 @@ def project(tmp_path_factory, tokenizer):
         "output_dir": str(root / "run"),
         "model": {"path": "llama", "dtype": "float32"},
         "data": {"train": ["train.jsonl"], "eval_rows_per_language": 1, "max_length": 256},
-        # No option has the value at which it would not be missed. Decay moves the weights about as much as the gradients do.
+        # No option has the value at which it would not be missed. Decay moves the weights about as
+        # much as the gradients do.
         "loss": {"beta": 1.7, "retention_weight": 0.6},
-        # 10 pairs of 8 rows in steps of 3, 3, 3 and 1. The norm is clipped in some steps and not in others.
+        # 10 pairs of 8 rows in steps of 3, 3, 3 and 1. The norm is clipped in some steps and not in
+        # others.
         "train": {
             **{"epochs": 1.25, "pairs_per_step": 3, "seed": 5, "max_grad_norm": 0.9},
             **{"learning_rate": 3e-4, "schedule": "linear", "warmup_ratio": 0.3},
@@ -142,15 +166,29 @@ def compute(project: Path, ranks: int, runs: list[dict[str, Any]], timeout: floa
     """All runs, one after the other, in one process group. Returns what was printed."""
     cells = project / f"cells-{ranks}.json"
     cells.write_text(json.dumps(runs))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    worker = [str(Path(__file__).with_name("exactness_worker.py")), str(project / "run.yaml"), str(cells)]
-    result = subprocess.run([*launcher, *worker], capture_output=True, text=True, timeout=timeout, check=False)
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={ranks}",
+    ]
+    worker = [
+        str(Path(__file__).with_name("exactness_worker.py")),
+        str(project / "run.yaml"),
+        str(cells),
+    ]
+    result = subprocess.run(
+        [*launcher, *worker], capture_output=True, text=True, timeout=timeout, check=False
+    )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
     return result.stdout
 
 
 def as_runs(cells: list[Cell], ranks: int) -> list[dict[str, Any]]:
-    return [{"name": cell.name, "overrides": cell.overrides} for cell in cells if cell.ranks == ranks]
+    return [
+        {"name": cell.name, "overrides": cell.overrides} for cell in cells if cell.ranks == ranks
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -158,8 +196,14 @@ def computed(project):
     """The folder of every run that is not marked slow."""
     cells = [*PLAIN.values(), *COVERING]
     plain = {"name": "adapters", "overrides": ADAPTERS}
-    split = {"name": "adapters-zero3", "overrides": [*ADAPTERS, *stage(3), *RECOMPUTE["recomputed"]]}
-    planted = [{"name": f"planted-{name}", "overrides": [*PLAIN["llama"].overrides, *overrides]} for name, overrides in PLANTED.items()]
+    split = {
+        "name": "adapters-zero3",
+        "overrides": [*ADAPTERS, *stage(3), *RECOMPUTE["recomputed"]],
+    }
+    planted = [
+        {"name": f"planted-{name}", "overrides": [*PLAIN["llama"].overrides, *overrides]}
+        for name, overrides in PLANTED.items()
+    ]
     unmoved = [{"name": name, "overrides": overrides} for name, overrides in UNMOVED.items()]
     compute(project, 1, [*as_runs(cells, 1), plain, *planted, *unmoved])
     compute(project, 2, [*as_runs(cells, 2), *GATHERING, split])
@@ -182,12 +226,22 @@ def outcome(folder: Path) -> Outcome:
     observed = json.loads((folder / "observed.json").read_text())
     base = Path(json.loads((folder / "config.json").read_text())["config"]["model"]["path"])
     start = load_file(base / "model.safetensors") if weights.name == "model.safetensors" else {}
-    return Outcome(read_metrics(folder / "metrics.jsonl"), load_file(folder / "moments.safetensors"), load_file(weights), start, observed)
+    return Outcome(
+        read_metrics(folder / "metrics.jsonl"),
+        load_file(folder / "moments.safetensors"),
+        load_file(weights),
+        start,
+        observed,
+    )
 
 
 def check_same(ours: Outcome, plain: Outcome) -> None:
     """Equal to rounding."""
-    assert [row["pairs"] for row in ours.steps] == [row["pairs"] for row in plain.steps] == [3, 3, 3, 1]
+    assert (
+        [row["pairs"] for row in ours.steps]
+        == [row["pairs"] for row in plain.steps]
+        == [3, 3, 3, 1]
+    )
     assert not any(row["skipped"] for row in ours.steps)
     for one, two in zip(ours.steps, plain.steps, strict=True):
         assert one["gap"] == pytest.approx(two["gap"], abs=1e-5), one["step"]
@@ -195,16 +249,25 @@ def check_same(ours: Outcome, plain: Outcome) -> None:
 
 
 def check_close(
-    ours: Outcome, steps: list[dict[str, Any]], moments: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], limit: float = 1e-3
+    ours: Outcome,
+    steps: list[dict[str, Any]],
+    moments: dict[str, torch.Tensor],
+    weights: dict[str, torch.Tensor],
+    limit: float = 1e-3,
 ) -> None:
-    """Losses of every step within half the limit, moments in the norm of each parameter, and what training added to the weights.
+    """Losses of every step within half the limit, moments in the norm of each parameter, and what
+    training added to the weights.
 
-    Of that one norm for all: AdamW's step makes the rounding of a gradient that is none, as of Qwen2's key biases, as large as any.
-    Seen are at most 7e-5 in a loss, 3e-5 in a moment and 3e-5 in what was added; weights that did not move would be off by 1.
+    Of that one norm for all: AdamW's step makes the rounding of a gradient that is none, as of
+    Qwen2's key biases, as large as any. Seen are at most 7e-5 in a loss, 3e-5 in a moment and 3e-5
+    in what was added; weights that did not move would be off by 1.
     """
     for one, two in zip(ours.steps, steps, strict=True):
         for name in ("loss", "l1", "l2"):
-            assert one[name] == pytest.approx(two[name], rel=limit / 2, abs=1e-8), (name, one["step"])
+            assert one[name] == pytest.approx(two[name], rel=limit / 2, abs=1e-8), (
+                name,
+                one["step"],
+            )
     assert ours.moments.keys() == moments.keys() and ours.weights.keys() == weights.keys()
     for name in moments:
         assert (ours.moments[name] - moments[name]).norm() <= limit * moments[name].norm(), name
@@ -213,14 +276,16 @@ def check_close(
 
 @pytest.mark.parametrize("architecture", FACTORS[0])
 def test_the_plainest_run_is_plain_training(computed, architecture):
-    """Of a step, also of the smaller last one, the mean over its own pairs; clipped by the true norm; decayed."""
+    """Of a step, also of the smaller last one, the mean over its own pairs; clipped by the true
+    norm; decayed."""
     config = load_config(computed / "run.yaml", PLAIN[architecture].overrides)
     steps, moments, weights = train_plainly(config)
     plain = outcome(computed / PLAIN[architecture].name)
     check_close(plain, steps, moments, {name: weights[name] for name in plain.weights})
 
 
-PLANTED = {  # one per cent of everything that a step multiplies with, and what decides which rows it has
+# one per cent of everything that a step multiplies with, and what decides which rows it has
+PLANTED = {
     "learning-rate": ["train.learning_rate=3.03e-4"],
     "beta": ["loss.beta=1.717"],
     "lambda": ["loss.retention_weight=0.606"],
@@ -238,7 +303,9 @@ PLANTED = {  # one per cent of everything that a step multiplies with, and what 
 def test_one_per_cent_of_any_option_is_seen(computed, planted):
     plain = outcome(computed / PLAIN["llama"].name)
     with pytest.raises(AssertionError):
-        check_close(outcome(computed / f"planted-{planted}"), plain.steps, plain.moments, plain.weights)
+        check_close(
+            outcome(computed / f"planted-{planted}"), plain.steps, plain.moments, plain.weights
+        )
 
 
 def test_the_chosen_cells_hold_every_interaction():
@@ -254,7 +321,8 @@ def test_same_losses_moments_and_weights(computed, cell):
 
 
 def test_adapters_with_frozen_weights_recomputed_under_zero3(computed):
-    """Frozen parameters are gathered again for the recomputation, which DeepSpeed before 0.19.8 got wrong."""
+    """Frozen parameters are gathered again for the recomputation, which DeepSpeed before 0.19.8 got
+    wrong."""
     ours = outcome(computed / "adapters-zero3")
     check_same(ours, outcome(computed / "adapters"))
     assert set(ours.observed["attention_calls"]) == {2}
@@ -269,14 +337,21 @@ def test_adapters_begin_where_their_seed_says(computed):
 
 
 def head_gathers(run: Outcome) -> list[list[tuple[str, str]]]:
-    """Per micro-batch, the gathers of the weight that the LM head reads, as (for which module, in which phase)."""
+    """Per micro-batch, the gathers of the weight that the LM head reads, as (for which module, in
+    which phase)."""
     weight = "lm_head.weight" if "lm_head.weight" in run.moments else "model.embed_tokens.weight"
-    return [[(module, phase) for module, parameter, phase in batch if parameter == weight] for batch in run.observed["gathers"]]
+    return [
+        [(module, phase) for module, parameter, phase in batch if parameter == weight]
+        for batch in run.observed["gathers"]
+    ]
 
 
-@pytest.mark.parametrize("run", [run["name"] for run in GATHERING if "lookahead" not in run["name"]])
+@pytest.mark.parametrize(
+    "run", [run["name"] for run in GATHERING if "lookahead" not in run["name"]]
+)
 def test_the_head_is_gathered_once_in_forward_and_once_in_backward(computed, run):
-    """However many pairs and chunks the micro-batch has. A tied weight is gathered for the embedding too, likewise."""
+    """However many pairs and chunks the micro-batch has. A tied weight is gathered for the
+    embedding too, likewise."""
     ours = outcome(computed / run)
     once = [("lm_head", "forward"), ("lm_head", "backward")]
     if "tied" in run:
@@ -286,7 +361,8 @@ def test_the_head_is_gathered_once_in_forward_and_once_in_backward(computed, run
 
 
 def test_with_look_ahead_the_head_is_not_gathered_more_often(computed):
-    """As DeepSpeed is set unless told otherwise: it gathers ahead of use, so another module's call may gather for the head."""
+    """As DeepSpeed is set unless told otherwise: it gathers ahead of use, so another module's call
+    may gather for the head."""
     gathers = head_gathers(outcome(computed / "gather-llama-lookahead"))
     assert {tuple(phase for _, phase in batch) for batch in gathers} == {("forward", "backward")}
     assert any(module != "lm_head" for batch in gathers for module, _ in batch)
@@ -296,7 +372,11 @@ def test_with_look_ahead_the_head_is_not_gathered_more_often(computed):
 @pytest.mark.parametrize("architecture", FACTORS[0])
 def test_same_losses_moments_and_weights_in_the_full_product(project, architecture):
     """Every stage, number of ranks, split and recomputation: 96 runs per architecture."""
-    cells = [cell for cell in ALL if cell.architecture == architecture and not (project / cell.name).exists()]
+    cells = [
+        cell
+        for cell in ALL
+        if cell.architecture == architecture and not (project / cell.name).exists()
+    ]
     for ranks in FACTORS[2]:
         compute(project, ranks, as_runs(cells, ranks))
     plain = outcome(project / PLAIN[architecture].name)

@@ -1,4 +1,5 @@
-"""One table of what can be wrong before training starts, and the message that each gives: what, where, and how to mend it."""
+"""One table of what can be wrong before training starts, and the message that each gives: what,
+where, and how to mend it."""
 
 import json
 import shutil
@@ -26,7 +27,11 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("faults")
     save_model(root / "model", make_tokenizer())
     write_rows(root / "train.jsonl", native_rows(dominants=2))
-    sections = {"output_dir": str(root / "run"), "model": {"path": "model"}, "data": {"train": ["train.jsonl"]}}
+    sections = {
+        "output_dir": str(root / "run"),
+        "model": {"path": "model"},
+        "data": {"train": ["train.jsonl"]},
+    }
     (root / "run.yaml").write_text(yaml.safe_dump(sections))
     return root
 
@@ -62,15 +67,27 @@ CONFIGURATION = [
     (["loss.pool=last"], "loss.pool: .*'response' or 'all'"),
     (["loss.chunk_bytes=0"], "loss.chunk_bytes: .*greater than or equal to 1"),
     (["zero.stage=4"], "zero.stage: .*0, 1, 2 or 3"),
-    (["zero.stage=0", "model.dtype=bfloat16"], "zero.stage=0 with model.dtype=bfloat16 has no fp32 copy.*Set zero.stage=1"),
-    (["zero.deepspeed={gradient_clipping: 5}"], "gradient_clipping=5 contradicts 1.0.*set the field it belongs to"),
+    (
+        ["zero.stage=0", "model.dtype=bfloat16"],
+        "zero.stage=0 with model.dtype=bfloat16 has no fp32 copy.*Set zero.stage=1",
+    ),
+    (
+        ["zero.deepspeed={gradient_clipping: 5}"],
+        "gradient_clipping=5 contradicts 1.0.*set the field it belongs to",
+    ),
     (["zero.deepspeed={bf16: {enabled: false}}"], "bf16.enabled=False contradicts True"),
-    (["train.pairs_per_step=2", "train.pairs_per_micro_batch=3"], r"pairs_per_micro_batch \(3\) is larger than .*lower it or raise"),
+    (
+        ["train.pairs_per_step=2", "train.pairs_per_micro_batch=3"],
+        r"pairs_per_micro_batch \(3\) is larger than .*lower it or raise",
+    ),
     (["train.schedule=staircase"], "train.schedule: .*'cosine', 'linear' or 'constant'"),
     (["train.warmup_ratio=1.5"], "train.warmup_ratio: .*less than or equal to 1"),
     (["train.epochs=0"], "train.epochs: .*greater than 0"),
     (["train.learning_rate=-1e-6"], "train.learning_rate: .*greater than 0"),
-    (["train.tokens_per_micro_batch=0"], "train.tokens_per_micro_batch: .*greater than or equal to 1"),
+    (
+        ["train.tokens_per_micro_batch=0"],
+        "train.tokens_per_micro_batch: .*greater than or equal to 1",
+    ),
     (["model.dtype=float16"], "model.dtype: .*'bfloat16' or 'float32'"),
     (["model.quantize=nf4"], "model.quantize=nf4 needs model.lora"),
     (["reference.mode=live"], "reference.mode=live needs model.lora.*Set model.lora.rank=16"),
@@ -83,7 +100,11 @@ CONFIGURATION = [
 ]
 
 
-@pytest.mark.parametrize(("overrides", "message"), CONFIGURATION, ids=lambda value: value[0] if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    CONFIGURATION,
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
 def test_configuration(folder, overrides, message):
     with pytest.raises(UserError, match=message):
         begin(folder, *overrides)
@@ -97,14 +118,25 @@ ROWS = [
     (put("target", "chosen", "  "), "empty_chosen: the target chosen answer is empty"),
     (put("dominant", "rejected", ""), "empty_rejected: the dominant rejected answer is empty"),
     (put("target", "prompt", []), "empty_prompt: the target prompt is empty"),
-    (put("target", "prompt", [{"role": "robot", "content": "?"}]), "wrong_type: target.prompt.0.role"),
-    (put("target", "prompt", [{"role": "assistant", "content": "?"}]), "prompt_not_ending_with_user"),
+    (
+        put("target", "prompt", [{"role": "robot", "content": "?"}]),
+        "wrong_type: target.prompt.0.role",
+    ),
+    (
+        put("target", "prompt", [{"role": "assistant", "content": "?"}]),
+        "prompt_not_ending_with_user",
+    ),
     (put("target", "rejected", "zh no, rather not ."), "chosen_equals_rejected"),
-    (put("target", "prompt", [{"role": "user", "content": "long " * 300}]), "response_truncated_away: .*raise it or shorten"),
+    (
+        put("target", "prompt", [{"role": "user", "content": "long " * 300}]),
+        "response_truncated_away: .*raise it or shorten",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("change", "message"), ROWS, ids=[message.split(":")[0] for _, message in ROWS])
+@pytest.mark.parametrize(
+    ("change", "message"), ROWS, ids=[message.split(":")[0] for _, message in ROWS]
+)
 def test_rows(folder, change, message):
     with pytest.raises(UserError, match=message):
         begin(folder, *rows_file(folder, change))
@@ -148,14 +180,22 @@ def edit(file, **changes):
 
 MODELS = [
     ("nowhere", None, "neither a model folder nor a hub id"),
-    ("no-config", lambda copy: (copy / "config.json").unlink(), "it has no config.json. Point model.path at"),
+    (
+        "no-config",
+        lambda copy: (copy / "config.json").unlink(),
+        "it has no config.json. Point model.path at",
+    ),
     ("bert", edit("config.json", model_type="bert"), "is of type 'bert'; supported are gemma"),
     (
         "no-tokenizer",
         lambda copy: [(copy / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")],
         "No tokenizer at|no chat template",
     ),
-    ("no-template", lambda copy: (copy / "chat_template.jinja").unlink(), "has no chat template. Use the instruction-tuned model"),
+    (
+        "no-template",
+        lambda copy: (copy / "chat_template.jinja").unlink(),
+        "has no chat template. Use the instruction-tuned model",
+    ),
 ]
 
 
@@ -185,15 +225,21 @@ def test_weights_and_adapters(folder, monkeypatch):
 def test_output_folders(folder, tmp_path):
     config = load_config(folder / "run.yaml")
     (tmp_path / "photo.jpg").touch()
-    with pytest.raises(UserError, match=r"is not empty and holds no MPO run. Choose another output_dir"):
+    with pytest.raises(
+        UserError, match=r"is not empty and holds no MPO run. Choose another output_dir"
+    ):
         OutputFolder(tmp_path).open(config, "rows", {})
     out = OutputFolder(tmp_path / "run")
     assert not out.open(config, "rows", {}) and out.open(config, "rows", {})
-    with pytest.raises(UserError, match="holds another run: the training or the measured rows differ"):
+    with pytest.raises(
+        UserError, match="holds another run: the training or the measured rows differ"
+    ):
         out.open(config, "other rows", {})
     with pytest.raises(UserError, match=r"holds another run: loss.beta is 1.0 there and 2.0 here"):
         out.open(load_config(folder / "run.yaml", ["loss.beta=2"]), "rows", {})
-    with pytest.raises(UserError, match=r"Another process \(pid \d+ on .*\) is at work in output_dir"):
+    with pytest.raises(
+        UserError, match=r"Another process \(pid \d+ on .*\) is at work in output_dir"
+    ):
         OutputFolder(tmp_path / "run").open(config, "rows", {})
     out.config.write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
@@ -213,7 +259,11 @@ def test_ranks_that_cannot_meet():
             "LOCAL_RANK": "0",
         }
         result = mpo_command("precompute", "demo", **address)
-    assert result.returncode == 2 and "The ranks cannot meet at 127.0.0.1" in result.stderr and "--master_port" in result.stderr
+    assert (
+        result.returncode == 2
+        and "The ranks cannot meet at 127.0.0.1" in result.stderr
+        and "--master_port" in result.stderr
+    )
 
 
 def test_checkpoints_and_exports(folder, tmp_path):
@@ -228,7 +278,10 @@ def test_checkpoints_and_exports(folder, tmp_path):
     with pytest.raises(UserError, match=r"holds no whole checkpoint. Set checkpoint.every"):
         export.export_checkpoint(tmp_path, None, tmp_path / "x", False, print)
     (tmp_path / "checkpoints" / "step-00000004").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"Every checkpoint in .* is damaged: step-00000004 \(state.json is missing\)"):
+    with pytest.raises(
+        UserError,
+        match=r"Every checkpoint in .* is damaged: step-00000004 \(state.json is missing\)",
+    ):
         checkpoint.newest(tmp_path / "checkpoints")
 
 
@@ -239,12 +292,25 @@ def test_an_export_wants_every_trained_weight_and_no_other(folder, tmp_path, mon
     options = ["model.dtype=float32", *(["model.lora.rank=2"] if adapters else [])]
     config = load_config(folder / "run.yaml", options)
     write_json(tmp_path / "config.json", {"config": config.model_dump(mode="json")})
-    monkeypatch.setattr(export.checkpoints, "newest", lambda *_: checkpoint.Checkpoint(tmp_path / "step-00000004", 4, 1, 2))
-    trained = {name: p.detach() for name, p in load_model(config.model).named_parameters() if p.requires_grad}
+    monkeypatch.setattr(
+        export.checkpoints,
+        "newest",
+        lambda *_: checkpoint.Checkpoint(tmp_path / "step-00000004", 4, 1, 2),
+    )
+    trained = {
+        name: p.detach()
+        for name, p in load_model(config.model).named_parameters()
+        if p.requires_grad
+    }
     for name in (min(trained), max(trained)):
-        for state in ({key: value for key, value in trained.items() if key != name}, {**trained, "other.weight": trained[name]}):
+        for state in (
+            {key: value for key, value in trained.items() if key != name},
+            {**trained, "other.weight": trained[name]},
+        ):
             monkeypatch.setattr(export, "_weights", lambda found, state=state: state)
-            with pytest.raises(UserError, match=f"step-00000004 does not fit the model .*(other.weight|{name})"):
+            with pytest.raises(
+                UserError, match=f"step-00000004 does not fit the model .*(other.weight|{name})"
+            ):
                 export.export_checkpoint(tmp_path, None, tmp_path / "out", False, print)
             assert not (tmp_path / "out").exists()
     monkeypatch.setattr(export, "_weights", lambda found: trained)

@@ -1,4 +1,5 @@
-"""Requests to stop, wherever they come: Ctrl-C, SIGTERM, a launcher that passes them on or is killed itself."""
+"""Requests to stop, wherever they come: Ctrl-C, SIGTERM, a launcher that passes them on or is
+killed itself."""
 
 import os
 import signal
@@ -84,7 +85,8 @@ def test_a_block_within_a_block_shares_it_and_what_is_ignored_stays_so(clock):
 
 
 def at(module: str, *numbers: signal.Signals) -> str:
-    """A program that is the `mpo` command and gets the signals when it begins to import the module."""
+    """A program that is the `mpo` command and gets the signals when it begins to import the
+    module."""
     return f"""
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored for what runs in the background
@@ -112,7 +114,14 @@ main()
     ],
 )
 def test_a_signal_while_libraries_load_ends_in_one_sentence(project, module, numbers):  # noqa: F811
-    command = [sys.executable, "-c", at(module, *numbers), "train", str(project / "run.yaml"), f"output_dir={project / 'unborn'}"]
+    command = [
+        sys.executable,
+        "-c",
+        at(module, *numbers),
+        "train",
+        str(project / "run.yaml"),
+        f"output_dir={project / 'unborn'}",
+    ]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert result.returncode == 130, result.stderr[-3000:]
     assert [line for line in result.stderr.splitlines() if "WARNING" not in line] == [SENTENCE]
@@ -133,11 +142,22 @@ main()
 """
 
 
-def test_signals_while_weights_load_and_while_the_process_ends_are_one_sentence(project):  # noqa: F811
-    command = [sys.executable, "-c", AT_WEIGHTS_AND_EXIT, "train", str(project / "run.yaml"), f"output_dir={project / 'weightless'}"]
+def test_signals_while_weights_load_and_while_the_process_ends_are_one_sentence(
+    project,  # noqa: F811
+):
+    command = [
+        sys.executable,
+        "-c",
+        AT_WEIGHTS_AND_EXIT,
+        "train",
+        str(project / "run.yaml"),
+        f"output_dir={project / 'weightless'}",
+    ]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert result.returncode == 130 and result.stderr.count(SENTENCE) == 1, result.stderr[-3000:]
-    assert "Traceback" not in result.stderr and not (project / "weightless" / "checkpoints").exists()
+    assert (
+        "Traceback" not in result.stderr and not (project / "weightless" / "checkpoints").exists()
+    )
 
 
 def test_a_rank_whose_launcher_was_killed_ends_with_a_checkpoint(project):  # noqa: F811
@@ -148,22 +168,33 @@ place = {{"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZ
 options = ["train", {str(project / "run.yaml")!r}, "output_dir={out}", "train.epochs=300"]
 subprocess.run([sys.executable, "-u", "-m", "mpo", *options], env={{**os.environ, **place}})
 """
-    process = subprocess.Popen([sys.executable, "-c", launcher], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", launcher],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     shown = []
     for line in process.stdout:  # to the end of the rank, which holds the pipe
         shown.append(line)
         if line.startswith("step 2/"):
             process.kill()
     process.wait()
-    assert process.returncode == -signal.SIGKILL and "The same command goes on from" in shown[-1], shown[-5:]
+    assert process.returncode == -signal.SIGKILL and "The same command goes on from" in shown[-1], (
+        shown[-5:]
+    )
     steps = [row["step"] for row in read_metrics(out / "metrics.jsonl")]
     assert (out / "checkpoints" / f"step-{steps[-1]:08d}").is_dir() and len(steps) < 800
 
 
 def test_ctrl_c_under_the_launcher_of_deepspeed_leaves_a_checkpoint(project):  # noqa: F811
-    """The terminal sends SIGINT to all of its processes; DeepSpeed's launcher gets it too, and sends its ranks SIGTERM."""
+    """The terminal sends SIGINT to all of its processes; DeepSpeed's launcher gets it too, and
+    sends its ranks SIGTERM."""
     out = project / "launched"
-    script = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from deepspeed.launcher.runner import main; main()"
+    script = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from"
+        " deepspeed.launcher.runner import main; main()"
+    )
     run = [
         "--num_gpus",
         "2",
@@ -176,7 +207,9 @@ def test_ctrl_c_under_the_launcher_of_deepspeed_leaves_a_checkpoint(project):  #
         "train.epochs=300",
     ]
     command = [sys.executable, "-u", "-c", script, *run]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     shown = []
     for line in process.stdout:
         shown.append(line)
@@ -184,7 +217,11 @@ def test_ctrl_c_under_the_launcher_of_deepspeed_leaves_a_checkpoint(project):  #
             os.killpg(process.pid, INT)
     process.wait()
     stopped = [line for line in shown if line.startswith("Stopped after step ")]
-    assert len(stopped) == 1 and "The same command goes on from" in stopped[0], "".join(shown)[-3000:]
+    assert len(stopped) == 1 and "The same command goes on from" in stopped[0], "".join(shown)[
+        -3000:
+    ]
     step = int(stopped[0].split()[3])
     assert (out / "checkpoints" / f"step-{step:08d}").is_dir()
-    assert not any("mpo/" in line for line in shown if line.strip().startswith("File ")), "".join(shown)[-3000:]
+    assert not any("mpo/" in line for line in shown if line.strip().startswith("File ")), "".join(
+        shown
+    )[-3000:]

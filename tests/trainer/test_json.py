@@ -1,4 +1,5 @@
-"""JSON: valid for every reader whatever the numbers and texts are, and in one place of the package."""
+"""JSON: valid for every reader whatever the numbers and texts are, and in one place of the
+package."""
 
 import ast
 import json
@@ -27,15 +28,23 @@ def strict(text):
 
 def same(written, value):
     if isinstance(value, dict):
-        return written.keys() == value.keys() and all(same(written[key], value[key]) for key in value)
+        return written.keys() == value.keys() and all(
+            same(written[key], value[key]) for key in value
+        )
     if isinstance(value, list):
         return len(written) == len(value) and all(map(same, written, value))
-    return written is None if isinstance(value, float) and not math.isfinite(value) else written == value
+    return (
+        written is None
+        if isinstance(value, float) and not math.isfinite(value)
+        else written == value
+    )
 
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
     max_leaves=12,
 )
 
@@ -58,9 +67,18 @@ def test_places_are_named_just_where_there_are_nulls_instead(value):
 
 
 def test_places_of_what_is_no_number():
-    report = {"languages": {"sw": {"distance": [1.0, math.nan]}}, "l2": -math.inf, "n": 3, "all": {"gap": 0.5}}
+    report = {
+        "languages": {"sw": {"distance": [1.0, math.nan]}},
+        "l2": -math.inf,
+        "n": 3,
+        "all": {"gap": 0.5},
+    }
     assert not_finite(report) == ["languages.sw.distance.1", "l2"]
-    assert to_json(report) == '{"languages": {"sw": {"distance": [1.0, null]}}, "l2": null, "n": 3, "all": {"gap": 0.5}}'
+    assert (
+        to_json(report)
+        == '{"languages": {"sw": {"distance": [1.0, null]}}, "l2": null, "n": 3, "all": {"gap":'
+        " 0.5}}"
+    )
 
 
 def test_json_is_made_in_one_place_of_the_package():
@@ -71,7 +89,10 @@ def test_json_is_made_in_one_place_of_the_package():
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.dump", "json.dumps"):
-                if not any(keyword.arg == "allow_nan" and ast.unparse(keyword.value) == "False" for keyword in node.keywords):
+                if not any(
+                    keyword.arg == "allow_nan" and ast.unparse(keyword.value) == "False"
+                    for keyword in node.keywords
+                ):
                     offenders.append(f"{path.name}:{node.lineno}")
     assert offenders == []
 
@@ -92,15 +113,27 @@ def test_numbers_that_are_none_are_null_and_said_aloud(tmp_path, monkeypatch, co
     """What a command reports of a model that gives NaN, whatever the command."""
     from mpo import cli, dry_run, gaps, prepare, train
 
-    report = {"beta": 1.0, "models": {"m": {"sw": {"target_gap": math.nan, "interval": (math.nan, math.inf)}}}}
+    report = {
+        "beta": 1.0,
+        "models": {"m": {"sw": {"target_gap": math.nan, "interval": (math.nan, math.inf)}}},
+    }
     monkeypatch.setattr(dry_run, "describe", lambda config: report)
     monkeypatch.setattr(train, "train", lambda config: report)
     monkeypatch.setattr(gaps, "compare_models", lambda *_: report)
     monkeypatch.setattr(prepare, "prepare", lambda *_: None)
     recipe = tmp_path / "run.yaml"
-    recipe.write_text(f"output_dir: {tmp_path}/out\nmodel: {{path: m}}\ndata: {{train: [rows.jsonl]}}\n")
-    arguments = {"train": ["train"], "dry-run": ["train", "--dry-run"], "gaps": ["gaps", "--model", "m"]}[command]
+    recipe.write_text(
+        f"output_dir: {tmp_path}/out\nmodel: {{path: m}}\ndata: {{train: [rows.jsonl]}}\n"
+    )
+    arguments = {
+        "train": ["train"],
+        "dry-run": ["train", "--dry-run"],
+        "gaps": ["gaps", "--model", "m"],
+    }[command]
     done = CliRunner().invoke(cli.app, [*arguments, str(recipe), "--json"])
     assert done.exit_code == 0, done.output
-    assert strict(done.stdout)["models"]["m"]["sw"] == {"target_gap": None, "interval": [None, None]}
+    assert strict(done.stdout)["models"]["m"]["sw"] == {
+        "target_gap": None,
+        "interval": [None, None],
+    }
     assert "WARNING: models.m.sw.target_gap, models.m.sw.interval.0" in done.stderr

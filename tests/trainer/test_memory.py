@@ -1,4 +1,5 @@
-"""The dry run's memory: parameters as loaded models have them, bytes as real engines keep them, and the rest worked out by hand."""
+"""The dry run's memory: parameters as loaded models have them, bytes as real engines keep them, and
+the rest worked out by hand."""
 
 import json
 import os
@@ -15,12 +16,23 @@ from mpo import memory
 from mpo.config import Config, LoraConfig, ModelConfig
 from mpo.model import load_model
 
-SIZE = memory.Size(parameters=1000, trained=100, vocab=11, hidden=8, intermediate=20, layers=3, linear=640, linear_rows=30)
+SIZE = memory.Size(
+    parameters=1000,
+    trained=100,
+    vocab=11,
+    hidden=8,
+    intermediate=20,
+    layers=3,
+    linear=640,
+    linear_rows=30,
+)
 
 
 def config_of(**sections):
     model = {"path": "x", **sections.pop("model", {})}
-    return Config.model_validate({"output_dir": "y", "data": {"train": ["z"]}, "model": model, **sections})
+    return Config.model_validate(
+        {"output_dir": "y", "data": {"train": ["z"]}, "model": model, **sections}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +41,9 @@ def folders(tmp_path_factory, tokenizer):
 
     def folder(architecture):
         if architecture not in made:
-            made[architecture] = save_model(tmp_path_factory.mktemp(architecture), tokenizer, architecture)
+            made[architecture] = save_model(
+                tmp_path_factory.mktemp(architecture), tokenizer, architecture
+            )
         return made[architecture]
 
     return folder
@@ -38,19 +52,25 @@ def folders(tmp_path_factory, tokenizer):
 @pytest.mark.parametrize("quantize", [None, "nf4", "int8"])
 @pytest.mark.parametrize("modules", [None, "all-linear", ("q_proj", "down_proj")])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_parameters_and_bytes_are_those_of_the_loaded_model(folders, architecture, modules, quantize):
+def test_parameters_and_bytes_are_those_of_the_loaded_model(
+    folders, architecture, modules, quantize
+):
     """Tied or not, with adapters or without, in few bits or not."""
     if quantize and (modules != "all-linear" or pytest.importorskip("bitsandbytes") is None):
         return
     adapters = None if modules is None else LoraConfig(rank=4, target_modules=modules)
-    config = ModelConfig(path=str(folders(architecture)), dtype="float32", lora=adapters, quantize=quantize)
+    config = ModelConfig(
+        path=str(folders(architecture)), dtype="float32", lora=adapters, quantize=quantize
+    )
     model, size = load_model(config), memory.size_of(config)
     assert size.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
     bytes_held = 0
     for parameter in model.parameters():  # with the scales of quantized ones
         bytes_held += parameter.numel() * parameter.element_size()
         state, rows = getattr(parameter, "quant_state", None), getattr(parameter, "SCB", None)
-        bytes_held += 4 * sum(scales.numel() for scales in (state and state.absmax, rows) if scales is not None)
+        bytes_held += 4 * sum(
+            scales.numel() for scales in (state and state.absmax, rows) if scales is not None
+        )
     if quantize is None:
         assert size.parameters == sum(p.numel() for p in model.parameters())
     assert memory.stored(config, size) == bytes_held
@@ -67,7 +87,9 @@ def test_parameters_and_bytes_are_those_of_the_loaded_model(folders, architectur
     ],
     ids=["SmolLM2-135M", "Gemma-3-270M"],
 )  # fmt: skip
-def test_published_models_have_the_parameters_that_they_are_published_with(tmp_path, made, millions):
+def test_published_models_have_the_parameters_that_they_are_published_with(
+    tmp_path, made, millions
+):
     made.architectures = ["LlamaForCausalLM" if made.model_type == "llama" else "Gemma3ForCausalLM"]
     made.save_pretrained(tmp_path)
     size = memory.size_of(ModelConfig(path=str(tmp_path)))
@@ -75,7 +97,8 @@ def test_published_models_have_the_parameters_that_they_are_published_with(tmp_p
 
 
 WORKED_OUT = [
-    # per trained parameter: gradients and optimizer; per number of a bucket; each divided over 4 GPUs where the stage divides it
+    # per trained parameter: gradients and optimizer; per number of a bucket; each divided over 4
+    # GPUs where the stage divides it
     ("float32", 0, 400, 800, 0, 4000),
     ("float32", 1, 400, 1200 / 4, 4, 4000),
     ("float32", 2, 400 / 4, 1200 / 4, 8, 4000),
@@ -86,17 +109,28 @@ WORKED_OUT = [
 ]
 
 
-@pytest.mark.parametrize(("dtype", "stage", "gradients", "optimizer", "bucket", "weights"), WORKED_OUT)
+@pytest.mark.parametrize(
+    ("dtype", "stage", "gradients", "optimizer", "bucket", "weights"), WORKED_OUT
+)
 def test_what_each_stage_divides(dtype, stage, gradients, optimizer, bucket, weights):
-    for options, elements in (({}, 500_000_000), ({"zero_optimization": {"reduce_bucket_size": 1000}}, 1000)):
+    for options, elements in (
+        ({}, 500_000_000),
+        ({"zero_optimization": {"reduce_bucket_size": 1000}}, 1000),
+    ):
         config = config_of(model={"dtype": dtype}, zero={"stage": stage, "deepspeed": options})
         parts = memory.per_gpu(config, SIZE, 10, 4)
-        assert parts["gradients"] == gradients and parts["optimizer"] == optimizer and parts["weights"] == weights
+        assert (
+            parts["gradients"] == gradients
+            and parts["optimizer"] == optimizer
+            and parts["weights"] == weights
+        )
         assert parts["buckets"] == bucket * elements
         assert parts["head"] == (512 << 20) + 11 * 8 * 4
     rows = memory.table(config, SIZE, 10)
     assert [row["gpus"] for row in rows] == [1, 2, 4, 8, 16, 32, 64]
-    assert rows[2]["gradients"] == gradients / 2**30 and rows[2]["total"] == pytest.approx(sum(parts.values()) / 2**30)
+    assert rows[2]["gradients"] == gradients / 2**30 and rows[2]["total"] == pytest.approx(
+        sum(parts.values()) / 2**30
+    )
 
 
 @pytest.mark.parametrize(
@@ -115,12 +149,18 @@ def test_activations(recomputed, numbers):
 
 @pytest.mark.parametrize(
     ("quantize", "stored"),
-    [("nf4", 640 / 2 + 640 / 64 * 4), ("int8", 640 + 30 * 4)],  # with an fp32 scale for each 64, or for each row
+    # with an fp32 scale for each 64, or for each row
+    [("nf4", 640 / 2 + 640 / 64 * 4), ("int8", 640 + 30 * 4)],
 )
 def test_weights_in_few_bits(quantize, stored):
-    config = config_of(model={"quantize": quantize, "lora": {"rank": 2}}, zero={"stage": 0}, loss={"chunk_bytes": 7})
+    config = config_of(
+        model={"quantize": quantize, "lora": {"rank": 2}},
+        zero={"stage": 0},
+        loss={"chunk_bytes": 7},
+    )
     parts = memory.per_gpu(config, SIZE, 10, 1)
-    assert parts["weights"] == 360 * 2 + stored + 8 * 20 * 2  # the others in bfloat16, and one layer's as numbers
+    # the others in bfloat16, and one layer's as numbers
+    assert parts["weights"] == 360 * 2 + stored + 8 * 20 * 2
     assert parts["head"] == 7  # which does not train
 
 
@@ -132,7 +172,9 @@ def test_what_is_offloaded_is_in_host_memory():
     assert memory.table(config, SIZE, 10)[2]["host"] == memory.on_host(config, SIZE, 4) / 2**30
 
 
-SMALL = "zero.deepspeed={zero_optimization: {reduce_bucket_size: %d, allgather_bucket_size: 1000%s}}"
+SMALL = (
+    "zero.deepspeed={zero_optimization: {reduce_bucket_size: %d, allgather_bucket_size: 1000%s}}"
+)
 PARTITION_ALL = ", stage3_param_persistence_threshold: 0"
 CELLS = [
     [
@@ -164,14 +206,35 @@ def test_engines_keep_what_is_computed(tmp_path, tokenizer, monkeypatch):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(sections))
     (tmp_path / "cells.json").write_text(json.dumps(CELLS))
     here = Path(__file__).parent
-    command = [sys.executable, str(here / "memory_worker.py"), str(tmp_path / "run.yaml"), str(tmp_path / "cells.json")]
-    environment = {**os.environ, "PYTHONPATH": f"{here.parents[1]}:{here}", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    command = [
+        sys.executable,
+        str(here / "memory_worker.py"),
+        str(tmp_path / "run.yaml"),
+        str(tmp_path / "cells.json"),
+    ]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{here.parents[1]}:{here}",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    process = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
     assert process.returncode == 0, process.stderr[-2000:]
-    results = [json.loads(line) for line in process.stdout.splitlines() if line.startswith('{"computed"')]
+    results = [
+        json.loads(line) for line in process.stdout.splitlines() if line.startswith('{"computed"')
+    ]
     assert len(results) == len(CELLS)
     for cell, result in zip(CELLS, results, strict=True):
         size, stage, each = result["size"], int(cell[1][-1]), 2 if "bfloat16" in cell[0] else 4
-        gathered = size["vocab"] * size["hidden"] * each if stage == 3 else 0  # between a forward and its backward only
-        computed = sum(result["computed"][part] for part in ("weights", "gradients", "optimizer", "buckets")) - gathered
+        # between a forward and its backward only
+        gathered = size["vocab"] * size["hidden"] * each if stage == 3 else 0
+        computed = (
+            sum(
+                result["computed"][part]
+                for part in ("weights", "gradients", "optimizer", "buckets")
+            )
+            - gathered
+        )
         assert result["held"] == pytest.approx(computed, rel=0.02), cell

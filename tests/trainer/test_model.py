@@ -23,10 +23,16 @@ SHAPES = [(3, 4), (3, 1), (9, 8), (9, 5), (1, 2)]
 
 def some_sequences(seed=0, count=4):
     generator = torch.Generator().manual_seed(seed)
-    prompts = [torch.randint(2, VOCAB, (SHAPES[i // 2 * 2][0],), generator=generator).tolist() for i in (0, 0, 2, 2, 4)]
+    prompts = [
+        torch.randint(2, VOCAB, (SHAPES[i // 2 * 2][0],), generator=generator).tolist()
+        for i in (0, 0, 2, 2, 4)
+    ]
     prompts[1], prompts[3] = prompts[0], prompts[2]
     responses = [torch.randint(2, VOCAB, (n,), generator=generator).tolist() for _, n in SHAPES]
-    return [TokenizedResponse((*prompt, *response), len(prompt)) for prompt, response in zip(prompts, responses, strict=True)][:count]
+    return [
+        TokenizedResponse((*prompt, *response), len(prompt))
+        for prompt, response in zip(prompts, responses, strict=True)
+    ][:count]
 
 
 def model_of(architecture, implementation=attention.NAME):
@@ -36,7 +42,8 @@ def model_of(architecture, implementation=attention.NAME):
 
 
 def plain_scores(architecture, sequences, pool="response"):
-    """Mean log-probabilities and pooled states of each sequence on its own, with the model's own eager forward in float64."""
+    """Mean log-probabilities and pooled states of each sequence on its own, with the model's own
+    eager forward in float64."""
     model = model_of(architecture, "eager").double()
     logps, pooled = [], []
     for sequence in sequences:
@@ -51,7 +58,9 @@ def plain_scores(architecture, sequences, pool="response"):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize(("implementation", "share"), [(attention.NAME, True), (attention.NAME, False), ("eager", False)])
+@pytest.mark.parametrize(
+    ("implementation", "share"), [(attention.NAME, True), (attention.NAME, False), ("eager", False)]
+)
 def test_packed_scores_equal_separate_ones(architecture, implementation, share):
     sequences = some_sequences(count=5)
     model = bind_mpo_forward(model_of(architecture, implementation), LossConfig())
@@ -70,12 +79,16 @@ def test_a_neighbour_changes_nothing(architecture):
     with torch.no_grad():
         one = model(batch=pack_for_scoring(sequences, "all", True))
         two = model(batch=pack_for_scoring([*others[:2], sequences[2], others[3]], "all", True))
-        changed = TokenizedResponse((*sequences[3].input_ids[:-2], 7, 8), sequences[3].response_start)
+        changed = TokenizedResponse(
+            (*sequences[3].input_ids[:-2], 7, 8), sequences[3].response_start
+        )
         three = model(batch=pack_for_scoring([*sequences[:3], changed], "all", True))
     for other in (two, three):
         torch.testing.assert_close(one.mean_logp[2], other.mean_logp[2], rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(one.pooled[2], other.pooled[2], rtol=1e-5, atol=1e-6)
-    assert (one.mean_logp[0] - two.mean_logp[0]).abs() > 1e-3 and (one.mean_logp[3] - three.mean_logp[3]).abs() > 1e-3
+    assert (one.mean_logp[0] - two.mean_logp[0]).abs() > 1e-3 and (
+        one.mean_logp[3] - three.mean_logp[3]
+    ).abs() > 1e-3
 
 
 def mpo_batch(sequences, weights=(1.0,), pool="response", share=True):
@@ -91,12 +104,17 @@ def mpo_batch(sequences, weights=(1.0,), pool="response", share=True):
     )
 
 
-@pytest.mark.parametrize("architecture", ["llama", "llama-tied", "mistral-sliding", "gemma2", "qwen2"])
+@pytest.mark.parametrize(
+    "architecture", ["llama", "llama-tied", "mistral-sliding", "gemma2", "qwen2"]
+)
 @pytest.mark.parametrize("head", ["linear", "logits"])
 @pytest.mark.parametrize("pool", ["response", "all"])
 @pytest.mark.parametrize("share", [True, False])
 def test_loss_and_gradients_equal_plain_autograd(architecture, head, pool, share):
-    sequences, options = some_sequences(), LossConfig(beta=1.5, retention_weight=0.3, head=head, pool=pool)
+    sequences, options = (
+        some_sequences(),
+        LossConfig(beta=1.5, retention_weight=0.3, head=head, pool=pool),
+    )
     batch = mpo_batch(sequences, pool=pool, share=share)
     model = bind_mpo_forward(model_of(architecture), options)
     output = model(batch=batch)
@@ -112,7 +130,9 @@ def test_loss_and_gradients_equal_plain_autograd(architecture, head, pool, share
         terms.append((logp, hidden[start if pool == "response" else 0 :].mean(0)))
     gap = terms[0][0] - terms[1][0]
     l1 = (1.5 * gap - 0.7) ** 2
-    l2 = torch.stack([(terms[2 + i][1] - batch.pooled_reference[i]).square().mean() for i in range(2)]).mean()
+    l2 = torch.stack(
+        [(terms[2 + i][1] - batch.pooled_reference[i]).square().mean() for i in range(2)]
+    ).mean()
     (l1 + 0.3 * l2).backward()
 
     torch.testing.assert_close(output.loss.double(), l1 + 0.3 * l2, rtol=1e-4, atol=1e-5)
@@ -135,7 +155,9 @@ def test_activation_checkpointing_changes_nothing(tmp_path, tokenizer):
     folder = save_model(tmp_path / "model", tokenizer)
     gradients = []
     for checkpointing in (False, True, "selective"):
-        config = ModelConfig(path=str(folder), dtype="float32", activation_checkpointing=checkpointing)
+        config = ModelConfig(
+            path=str(folder), dtype="float32", activation_checkpointing=checkpointing
+        )
         model = bind_mpo_forward(load_model(config), LossConfig()).train()
         model(batch=mpo_batch(some_sequences())).loss.backward()
         gradients.append([p.grad for p in model.parameters()])
@@ -156,12 +178,15 @@ class Count(TorchDispatchMode):
 
 
 def test_the_head_takes_three_products():
-    """It goes through the operator that makes gradients in the forward pass, not through token log-probabilities, which take four."""
+    """It goes through the operator that makes gradients in the forward pass, not through token
+    log-probabilities, which take four."""
     model = bind_mpo_forward(model_of("llama"), LossConfig())
     with Count() as count:
         model(batch=mpo_batch(some_sequences())).loss.backward()
     names = {operator.name() for operator in count.calls if operator.namespace == "mpo_kernels"}
-    assert "mpo_kernels::linear_pair_loss" in names and not any("token_logprobs" in name for name in names)
+    assert "mpo_kernels::linear_pair_loss" in names and not any(
+        "token_logprobs" in name for name in names
+    )
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
@@ -171,11 +196,16 @@ def test_selective_checkpointing_repeats_no_product(architecture, tmp_path, toke
 
     products, norms = {}, {}
     for how in (False, "selective", True):
-        loaded = load_model(ModelConfig(path=str(folder), dtype="float32", activation_checkpointing=how))
+        loaded = load_model(
+            ModelConfig(path=str(folder), dtype="float32", activation_checkpointing=how)
+        )
         model = bind_mpo_forward(loaded, LossConfig()).train()
         with Count() as count:
             model(batch=mpo_batch(some_sequences())).loss.backward()
-        products[how], norms[how] = count.calls[torch.ops.aten.mm.default], count.calls[torch.ops.aten.rsqrt.default]
+        products[how], norms[how] = (
+            count.calls[torch.ops.aten.mm.default],
+            count.calls[torch.ops.aten.rsqrt.default],
+        )
     assert products[False] == products["selective"] < products[True]
     assert norms[False] < norms["selective"] == norms[True]
 
@@ -205,27 +235,39 @@ class Living(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         out = operator(*args, **(kwargs or {}))
-        if operator in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) and out.shape[-1] != VOCAB:
-            self._products.append((args[-2].shape[-1], out.shape[-1], StorageWeakRef(out.untyped_storage())))
+        if (
+            operator in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+            and out.shape[-1] != VOCAB
+        ):
+            self._products.append(
+                (args[-2].shape[-1], out.shape[-1], StorageWeakRef(out.untyped_storage()))
+            )
         return out
 
     def widths(self):
         """(in, out) of the products that are held, counted."""
         gc.collect()
-        return collections.Counter((width, made) for width, made, memory in self._products if not memory.expired())
+        return collections.Counter(
+            (width, made) for width, made, memory in self._products if not memory.expired()
+        )
 
 
-def test_selective_checkpointing_holds_each_product_that_a_gradient_needs_and_no_other(tmp_path, tokenizer):
-    """Between forward and backward. The way down from the wide layer is added to the residual and then needed by nothing, unless a norm
-    stands behind it."""
-    narrow = {(32, 32): 2 * 2, (32, 16): 2 * 2, (32, 64): 2 * 2}  # q and o, k and v, gate and up of two blocks
+def test_selective_checkpointing_holds_each_product_that_a_gradient_needs_and_no_other(
+    tmp_path, tokenizer
+):
+    """Between forward and backward. The way down from the wide layer is added to the residual and
+    then needed by nothing, unless a norm stands behind it."""
+    # q and o, k and v, gate and up of two blocks
+    narrow = {(32, 32): 2 * 2, (32, 16): 2 * 2, (32, 64): 2 * 2}
     for architecture, how, expected in (
         ("llama", "selective", narrow),
         ("gemma2", "selective", {**narrow, (64, 32): 2}),
         ("llama", True, {}),
     ):
         folder = save_model(tmp_path / f"{architecture}-{how}", tokenizer, architecture)
-        loaded = load_model(ModelConfig(path=str(folder), dtype="float32", activation_checkpointing=how))
+        loaded = load_model(
+            ModelConfig(path=str(folder), dtype="float32", activation_checkpointing=how)
+        )
         model = bind_mpo_forward(loaded, LossConfig()).train()
         with Living() as living:
             loss = model(batch=mpo_batch(some_sequences())).loss

@@ -1,10 +1,17 @@
-"""Optimizer and parameters in host memory: the same numbers as without, resumed too, and one compilation of the CPU Adam."""
+"""Optimizer and parameters in host memory: the same numbers as without, resumed too, and one
+compilation of the CPU Adam."""
 
 import signal
 
 import pytest
 import torch
-from test_exactness import PARTITION_ALL, check_same, compute, outcome, project, stage  # noqa: F401  (project is a fixture)
+from test_exactness import (
+    check_same,
+    compute,
+    outcome,
+    project,  # noqa: F401  (a fixture)
+    stage,
+)
 from test_train import interrupt, losses, weights
 from tiny import mpo_command
 
@@ -20,7 +27,13 @@ RUNS = {
     "zero3-optimizer": [*stage(3), OPTIMIZER],
     "zero3-parameters": [*stage(3), PARAMETERS],
     "zero3-both": [*stage(3), OPTIMIZER, PARAMETERS],
-    "zero3-both-recompute": [*stage(3), OPTIMIZER, PARAMETERS, "train.pairs_per_micro_batch=3", "model.activation_checkpointing=true"],
+    "zero3-both-recompute": [
+        *stage(3),
+        OPTIMIZER,
+        PARAMETERS,
+        "train.pairs_per_micro_batch=3",
+        "model.activation_checkpointing=true",
+    ],
 }
 
 
@@ -28,7 +41,13 @@ RUNS = {
     ("overrides", "message"),
     [
         ([*stage(0), OPTIMIZER], "zero: offload_optimizer needs stage 1, 2 or 3.*Set zero.stage=2"),
-        ([*stage(2), PARAMETERS], "zero: offload_parameters needs stage 3: under stage 2 every GPU holds all parameters.*Set zero.stage=3"),
+        (
+            [*stage(2), PARAMETERS],
+            (
+                "zero: offload_parameters needs stage 3: under stage 2 every GPU holds all"
+                " parameters.*Set zero.stage=3"
+            ),
+        ),
     ],
 )
 def test_refused(project, overrides, message):  # noqa: F811
@@ -37,7 +56,9 @@ def test_refused(project, overrides, message):  # noqa: F811
 
 
 def test_deepspeed_is_told(project):  # noqa: F811
-    zero = deepspeed_settings(load_config(project / "run.yaml", RUNS["zero3-both"]))["zero_optimization"]
+    zero = deepspeed_settings(load_config(project / "run.yaml", RUNS["zero3-both"]))[
+        "zero_optimization"
+    ]
     assert zero["offload_optimizer"]["device"] == zero["offload_param"]["device"] == "cpu"
 
 
@@ -52,7 +73,10 @@ def test_computed_memory_moves_to_the_host(project):  # noqa: F811
     assert none == 0 and host == 1000 * (16 + 2) / 2
     assert plain["weights"] - offloaded["weights"] == 1000 * 2 / 2
     assert plain["optimizer"] == 1000 * 12 / 2 and plain["gradients"] == 1000 * 4 / 2
-    assert offloaded["optimizer"] == offloaded["gradients"] == 0 and offloaded["activations"] == plain["activations"]
+    assert (
+        offloaded["optimizer"] == offloaded["gradients"] == 0
+        and offloaded["activations"] == plain["activations"]
+    )
 
 
 def test_a_missing_compiler_is_named(project, tmp_path):  # noqa: F811
@@ -61,8 +85,13 @@ def test_a_missing_compiler_is_named(project, tmp_path):  # noqa: F811
     options = [f"output_dir={project / 'refused'}", *RUNS["zero2-optimizer"]]
     result = mpo_command("train", str(project / "run.yaml"), *options, **nothing)
     assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert "there is no C++ compiler 'no-such-compiler' on the PATH. Install a C++ compiler and Python's headers" in result.stderr
-    assert not (project / "refused" / "reference").exists() and "Loading weights" not in result.stderr
+    assert (
+        "there is no C++ compiler 'no-such-compiler' on the PATH. Install a C++ compiler and"
+        " Python's headers" in result.stderr
+    )
+    assert (
+        not (project / "refused" / "reference").exists() and "Loading weights" not in result.stderr
+    )
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +101,10 @@ def compiled(project, tmp_path_factory):  # noqa: F811
         environment.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path_factory.mktemp("extensions")))
         printed = []
         for ranks in (2, 1):
-            runs = [{"name": f"{name}-x{ranks}", "overrides": overrides} for name, overrides in RUNS.items()]
+            runs = [
+                {"name": f"{name}-x{ranks}", "overrides": overrides}
+                for name, overrides in RUNS.items()
+            ]
             plain = [{"name": "plain", "overrides": stage(0)}] if ranks == 1 else []
             printed.append(compute(project, ranks, [*plain, *runs]))
         yield printed
@@ -81,10 +113,13 @@ def compiled(project, tmp_path_factory):  # noqa: F811
 @pytest.mark.slow
 def test_one_rank_compiles_and_says_so(compiled):
     two_ranks, one_rank = compiled
-    assert two_ranks.count("Loading DeepSpeed's CPU Adam; its first use on a machine compiles it") == sum(
-        OPTIMIZER in o for o in RUNS.values()
+    assert two_ranks.count(
+        "Loading DeepSpeed's CPU Adam; its first use on a machine compiles it"
+    ) == sum(OPTIMIZER in o for o in RUNS.values())
+    assert (
+        two_ranks.count("CPU Adam was compiled in") == 1
+        and "CPU Adam was compiled in" not in one_rank
     )
-    assert two_ranks.count("CPU Adam was compiled in") == 1 and "CPU Adam was compiled in" not in one_rank
 
 
 @pytest.mark.slow
@@ -93,7 +128,9 @@ def test_one_rank_compiles_and_says_so(compiled):
 def test_same_losses_moments_and_weights(compiled, project, name, ranks):  # noqa: F811
     ours = outcome(project / f"{name}-x{ranks}")
     check_same(ours, outcome(project / "plain"))
-    assert ours.observed["optimizer"] == ("DeepSpeedCPUAdam" if OPTIMIZER in RUNS[name] else "AdamW")
+    assert ours.observed["optimizer"] == (
+        "DeepSpeedCPUAdam" if OPTIMIZER in RUNS[name] else "AdamW"
+    )
     assert ours.observed["offloads_parameters"] == (PARAMETERS in RUNS[name])
 
 
@@ -116,7 +153,13 @@ def test_interrupted_and_resumed_it_ends_bit_equal(compiled, project, name):  # 
 
 @pytest.mark.slow
 def test_the_reference_can_be_computed_first(compiled, project):  # noqa: F811
-    """`mpo precompute` under the same configuration builds no optimizer, so it must not ask for the offloaded one."""
-    result = mpo_command("precompute", str(project / "run.yaml"), f"output_dir={project / 'first'}", *RUNS["zero3-both"])
+    """`mpo precompute` under the same configuration builds no optimizer, so it must not ask for the
+    offloaded one."""
+    result = mpo_command(
+        "precompute",
+        str(project / "run.yaml"),
+        f"output_dir={project / 'first'}",
+        *RUNS["zero3-both"],
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     assert (project / "first" / "reference" / "values.safetensors").is_file()

@@ -43,13 +43,23 @@ def test_round_trip(tmp_path):
     reference.save(store, tmp_path / "reference", manifest)
     loaded = reference.load(tmp_path / "reference", manifest, examples)
     assert loaded.gap(examples[1]) == store.gap(examples[1]) == -1.0
-    assert torch.equal(loaded.pooled(examples[1].dominant_rejected), store.pooled(examples[1].dominant_rejected))
+    assert torch.equal(
+        loaded.pooled(examples[1].dominant_rejected), store.pooled(examples[1].dominant_rejected)
+    )
 
 
 def test_a_store_of_something_else_is_refused_with_what_differs(tmp_path):
-    reference.save(store_of([example()]), tmp_path / "reference", {"format": 1, "weights": "abc", "dtype": "float32"})
+    reference.save(
+        store_of([example()]),
+        tmp_path / "reference",
+        {"format": 1, "weights": "abc", "dtype": "float32"},
+    )
     with pytest.raises(UserError, match=r"dtype: float32 stored, bfloat16 now.*delete"):
-        reference.load(tmp_path / "reference", {"format": 1, "weights": "abc", "dtype": "bfloat16"}, [example()])
+        reference.load(
+            tmp_path / "reference",
+            {"format": 1, "weights": "abc", "dtype": "bfloat16"},
+            [example()],
+        )
     (tmp_path / "reference" / "manifest.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         reference.load(tmp_path / "reference", {"format": 1}, [example()])
@@ -66,12 +76,16 @@ def test_an_interrupted_save_leaves_no_store(tmp_path, monkeypatch):
 
 
 def rows_of_four():
-    return [Example(f"rows:{i}", "sw", *(TokenizedResponse((1, 2, 10 * i + k), 2) for k in range(4))) for i in range(4)]
+    return [
+        Example(f"rows:{i}", "sw", *(TokenizedResponse((1, 2, 10 * i + k), 2) for k in range(4)))
+        for i in range(4)
+    ]
 
 
 @pytest.fixture
 def builder(monkeypatch):
-    """Builds a store of four pieces of two sequences, whose values are a number and the last token id. Yields (build, sizes scored)."""
+    """Builds a store of four pieces of two sequences, whose values are a number and the last token
+    id. Yields (build, sizes scored)."""
     monkeypatch.setattr(reference, "on_main", lambda work: work())
     monkeypatch.setattr(reference, "PART", 2)
     monkeypatch.setattr(reference, "PATIENCE", 0.01)
@@ -115,12 +129,19 @@ def test_an_interrupted_store_goes_on(builder, tmp_path):
     assert [store.gap(e) for e in rows_of_four()] == [-1.0] * 4
     assert sorted(p.name for p in tmp_path.iterdir()) == [".store.lock", "store"]
     calls.clear()
-    assert torch.equal(build(tmp_path / "store", MANIFEST).scores.pooled, store.scores.pooled) and calls == []
+    assert (
+        torch.equal(build(tmp_path / "store", MANIFEST).scores.pooled, store.scores.pooled)
+        and calls == []
+    )
 
 
-@pytest.mark.parametrize("other", [{"format": 2, "weights": "abd"}, {"format": 3, "weights": "abc"}, {**MANIFEST, "pool": "all"}])
+@pytest.mark.parametrize(
+    "other",
+    [{"format": 2, "weights": "abd"}, {"format": 3, "weights": "abc"}, {**MANIFEST, "pool": "all"}],
+)
 def test_finished_parts_of_another_store_are_not_used(builder, tmp_path, other):
-    """Same sequences, another model: everything is scored again, and the values are the other model's."""
+    """Same sequences, another model: everything is scored again, and the values are the other
+    model's."""
     build, calls = builder
     interrupted(builder, tmp_path / "store")
     store = build(tmp_path / "store", other, adds=1000)
@@ -132,9 +153,13 @@ PART_FAULTS = {
     "empty": lambda path: path.write_bytes(b""),
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:-3]),
     "of another kind": lambda path: path.write_text("{}"),
-    "of other sequences": lambda path: save_file({"mean_logp": torch.zeros(3), "pooled": torch.zeros(3, 1)}, path),
+    "of other sequences": lambda path: save_file(
+        {"mean_logp": torch.zeros(3), "pooled": torch.zeros(3, 1)}, path
+    ),
     "of other tensors": lambda path: save_file({"loss": torch.zeros(2)}, path),
-    "not finite": lambda path: save_file({"mean_logp": torch.full((2,), torch.nan), "pooled": torch.zeros(2, 1)}, path),
+    "not finite": lambda path: save_file(
+        {"mean_logp": torch.full((2,), torch.nan), "pooled": torch.zeros(2, 1)}, path
+    ),
     "a dangling link": lambda path: (path.unlink(), path.symlink_to("nowhere")),
     "a folder": lambda path: (path.unlink(), path.mkdir()),
 }
@@ -151,7 +176,9 @@ def test_a_damaged_part_is_computed_again(builder, tmp_path, fault):
         with pytest.raises(UserError, match=r"00001.safetensors cannot be written"):
             build(tmp_path / "store", MANIFEST)
         return
-    assert torch.equal(build(tmp_path / "store", MANIFEST).scores.mean_logp, whole.mean_logp) and calls == [2, 2, 2]
+    assert torch.equal(
+        build(tmp_path / "store", MANIFEST).scores.mean_logp, whole.mean_logp
+    ) and calls == [2, 2, 2]
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b"{", b"[" * 100_000, None])
@@ -168,9 +195,21 @@ STORE_FAULTS = [
     ("values.safetensors", None, "is damaged: values.safetensors cannot be read"),
     ("values.safetensors", b"", "is damaged: values.safetensors cannot be read"),
     ("values.safetensors", b"half", "is damaged: values.safetensors cannot be read"),
-    ("values.safetensors", {"mean_logp": torch.zeros(8), "pooled": torch.zeros(8)}, "does not hold the values of 8 sequences"),
-    ("values.safetensors", {"mean_logp": torch.zeros(7), "pooled": torch.zeros(7, 1)}, "does not hold the values of 8 sequences"),
-    ("values.safetensors", {"mean_logp": torch.zeros(8), "pooled": torch.full((8, 1), torch.inf)}, "numbers that are not finite"),
+    (
+        "values.safetensors",
+        {"mean_logp": torch.zeros(8), "pooled": torch.zeros(8)},
+        "does not hold the values of 8 sequences",
+    ),
+    (
+        "values.safetensors",
+        {"mean_logp": torch.zeros(7), "pooled": torch.zeros(7, 1)},
+        "does not hold the values of 8 sequences",
+    ),
+    (
+        "values.safetensors",
+        {"mean_logp": torch.zeros(8), "pooled": torch.full((8, 1), torch.inf)},
+        "numbers that are not finite",
+    ),
     ("manifest.json", None, "holds no whole reference store"),
     ("manifest.json", b"", "is damaged: .*manifest.json cannot be read"),
     ("manifest.json", b"[1]", "is damaged: .*it holds list, not an object"),
@@ -180,7 +219,8 @@ STORE_FAULTS = [
 
 @pytest.mark.parametrize(("name", "content", "message"), STORE_FAULTS)
 def test_a_damaged_store_is_refused_and_left_alone(builder, tmp_path, name, content, message):
-    """It may be other people's, so nothing of it is removed; the message says how to get a new one, and that works."""
+    """It may be other people's, so nothing of it is removed; the message says how to get a new one,
+    and that works."""
     build, _ = builder
     build(tmp_path / "store", MANIFEST)
     path = tmp_path / "store" / name
@@ -200,20 +240,29 @@ def test_a_damaged_store_is_refused_and_left_alone(builder, tmp_path, name, cont
 
 
 def test_a_folder_of_something_else_is_never_replaced(builder, tmp_path):
-    """A store that is named by mistake: a folder with photos, one whose manifest is a web page's, a file."""
+    """A store that is named by mistake: a folder with photos, one whose manifest is a web page's, a
+    file."""
     build, _ = builder
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "beach.jpg").write_bytes(b"sun")
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "manifest.json").write_text('{"name": "site"}')
     (tmp_path / "file").write_text("text")
-    for name, message in (("photos", "holds no whole reference store"), ("site", "built for something else"), ("file", "holds no whole")):
+    for name, message in (
+        ("photos", "holds no whole reference store"),
+        ("site", "built for something else"),
+        ("file", "holds no whole"),
+    ):
         with pytest.raises(UserError, match=message):
             build(tmp_path / name, MANIFEST)
-    assert (tmp_path / "photos" / "beach.jpg").read_bytes() == b"sun" and (tmp_path / "site" / "manifest.json").exists()
+    assert (tmp_path / "photos" / "beach.jpg").read_bytes() == b"sun" and (
+        tmp_path / "site" / "manifest.json"
+    ).exists()
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     build(tmp_path / "link", MANIFEST)
-    assert (tmp_path / "link").is_symlink() and (tmp_path / "elsewhere" / "values.safetensors").is_file()
+    assert (tmp_path / "link").is_symlink() and (
+        tmp_path / "elsewhere" / "values.safetensors"
+    ).is_file()
 
 
 def test_of_two_that_want_one_store_one_builds_and_the_other_waits_and_finds_it(builder, tmp_path):
@@ -232,7 +281,10 @@ def test_of_two_that_want_one_store_one_builds_and_the_other_waits_and_finds_it(
 
     store = build(tmp_path / "store", MANIFEST, log=log)
     assert calls == [] and store.scores.mean_logp.tolist() == list(range(8))
-    assert re.match(r"Another process \(pid \d+ on .*\) builds the reference store .*store\. Waiting for it", said[0])
+    assert re.match(
+        r"Another process \(pid \d+ on .*\) builds the reference store .*store\. Waiting for it",
+        said[0],
+    )
 
 
 def test_a_builder_that_ends_without_a_store_leaves_it_to_the_one_that_waits(builder, tmp_path):
@@ -241,12 +293,17 @@ def test_a_builder_that_ends_without_a_store_leaves_it_to_the_one_that_waits(bui
     interrupted(builder, tmp_path / "store")
     other = Claim(tmp_path / ".store.lock")
     assert other.take() is None
-    build(tmp_path / "store", MANIFEST, log=lambda line: other.release() if "Waiting" in line else None)
+    build(
+        tmp_path / "store",
+        MANIFEST,
+        log=lambda line: other.release() if "Waiting" in line else None,
+    )
     assert calls == [2, 2]
 
 
 def test_without_locks_two_builders_end_with_one_whole_store(builder, tmp_path, monkeypatch):
-    """A network file system without locks: the second begins and ends while the first is in its third piece."""
+    """A network file system without locks: the second begins and ends while the first is in its
+    third piece."""
 
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
@@ -260,7 +317,11 @@ def test_without_locks_two_builders_end_with_one_whole_store(builder, tmp_path, 
             build(tmp_path / "store", MANIFEST)
         return score(engine, sequences, **options)
 
-    monkeypatch.setattr(reference, "score_sequences", lambda engine, sequences, **options: with_another({**engine}, sequences, **options))
+    monkeypatch.setattr(
+        reference,
+        "score_sequences",
+        lambda engine, sequences, **options: with_another({**engine}, sequences, **options),
+    )
     store = build(tmp_path / "store", MANIFEST, begins_another=True)
     assert calls == [2] * 6 and [store.gap(e) for e in rows_of_four()] == [-1.0] * 4
     calls.clear()
@@ -269,24 +330,36 @@ def test_without_locks_two_builders_end_with_one_whole_store(builder, tmp_path, 
 
 
 def test_a_store_keeps_the_date_that_its_template_may_have_printed(builder, tmp_path):
-    """The date is no part of what makes it this store, but whoever uses the store reads it there, also while it is being built."""
+    """The date is no part of what makes it this store, but whoever uses the store reads it there,
+    also while it is being built."""
     build, calls = builder
     monday, tuesday = datetime(2026, 3, 2, 9, 30), datetime(2026, 3, 3)
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path / "store", MANIFEST, date=monday, fails_at=3)
-    assert json.loads((tmp_path / ".store.parts" / "manifest.json").read_text())["date"] == "2026-03-02T09:30:00"
+    assert (
+        json.loads((tmp_path / ".store.parts" / "manifest.json").read_text())["date"]
+        == "2026-03-02T09:30:00"
+    )
     calls.clear()
     build(tmp_path / "store", MANIFEST, date=monday)
-    assert calls == [2, 2] and json.loads((tmp_path / "store" / "manifest.json").read_text())["date"] == "2026-03-02T09:30:00"
+    assert (
+        calls == [2, 2]
+        and json.loads((tmp_path / "store" / "manifest.json").read_text())["date"]
+        == "2026-03-02T09:30:00"
+    )
     build(tmp_path / "store", MANIFEST, date=tuesday)
     assert calls == [2, 2]
 
 
-# What makes it this model, and this data: a change of each thing, and the key of the identity that tells.
+# What makes it this model, and this data: a change of each thing, and the key of the identity that
+# tells.
 MODEL_CHANGES = {
     "a weight": (lambda folder: _add_to_first_weight(folder, 1e-3), {"weights"}),
     "a setting": (lambda folder: _edit(folder / "config.json", rope_theta=20000.0), {"config"}),
-    "the template": (lambda folder: (folder / "chat_template.jinja").write_text(TEMPLATES["llama3"]), {"chat_template"}),
+    "the template": (
+        lambda folder: (folder / "chat_template.jinja").write_text(TEMPLATES["llama3"]),
+        {"chat_template"},
+    ),
     "the vocabulary": (lambda folder: _swap_tokens(folder / "tokenizer.json"), {"vocabulary"}),
     "another name and place": (lambda folder: folder.rename(folder.with_name("moved")), set()),
     "later times": (lambda folder: [os.utime(p, (2e9, 2e9)) for p in folder.iterdir()], set()),
@@ -306,7 +379,10 @@ def _edit(path, **changes):
 
 def _swap_tokens(path):
     tree = json.loads(path.read_text())
-    tree["model"]["vocab"]["a"], tree["model"]["vocab"]["b"] = tree["model"]["vocab"]["b"], tree["model"]["vocab"]["a"]
+    tree["model"]["vocab"]["a"], tree["model"]["vocab"]["b"] = (
+        tree["model"]["vocab"]["b"],
+        tree["model"]["vocab"]["a"],
+    )
     path.write_text(json.dumps(tree))
 
 
@@ -321,7 +397,9 @@ def model_folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("change", MODEL_CHANGES)
-def test_each_thing_that_the_values_depend_on_is_part_of_the_identity(model_folder, tmp_path, change):
+def test_each_thing_that_the_values_depend_on_is_part_of_the_identity(
+    model_folder, tmp_path, change
+):
     folder = tmp_path / "model"
     shutil.copytree(model_folder, folder)
     before = _identity_of(folder)
@@ -333,10 +411,22 @@ def test_each_thing_that_the_values_depend_on_is_part_of_the_identity(model_fold
 
 def test_the_identity_of_a_store_tells_settings_sequences_and_pooling(model_folder):
     plain = reference.identity(_identity_of(model_folder), [example()], "response")
-    assert plain == reference.identity(_identity_of(model_folder), [example(), example()], "response")  # repeated rows need nothing new
+    assert plain == reference.identity(
+        _identity_of(model_folder), [example(), example()], "response"
+    )  # repeated rows need nothing new
     for key, other in (
-        ("attention", reference.identity(_identity_of(model_folder, attention="eager"), [example()], "response")),
-        ("quantized", reference.identity({**_identity_of(model_folder), "quantized": "nf4"}, [example()], "response")),
+        (
+            "attention",
+            reference.identity(
+                _identity_of(model_folder, attention="eager"), [example()], "response"
+            ),
+        ),
+        (
+            "quantized",
+            reference.identity(
+                {**_identity_of(model_folder), "quantized": "nf4"}, [example()], "response"
+            ),
+        ),
         ("pool", reference.identity(_identity_of(model_folder), [example()], "all")),
         ("sequences", reference.identity(_identity_of(model_folder), [example(1)], "response")),
     ):
@@ -351,7 +441,9 @@ def test_each_part_of_the_rows_digest():
     """What is trained on and measured, in which order: whatever differs, the digest does."""
     one, two = example(0), example(1)
     base = reference.rows_digest([one, two], [one])
-    assert base == reference.rows_digest([example(0), example(1)], [_changed(one, source="elsewhere:7")])  # a place is no content
+    assert base == reference.rows_digest(
+        [example(0), example(1)], [_changed(one, source="elsewhere:7")]
+    )  # a place is no content
     other_start = TokenizedResponse(one.target_chosen.input_ids, 1)
     others = {
         "order": ([two, one], [one]),
@@ -361,11 +453,26 @@ def test_each_part_of_the_rows_digest():
         "measured more": ([one, two], [one, two]),
         "moved between the groups": ([one], [two, one]),
         "language": ([_changed(one, language="zh"), two], [one]),
-        "answers swapped": ([_changed(one, target_chosen=one.target_rejected, target_rejected=one.target_chosen), two], [one]),
-        "sides swapped": ([_changed(one, target_chosen=one.dominant_chosen, dominant_chosen=one.target_chosen), two], [one]),
+        "answers swapped": (
+            [
+                _changed(one, target_chosen=one.target_rejected, target_rejected=one.target_chosen),
+                two,
+            ],
+            [one],
+        ),
+        "sides swapped": (
+            [
+                _changed(one, target_chosen=one.dominant_chosen, dominant_chosen=one.target_chosen),
+                two,
+            ],
+            [one],
+        ),
         "where the response begins": ([_changed(one, target_chosen=other_start), two], [one]),
         **{
-            f"a token of {name}": ([_changed(one, **{name: TokenizedResponse((9, 9, 9), 2)}), two], [one])
+            f"a token of {name}": (
+                [_changed(one, **{name: TokenizedResponse((9, 9, 9), 2)}), two],
+                [one],
+            )
             for name in ("target_chosen", "target_rejected", "dominant_chosen", "dominant_rejected")
         },
     }
@@ -399,7 +506,9 @@ def test_evaluation_reuses_nothing_and_is_independent_of_the_batch(project, monk
     """Gaps before training are the same whatever else is measured with them."""
     _, _ = run(project, "few", "train.max_steps=1", "data.eval_rows_per_language=1")
     _, _ = run(project, "all", "train.max_steps=1")
-    few, every = (json.loads((project / name / "result.json").read_text()) for name in ("few", "all"))
+    few, every = (
+        json.loads((project / name / "result.json").read_text()) for name in ("few", "all")
+    )
     assert few["all"]["n"] == 2 and every["all"]["n"] == 4
     rows = project / "eval.jsonl"
     (project / "first.jsonl").write_text("".join(rows.read_text().splitlines(keepends=True)[:2]))

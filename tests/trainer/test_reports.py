@@ -15,20 +15,36 @@ from mpo.tokenizing import Example, TokenizedResponse
 
 BETA = 2.0
 ANY = TokenizedResponse((1, 2), 1)
-EXAMPLES = [Example(f"rows:{i}", language, ANY, ANY, ANY, ANY) for i, language in enumerate(("sw", "zh", "sw", "zh"))]
+EXAMPLES = [
+    Example(f"rows:{i}", language, ANY, ANY, ANY, ANY)
+    for i, language in enumerate(("sw", "zh", "sw", "zh"))
+]
 BEFORE = Gaps(
     target=torch.tensor([0.5, -0.25, 0.0, 1.0]),  # a gap of exactly 0 is no right order
     dominant=torch.tensor([1.0, 0.5, 0.75, 1.5]),  # |2 * target - dominant| = 0, 1, 0.75, 0.5
     pooled=torch.full((4, 2, 3), 2.0),
 )
 AFTER = Gaps(
-    target=torch.tensor([1.0, 0.5, 0.5, -1.0]),  # against the dominant gap *before*: 1, 0.5, 0.25, 3.5
+    # against the dominant gap *before*: 1, 0.5, 0.25, 3.5
+    target=torch.tensor([1.0, 0.5, 0.5, -1.0]),
     dominant=torch.tensor([1.5, 0.25, 0.5, 2.0]),
     pooled=torch.full((4, 2, 3), 2.5),
 )
 WORKED_OUT = {
-    "sw": {"n": 2, "target_gap": (0.25, 0.75), "dominant_gap": (0.875, 1.0), "distance": (0.375, 0.625), "sign_accuracy": (0.5, 1.0)},
-    "zh": {"n": 2, "target_gap": (0.375, -0.25), "dominant_gap": (1.0, 1.125), "distance": (0.75, 2.0), "sign_accuracy": (0.5, 0.5)},
+    "sw": {
+        "n": 2,
+        "target_gap": (0.25, 0.75),
+        "dominant_gap": (0.875, 1.0),
+        "distance": (0.375, 0.625),
+        "sign_accuracy": (0.5, 1.0),
+    },
+    "zh": {
+        "n": 2,
+        "target_gap": (0.375, -0.25),
+        "dominant_gap": (1.0, 1.125),
+        "distance": (0.75, 2.0),
+        "sign_accuracy": (0.5, 0.5),
+    },
     "all": {
         "n": 4,
         "target_gap": (0.3125, 0.25),
@@ -44,7 +60,10 @@ def printed(show, width=140):
     """Its lines, without the frame of the table."""
     console = Console(file=io.StringIO(), width=width, highlight=False)
     show(console)
-    lines = (line.strip().replace("┃", "│").removeprefix("│").removesuffix("│") for line in console.file.getvalue().splitlines())
+    lines = (
+        line.strip().replace("┃", "│").removeprefix("│").removesuffix("│")
+        for line in console.file.getvalue().splitlines()
+    )
     return [[cell.strip() for cell in line.split("│")] for line in lines]
 
 
@@ -55,7 +74,10 @@ def test_the_result_of_a_run():
     for language, expected in WORKED_OUT.items():
         assert rows[language]["n"] == expected["n"]
         for quantity in QUANTITIES:
-            assert tuple(rows[language][quantity][moment] for moment in ("before", "after")) == expected[quantity], (language, quantity)
+            assert (
+                tuple(rows[language][quantity][moment] for moment in ("before", "after"))
+                == expected[quantity]
+            ), (language, quantity)
     assert result["l2"] == 0.25 and result["l2_relative"] == 0.0625  # 0.5^2, and over 2^2
     lines = printed(lambda console: report.print_table(result, console))
     assert ["sw", "2", "+0.250 → +0.750", "+0.875 → +1.000", "0.375 → 0.625", "50% → 100%"] in lines
@@ -68,8 +90,14 @@ def test_a_gap_that_is_no_number_makes_no_number():
     row = gaps.summarise(EXAMPLES, {"one": broken}, BETA)["models"]["one"]
     result = report.summarise(EXAMPLES, broken, AFTER, BETA)["languages"]
     for quantity in ("target_gap", "distance", "sign_accuracy"):
-        assert math.isnan(row["zh"][quantity]) and math.isnan(row["all"][quantity]) and math.isfinite(row["sw"][quantity])
-        assert math.isnan(result["zh"][quantity]["before"]) and math.isfinite(result["zh"][quantity]["after"])
+        assert (
+            math.isnan(row["zh"][quantity])
+            and math.isnan(row["all"][quantity])
+            and math.isfinite(row["sw"][quantity])
+        )
+        assert math.isnan(result["zh"][quantity]["before"]) and math.isfinite(
+            result["zh"][quantity]["after"]
+        )
 
 
 def test_the_report_of_models_side_by_side():
@@ -79,14 +107,27 @@ def test_the_report_of_models_side_by_side():
         assert list(rows) == ["sw", "zh", "all"]
         for language, row in rows.items():
             assert row["n"] == WORKED_OUT[language]["n"]
-            assert {quantity: row[quantity] for quantity in QUANTITIES} == {q: WORKED_OUT[language][q][place] for q in QUANTITIES}
+            assert {quantity: row[quantity] for quantity in QUANTITIES} == {
+                q: WORKED_OUT[language][q][place] for q in QUANTITIES
+            }
             for quantity in ("target_gap", "distance"):
                 low, high = row[f"{quantity}_interval"]
                 assert low <= row[quantity] <= high and low < high, (language, quantity)
     lines = printed(lambda console: gaps.show(made, console))
     row = made["models"]["two"]["sw"]
-    intervals = {q: "[{:{s}}, {:{s}}]".format(*row[f"{q}_interval"], s=s) for q, s in (("target_gap", "+.3f"), ("distance", ".3f"))}
-    assert ["", "two", "", f"+0.750 {intervals['target_gap']}", "+1.000", f"0.625 {intervals['distance']}", "100%"] in lines
+    intervals = {
+        q: "[{:{s}}, {:{s}}]".format(*row[f"{q}_interval"], s=s)
+        for q, s in (("target_gap", "+.3f"), ("distance", ".3f"))
+    }
+    assert [
+        "",
+        "two",
+        "",
+        f"+0.750 {intervals['target_gap']}",
+        "+1.000",
+        f"0.625 {intervals['distance']}",
+        "100%",
+    ] in lines
 
 
 def values_of(kind, count=300):
@@ -97,7 +138,8 @@ def values_of(kind, count=300):
 
 @pytest.mark.parametrize("kind", ["normal", "skewed"])
 def test_intervals_are_those_of_95_percent_of_the_resampled_means(kind):
-    """Against numpy's resampling, to a fifth of a standard error; a 90 % interval is further away."""
+    """Against numpy's resampling, to a fifth of a standard error; a 90 % interval is further
+    away."""
     values = values_of(kind)
     error = float(values.std()) / len(values) ** 0.5
     picks = numpy.random.default_rng(1).integers(0, len(values), (20_000, len(values)))
@@ -109,7 +151,9 @@ def test_intervals_are_those_of_95_percent_of_the_resampled_means(kind):
 
 def test_the_interval_of_one_row_is_that_row_and_does_not_change_from_call_to_call():
     assert gaps.bootstrap_interval(torch.tensor([0.25])) == (0.25, 0.25)
-    assert gaps.bootstrap_interval(values_of("normal")) == gaps.bootstrap_interval(values_of("normal"))
+    assert gaps.bootstrap_interval(values_of("normal")) == gaps.bootstrap_interval(
+        values_of("normal")
+    )
 
 
 def test_each_quantity_has_the_interval_of_its_own_rows():

@@ -1,4 +1,5 @@
-"""Runs that die at any moment and go on: killed, out of disk, half-written checkpoints, a rank that dies."""
+"""Runs that die at any moment and go on: killed, out of disk, half-written checkpoints, a rank that
+dies."""
 
 import json
 import random
@@ -12,7 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import SAME, interrupt, losses, project, run, untrained, weights  # noqa: F401  (project is a fixture)
+from test_train import (
+    SAME,
+    interrupt,
+    losses,
+    project,  # noqa: F401  (a fixture)
+    run,
+    untrained,
+    weights,
+)
 from tiny import apart, mpo_command, mpo_process
 
 from mpo import checkpoint
@@ -21,7 +30,11 @@ from mpo.output_folder import read_metrics
 OPTIONS = ["zero.stage=2", "train.epochs=16", "checkpoint.every=2", "checkpoint.keep=2"]
 
 
-ZERO3 = ["zero.stage=3", "zero.deepspeed={zero_optimization: {stage3_param_persistence_threshold: 0}}", *OPTIONS[1:]]
+ZERO3 = [
+    "zero.stage=3",
+    "zero.deepspeed={zero_optimization: {stage3_param_persistence_threshold: 0}}",
+    *OPTIONS[1:],
+]
 
 
 @pytest.fixture(scope="module")
@@ -31,22 +44,32 @@ def whole(project):  # noqa: F811
 
 
 def begin(project, out, options, ranks):  # noqa: F811
-    """One process per rank, without a launcher that would end the others. What they print goes to files beside the run's folder."""
+    """One process per rank, without a launcher that would end the others. What they print goes to
+    files beside the run's folder."""
     command = ["train", str(project / "run.yaml"), f"output_dir={out}", *options]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     processes = []
     for rank in range(ranks):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        place = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": ranks,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         environment = {name: str(value) for name, value in place.items()} if ranks > 1 else {}
         with open(out.with_name(f"{out.name}-rank{rank}.log"), "w") as log:
-            processes.append(mpo_process(*command, environment=environment, stdout=log, stderr=subprocess.STDOUT))
+            processes.append(
+                mpo_process(*command, environment=environment, stdout=log, stderr=subprocess.STDOUT)
+            )
     return processes
 
 
 def killed_again_and_again(project, name, times, seed, options=OPTIONS, ranks=1, early=True):  # noqa: F811
-    """Starts a run, kills it after a random time, starts it again...; at last lets it end. Returns its folder and the number of kills.
+    """Starts a run, kills it after a random time, starts it again...; at last lets it end. Returns
+    its folder and the number of kills.
 
     Of several ranks one dies up to a third of a second before the next.
     """
@@ -55,7 +78,8 @@ def killed_again_and_again(project, name, times, seed, options=OPTIONS, ranks=1,
     kills = 0
     while kills < times and not (out / "result.json").exists():
         processes = begin(project, out, options, ranks)
-        # Some die while libraries load or the reference is built, most a few steps further in training.
+        # Some die while libraries load or the reference is built, most a few steps further in
+        # training.
         target, began = _last_step(out) + rng.randint(1, 8), time.monotonic()
         patience = rng.choice([rng.uniform(0, 5), None, None]) if early else None
         while all(process.poll() is None for process in processes):
@@ -66,7 +90,9 @@ def killed_again_and_again(project, name, times, seed, options=OPTIONS, ranks=1,
                 break
             time.sleep(0.002)
         if any(process.poll() is not None for process in processes):
-            assert [process.wait(60) for process in processes] == [0] * ranks, out.with_name(f"{name}-rank0.log").read_text()[-3000:]
+            assert [process.wait(60) for process in processes] == [0] * ranks, out.with_name(
+                f"{name}-rank0.log"
+            ).read_text()[-3000:]
             break
         for process in rng.sample(processes, ranks):
             process.send_signal(signal.SIGKILL)
@@ -86,11 +112,15 @@ def _last_step(out):
 
 
 def same(out, whole):
-    assert [row["step"] for row in read_metrics(out / "metrics.jsonl")] == [row["step"] for row in read_metrics(whole / "metrics.jsonl")]
+    assert [row["step"] for row in read_metrics(out / "metrics.jsonl")] == [
+        row["step"] for row in read_metrics(whole / "metrics.jsonl")
+    ]
     assert torch.equal(losses(out), losses(whole))
     ours, theirs = weights(out), weights(whole)
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    assert json.loads((out / "result.json").read_text()) == json.loads((whole / "result.json").read_text())
+    assert json.loads((out / "result.json").read_text()) == json.loads(
+        (whole / "result.json").read_text()
+    )
     assert json.loads((out / "config.json").read_text())["threads"] == 1
 
 
@@ -111,37 +141,74 @@ def test_killed_at_many_random_moments_the_run_ends_bit_equal(project, whole, se
 
 @pytest.mark.slow
 def test_two_ranks_under_zero3_killed_at_many_random_moments_end_bit_equal(project):  # noqa: F811
-    """Weights, gradients and optimizer are spread over the two, so a checkpoint is whole only with the files of both."""
+    """Weights, gradients and optimizer are spread over the two, so a checkpoint is whole only with
+    the files of both."""
     out, kills = killed_again_and_again(project, "killed-zero3", 7, seed=7, options=ZERO3, ranks=2)
     assert kills >= 6
     same(out, run(project, "uninterrupted-zero3", *ZERO3, ranks=2)[0])
 
 
 STOPS = [  # where, what is met there, what ends the run, and the step of the newest checkpoint then
-    *(("rows", "SIGINT", "KeyboardInterrupt", None), ("weights", "SIGTERM", "KeyboardInterrupt", None)),
-    *(("engine", "SIGINT", "KeyboardInterrupt", None), ("reference", "SIGTERM", "KeyboardInterrupt", None)),
-    *(("gaps before", "SIGINT", "KeyboardInterrupt", None), ("self-check", "SIGTERM", "KeyboardInterrupt", None)),
+    *(
+        ("rows", "SIGINT", "KeyboardInterrupt", None),
+        ("weights", "SIGTERM", "KeyboardInterrupt", None),
+    ),
+    *(
+        ("engine", "SIGINT", "KeyboardInterrupt", None),
+        ("reference", "SIGTERM", "KeyboardInterrupt", None),
+    ),
+    *(
+        ("gaps before", "SIGINT", "KeyboardInterrupt", None),
+        ("self-check", "SIGTERM", "KeyboardInterrupt", None),
+    ),
     ("first step", "SIGINT", "Interrupted: Stopped after step 1 of 4. The same command goes on", 1),
     ("second step", "FULL", "UserError: The checkpoint after step 2 could not be written", 1),
     ("last step", "SIGTERM", "Interrupted: Stopped after step 4 of 4. The same command goes on", 4),
-    *(("gaps after", "SIGINT", "KeyboardInterrupt", 4), ("gaps after", "SIGTERM", "KeyboardInterrupt", 4)),
-    *(("export", "SIGTERM", "KeyboardInterrupt", 4), ("export", "ENOSPC", "OSError", 4), ("summary", "SIGINT", "KeyboardInterrupt", 4)),
+    *(
+        ("gaps after", "SIGINT", "KeyboardInterrupt", 4),
+        ("gaps after", "SIGTERM", "KeyboardInterrupt", 4),
+    ),
+    *(
+        ("export", "SIGTERM", "KeyboardInterrupt", 4),
+        ("export", "ENOSPC", "OSError", 4),
+        ("summary", "SIGINT", "KeyboardInterrupt", 4),
+    ),
     *(("picture", "SIGTERM", "KeyboardInterrupt", 4), ("picture", "ENOSPC", "OSError", 4)),
     *(("result", "SIGINT", "KeyboardInterrupt", 4), ("result", "ENOSPC", "OSError", 4)),
 ]
 
 
 def test_stopped_at_every_place_in_turn_the_run_ends_bit_equal(project):  # noqa: F811
-    """By a signal, or by a disk that is full there. What was done is not done again, least of all the training."""
+    """By a signal, or by a disk that is full there. What was done is not done again, least of all
+    the training."""
     options = ["zero.stage=2", "train.max_steps=4"]
     whole, out = run(project, "not-stopped", *options)[0], project / "stopped-everywhere"
     (project / "stops.json").write_text(json.dumps([stop[:2] for stop in STOPS]))
-    worker = [sys.executable, str(Path(__file__).with_name("stopped_worker.py")), str(project / "run.yaml"), str(project / "stops.json")]
-    result = subprocess.run([*worker, f"output_dir={out}", *options], capture_output=True, text=True, check=False, timeout=300)
+    worker = [
+        sys.executable,
+        str(Path(__file__).with_name("stopped_worker.py")),
+        str(project / "run.yaml"),
+        str(project / "stops.json"),
+    ]
+    result = subprocess.run(
+        [*worker, f"output_dir={out}", *options],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    seen = [json.loads(line.removeprefix("STOPPED ")) for line in result.stdout.splitlines() if line.startswith("STOPPED ")]
+    seen = [
+        json.loads(line.removeprefix("STOPPED "))
+        for line in result.stdout.splitlines()
+        if line.startswith("STOPPED ")
+    ]
     for (place, how, raised, step), found in zip(STOPS, seen[:-1], strict=True):
-        assert found["raised"] is not None and found["raised"].startswith(raised), (place, how, found)
+        assert found["raised"] is not None and found["raised"].startswith(raised), (
+            place,
+            how,
+            found,
+        )
         assert (found["step"], found["result"]) == (step, False), (place, how, found)
     assert seen[-1]["raised"] is None and seen[-1]["result"]
     assert seen[-1]["step"] is None  # no checkpoints were asked for, and the model is exported
@@ -162,7 +229,10 @@ def test_half_written_checkpoints_are_passed_over(project, whole):  # noqa: F811
     shutil.rmtree(out / "checkpoints" / "step-00000098")
     run(project, "half", *OPTIONS)
     same(out, whole)
-    assert sorted(p.name for p in (out / "checkpoints").glob("step-*")) == ["step-00000042", "step-00000043"]
+    assert sorted(p.name for p in (out / "checkpoints").glob("step-*")) == [
+        "step-00000042",
+        "step-00000043",
+    ]
 
 
 FULL_WHEN_TRAINING_BEGINS = """
@@ -178,13 +248,24 @@ main()
 
 
 def test_a_full_disk_costs_the_checkpoint_and_not_the_run(project):  # noqa: F811
-    """No file may grow beyond 20 kB, as on a full disk; the model's own file, which is larger, is left out."""
+    """No file may grow beyond 20 kB, as on a full disk; the model's own file, which is larger, is
+    left out."""
     out = project / "full"
     options = ["zero.stage=2", "checkpoint.every=2", "checkpoint.export=false", f"output_dir={out}"]
-    command = [sys.executable, "-c", FULL_WHEN_TRAINING_BEGINS, "train", str(project / "run.yaml"), *options]
+    command = [
+        sys.executable,
+        "-c",
+        FULL_WHEN_TRAINING_BEGINS,
+        "train",
+        str(project / "run.yaml"),
+        *options,
+    ]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     text = result.stdout + result.stderr
-    assert "The checkpoint after step 2 could not be written" in text and "There is no older one. The run goes on." in text
+    assert (
+        "The checkpoint after step 2 could not be written" in text
+        and "There is no older one. The run goes on." in text
+    )
     assert len(read_metrics(out / "metrics.jsonl")) == 6
     assert not list((out / "checkpoints").glob("step-*"))
 
@@ -193,11 +274,15 @@ def test_a_rank_that_dies_ends_the_others(project):  # noqa: F811
     """Under torch's launcher the other rank is ended instead of waiting for ever."""
     out = project / "dies"
     options = [f"output_dir={out}", "zero.stage=3", "train.epochs=400"]
-    process = mpo_process("train", str(project / "run.yaml"), *options, ranks=2, stderr=subprocess.STDOUT)
+    process = mpo_process(
+        "train", str(project / "run.yaml"), *options, ranks=2, stderr=subprocess.STDOUT
+    )
     deadline = time.monotonic() + 90
     while _last_step(out) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
     assert len(children) == 2
     subprocess.run(["kill", "-9", children[1]], check=True)
     output, _ = process.communicate(timeout=90)
@@ -209,19 +294,26 @@ def test_a_rank_that_dies_ends_the_others(project):  # noqa: F811
     ("before", "after"),
     [
         ((2, 1), (3, 2)),
-        *(pytest.param(*places, marks=pytest.mark.slow) for places in (((3, 2), (0, 1)), ((0, 1), (1, 2)), ((1, 2), (2, 1)))),
+        *(
+            pytest.param(*places, marks=pytest.mark.slow)
+            for places in (((3, 2), (0, 1)), ((0, 1), (1, 2)), ((1, 2), (2, 1)))
+        ),
     ],
     ids=lambda place: f"zero{place[0]}x{place[1]}",
 )
 def test_another_stage_and_world_size_go_on_from_a_converted_checkpoint(project, before, after):  # noqa: F811
-    """A run of 12 steps stops after 4; converted, the other 8 are the same as without the stop, to rounding.
+    """A run of 12 steps stops after 4; converted, the other 8 are the same as without the stop, to
+    rounding.
 
-    They also have another number of threads, which is said: with these a run on a CPU is the same to rounding, too.
+    They also have another number of threads, which is said: with these a run on a CPU is the same
+    to rounding, too.
     """
     name = "from-{}x{}".format(*before)
     options = ["train.epochs=4", "train.max_steps=12", "checkpoint.keep=9"]
     plain, _ = run(project, f"{name}-whole", *options, f"zero.stage={after[0]}", ranks=after[1])
-    out, _ = run(project, name, *options, f"zero.stage={before[0]}", "checkpoint.every=4", ranks=before[1])
+    out, _ = run(
+        project, name, *options, f"zero.stage={before[0]}", "checkpoint.every=4", ranks=before[1]
+    )
     shutil.rmtree(out / "checkpoints" / "step-00000012")
     shutil.rmtree(out / "checkpoints" / "step-00000008")
     for finished in ("result.json", "result.png"):
@@ -233,6 +325,9 @@ def test_another_stage_and_world_size_go_on_from_a_converted_checkpoint(project,
     assert converted.returncode == 0 and "step-00000004.portable" in converted.stdout
     _, process = run(project, name, *other, ranks=after[1], OMP_NUM_THREADS="2")
     assert "4 of 12 steps done" in process.stdout
-    assert "This run began with 1 CPU thread(s) a rank and goes on with 2" in process.stdout and "OMP_NUM_THREADS=1" in process.stdout
+    assert (
+        "This run began with 1 CPU thread(s) a rank and goes on with 2" in process.stdout
+        and "OMP_NUM_THREADS=1" in process.stdout
+    )
     torch.testing.assert_close(losses(out), losses(plain), rtol=5e-3, atol=5e-5)
     assert apart(weights(out), weights(plain), untrained(project)) < SAME

@@ -1,4 +1,5 @@
-"""What makes it this run: its rows, its model and what it computes. Not the day, nor where files lie, nor how a run is watched."""
+"""What makes it this run: its rows, its model and what it computes. Not the day, nor where files
+lie, nor how a run is watched."""
 
 import itertools
 import json
@@ -66,31 +67,40 @@ def project(tmp_path_factory):
 
 
 def begin(project, *overrides):
-    """What `mpo train` does before it loads weights. Returns (whether it goes on, what it would train on)."""
+    """What `mpo train` does before it loads weights. Returns (whether it goes on, what it would
+    train on)."""
     config = with_date(load_config(project / "run.yaml", list(overrides)))
     prepared = prepare(config, lambda line: None)
     folder = OutputFolder(Path(config.output_dir))
     model = reference.model_identity(prepared.model, prepared.tokenizer)
-    return folder.open(config, reference.rows_digest(prepared.examples, prepared.measured), model), prepared
+    return (
+        folder.open(config, reference.rows_digest(prepared.examples, prepared.measured), model),
+        prepared,
+    )
 
 
 def test_a_run_of_yesterday_goes_on_today(project, tmp_path, clock):
     out = f"output_dir={tmp_path / 'run'}"
     goes_on, yesterday = begin(project, out)
     assert not goes_on
-    assert "Today is 02 March 2026." in yesterday.tokenizer.decode(yesterday.examples[0].target_chosen.input_ids)
+    assert "Today is 02 March 2026." in yesterday.tokenizer.decode(
+        yesterday.examples[0].target_chosen.input_ids
+    )
     clock.now_is = TUESDAY
     goes_on, today = begin(project, out)
     assert goes_on and today.examples == yesterday.examples
     assert begin(project, f"output_dir={tmp_path / 'second'}")[1].examples != yesterday.examples
-    # Whatever else reads the rows of that run sees what it was trained on: validate, gaps, the dry run.
+    # Whatever else reads the rows of that run sees what it was trained on: validate, gaps, the dry
+    # run.
     config = load_config(project / "run.yaml", [out])
     assert prepare(config, lambda line: None).examples == yesterday.examples
 
 
 def test_a_date_may_be_given(project, tmp_path, clock):
     _, given = begin(project, f"output_dir={tmp_path / 'run'}", "data.date=2026-03-03")
-    assert "Today is 03 March 2026." in given.tokenizer.decode(given.examples[0].target_chosen.input_ids)
+    assert "Today is 03 March 2026." in given.tokenizer.decode(
+        given.examples[0].target_chosen.input_ids
+    )
     clock.now_is = datetime(2030, 1, 1)
     assert begin(project, f"output_dir={tmp_path / 'run'}")[1].examples == given.examples
     with pytest.raises(UserError, match="the training or the measured rows differ"):
@@ -98,10 +108,14 @@ def test_a_date_may_be_given(project, tmp_path, clock):
 
 
 @pytest.mark.parametrize("place", ["store", ".store.parts"])
-def test_the_date_of_a_shared_store_is_that_of_the_runs_that_use_it(project, tmp_path, clock, place):
+def test_the_date_of_a_shared_store_is_that_of_the_runs_that_use_it(
+    project, tmp_path, clock, place
+):
     """Also of one whose build was interrupted: its finished parts are of that date."""
     (tmp_path / place).mkdir()
-    (tmp_path / place / "manifest.json").write_text(json.dumps({"format": 2, "date": MONDAY.isoformat()}))
+    (tmp_path / place / "manifest.json").write_text(
+        json.dumps({"format": 2, "date": MONDAY.isoformat()})
+    )
     clock.now_is = TUESDAY
     shared = [f"reference.store={tmp_path / 'store'}", f"output_dir={tmp_path / 'run'}"]
     assert with_date(load_config(project / "run.yaml", shared)).data.date == MONDAY
@@ -110,7 +124,9 @@ def test_the_date_of_a_shared_store_is_that_of_the_runs_that_use_it(project, tmp
     assert with_date(live).data.date == TUESDAY
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b'{"date": 5}', b'{"date": "yesterday"}', b"[]"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\xff", b'{"date": 5}', b'{"date": "yesterday"}', b"[]"]
+)
 def test_a_damaged_date_is_refused_and_not_replaced_by_today(project, tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(UserError, match=r"config.json.*(cannot be read|is none).*[Rr]estore"):
@@ -123,9 +139,16 @@ FORMATS = [
 ]  # fmt: skip
 PLACES = {
     "plain": "{{ strftime_now(FORMAT) }}",
-    "when defined": "{% if strftime_now is defined %}{{ strftime_now(FORMAT) }}{% else %}never{% endif %}",
-    "in a macro": "{% macro head(x) %}{{ x }} {{ strftime_now(FORMAT) }}{% endmacro %}{{ head('on') }}",
-    "in a loop": "{% for m in messages %}{% set day = strftime_now(FORMAT) %}{{ m['content'] }} {{ day }}{% endfor %}",
+    "when defined": (
+        "{% if strftime_now is defined %}{{ strftime_now(FORMAT) }}{% else %}never{% endif %}"
+    ),
+    "in a macro": (
+        "{% macro head(x) %}{{ x }} {{ strftime_now(FORMAT) }}{% endmacro %}{{ head('on') }}"
+    ),
+    "in a loop": (
+        "{% for m in messages %}{% set day = strftime_now(FORMAT) %}{{ m['content'] }} {{ day }}{%"
+        " endfor %}"
+    ),
     "piece by piece": "{% set f = FORMAT %}{{ strftime_now(f[:1] ~ f[1:]) }}",
     "after a line break": "\n{{- 'x' }}\n  {{ strftime_now(FORMAT) }}\n",
     "set once": "{%- set date_string = strftime_now(FORMAT) %}\n{{- date_string }}",
@@ -143,7 +166,12 @@ def test_a_stopped_clock_prints_what_the_template_prints_on_that_day(place, cloc
         clock.now_is = day
         expected = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
         clock.now_is = datetime(1999, 1, 1)
-        assert tokenizer.apply_chat_template(messages, chat_template=dated(template, day), tokenize=False) == expected, each
+        assert (
+            tokenizer.apply_chat_template(
+                messages, chat_template=dated(template, day), tokenize=False
+            )
+            == expected
+        ), each
 
 
 def test_a_template_without_a_date_is_left_as_it_is():
@@ -171,7 +199,15 @@ def another(value):
         return not value
     if isinstance(value, int | float):
         return value * 2 + 1
-    return "another" if isinstance(value, str) else ["another"] if isinstance(value, list) else {"more": 1} if value == {} else "other"
+    return (
+        "another"
+        if isinstance(value, str)
+        else ["another"]
+        if isinstance(value, list)
+        else {"more": 1}
+        if value == {}
+        else "other"
+    )
 
 
 def changed(tree, field, value):
@@ -186,7 +222,10 @@ def changed(tree, field, value):
 
 def test_every_field_is_part_of_a_run_or_known_not_to_be(project, tmp_path):
     """Generated from the configuration, so that a new field has to be thought of."""
-    config = load_config(project / "run.yaml", ["model.lora.rank=4", "data.date=2026-03-02", f"output_dir={tmp_path / 'run'}"])
+    config = load_config(
+        project / "run.yaml",
+        ["model.lora.rank=4", "data.date=2026-03-02", f"output_dir={tmp_path / 'run'}"],
+    )
     OutputFolder(tmp_path / "run").open(config, "rows", {"weights": "a"})
     plain = config.model_dump(mode="json")
     fields = dict(leaves(plain))
@@ -200,7 +239,10 @@ def test_every_field_is_part_of_a_run_or_known_not_to_be(project, tmp_path):
         try:
             assert folder.open(mine, "rows", {"weights": "a"}) and field in FREE, field
         except UserError as error:
-            assert field not in FREE and f"{field} is {value!r} there and {another(value)!r} here" in str(error), (field, error)
+            assert (
+                field not in FREE
+                and f"{field} is {value!r} there and {another(value)!r} here" in str(error)
+            ), (field, error)
         finally:
             folder._claim.release()
 
@@ -211,7 +253,11 @@ def test_every_field_is_part_of_a_run_or_known_not_to_be(project, tmp_path):
         ("other", {"weights": "a"}, "the training or the measured rows differ"),
         ("rows", {"weights": "b"}, "the model's weights is another one"),
         ("rows", {"weights": "a", "config": "c"}, "the model's config is another one"),
-        ("rows", {"weights": "a", "attention": "eager"}, "model.attention is None there and 'eager' here"),
+        (
+            "rows",
+            {"weights": "a", "attention": "eager"},
+            "model.attention is None there and 'eager' here",
+        ),
     ],
 )
 def test_other_rows_or_another_model_are_another_run(project, tmp_path, rows, model, message):
@@ -223,16 +269,21 @@ def test_other_rows_or_another_model_are_another_run(project, tmp_path, rows, mo
 
 
 def test_a_moved_project_goes_on(project, tmp_path, clock, monkeypatch):
-    """Model and data by absolute path, by relative path, from elsewhere, under other names: the contents are the same."""
+    """Model and data by absolute path, by relative path, from elsewhere, under other names: the
+    contents are the same."""
     shutil.copytree(project, tmp_path / "first")
     assert begin(tmp_path / "first", f"output_dir={tmp_path / 'run'}")[0] is False
     (tmp_path / "first").rename(tmp_path / "second")
     assert begin(tmp_path / "second", f"output_dir={tmp_path / 'run'}")[0]
     monkeypatch.chdir(tmp_path)
-    assert begin(project, "output_dir=run", "data.train=[second/train.jsonl]", "model.path=second/model")[0]
+    assert begin(
+        project, "output_dir=run", "data.train=[second/train.jsonl]", "model.path=second/model"
+    )[0]
     (tmp_path / "second" / "train.jsonl").rename(tmp_path / "second" / "rows.jsonl")
     os.utime(tmp_path / "second" / "rows.jsonl", (1, 1))
-    assert begin(tmp_path / "second", f"output_dir={tmp_path / 'run'}", "data.train=[rows.jsonl]")[0]
+    assert begin(tmp_path / "second", f"output_dir={tmp_path / 'run'}", "data.train=[rows.jsonl]")[
+        0
+    ]
 
 
 ROW_CHANGES = {
@@ -245,7 +296,8 @@ ROW_CHANGES = {
 
 @pytest.mark.parametrize("change", ROW_CHANGES)
 def test_changed_rows_are_another_run(project, tmp_path, clock, change):
-    """Also where the sequences are the same ones, in the same order of appearance: a repeated row makes other steps."""
+    """Also where the sequences are the same ones, in the same order of appearance: a repeated row
+    makes other steps."""
     rows = native_rows(dominants=2)
     write_rows(tmp_path / "rows.jsonl", rows)
     options = [f"output_dir={tmp_path / 'run'}", f"data.train=[{tmp_path / 'rows.jsonl'}]"]
@@ -256,13 +308,15 @@ def test_changed_rows_are_another_run(project, tmp_path, clock, change):
 
 
 def test_precompute_and_then_train_in_one_folder(project):
-    """Precompute claims the folder as train does: for this run, so that train goes on, and no other one."""
+    """Precompute claims the folder as train does: for this run, so that train goes on, and no other
+    one."""
     out, photos = project / "both", project / "photos"
     photos.mkdir()
     (photos / "beach.jpg").write_bytes(b"sun")
     run, into = str(project / "run.yaml"), f"output_dir={out}"
     steps = [
-        ["mpo", "precompute", run, into, "data.date=2020-02-29"],  # years ago, as far as the template is concerned
+        # years ago, as far as the template is concerned
+        ["mpo", "precompute", run, into, "data.date=2020-02-29"],
         ["look", str(out)],
         ["mpo", "precompute", run, into, "loss.pool=all"],
         ["mpo", "train", run, into, "train.max_steps=2"],
@@ -271,13 +325,22 @@ def test_precompute_and_then_train_in_one_folder(project):
         ["mpo", "precompute", run, f"output_dir={photos}"],
         ["mpo", "precompute", run, f"output_dir={project / 'third'}", f"reference.store={photos}"],
     ]
-    first, left, other_pool, shorter, trained, again, in_photos, over_photos = commands(steps, project)
-    assert first["status"] == 0 and {"config.json", "reference/values.safetensors"} <= set(left["files"]), first["text"]
+    first, left, other_pool, shorter, trained, again, in_photos, over_photos = commands(
+        steps, project
+    )
+    assert first["status"] == 0 and {"config.json", "reference/values.safetensors"} <= set(
+        left["files"]
+    ), first["text"]
     assert other_pool["status"] == 2 and "holds another run: loss.pool" in other_pool["text"]
-    assert shorter["status"] == 2 and "holds another run: train.max_steps is None there and 2 here" in shorter["text"]
-    assert trained["status"] == 0 and "Reference store:" not in trained["text"], trained["text"]  # found, not built
+    assert (
+        shorter["status"] == 2
+        and "holds another run: train.max_steps is None there and 2 here" in shorter["text"]
+    )
+    # found, not built
+    assert trained["status"] == 0 and "Reference store:" not in trained["text"], trained["text"]
     assert json.loads((out / "config.json").read_text())["date"] == "2020-02-29T00:00:00"
-    assert again["status"] == 0 and "Reference store:" in again["text"]  # of a finished run it is there already
+    # of a finished run it is there already
+    assert again["status"] == 0 and "Reference store:" in again["text"]
     assert in_photos["status"] == 2 and "is not empty and holds no MPO run" in in_photos["text"]
     assert over_photos["status"] == 2 and "holds no whole reference store" in over_photos["text"]
     assert [path.name for path in photos.iterdir()] == ["beach.jpg"]
@@ -285,13 +348,27 @@ def test_precompute_and_then_train_in_one_folder(project):
 
 def test_what_a_step_draws_is_the_same_after_an_interruption(project):
     """Dropout on the adapters: the random state is part of neither checkpoint nor clock."""
-    options = ["model.lora.rank=2", "model.lora.dropout=0.5", "checkpoint.every=2", "checkpoint.keep=9", "checkpoint.export=false"]
+    options = [
+        "model.lora.rank=2",
+        "model.lora.dropout=0.5",
+        "checkpoint.every=2",
+        "checkpoint.keep=9",
+        "checkpoint.export=false",
+    ]
     out = project / "dropout"
     train = ["mpo", "train", str(project / "run.yaml"), f"output_dir={out}", *options]
     lost = ["result.json", "result.png", "checkpoints/step-00000006", "checkpoints/step-00000008"]
-    steps = [train, ["look", str(out)], *(["damage", str(out / name), "absent"] for name in lost), train, ["look", str(out)]]
+    steps = [
+        train,
+        ["look", str(out)],
+        *(["damage", str(out / name), "absent"] for name in lost),
+        train,
+        ["look", str(out)],
+    ]
     first, whole, *_, second, after = commands(steps, project)
-    assert first["status"] == second["status"] == 0 and "4 of 8 steps done" in second["text"], first["text"] + second["text"]
+    assert first["status"] == second["status"] == 0 and "4 of 8 steps done" in second["text"], (
+        first["text"] + second["text"]
+    )
     assert len(whole["steps"]) == 8 and after == {**whole, "files": after["files"]}
 
 
@@ -302,11 +379,19 @@ def test_two_commands_that_want_one_store_at_once(project, tmp_path):
     third = Claim(tmp_path / "stores" / ".shared.lock")
     assert third.take() is None
     options = ["precompute", str(project / "run.yaml"), f"reference.store={store}"]
-    processes = [mpo_process(*options, f"output_dir={tmp_path / name}", stderr=subprocess.STDOUT) for name in ("one", "two")]
-    said = [next(line for line in process.stdout if "Waiting for it" in line) for process in processes]
+    processes = [
+        mpo_process(*options, f"output_dir={tmp_path / name}", stderr=subprocess.STDOUT)
+        for name in ("one", "two")
+    ]
+    said = [
+        next(line for line in process.stdout if "Waiting for it" in line) for process in processes
+    ]
     assert all("builds the reference store" in line for line in said)
     third.release()
     texts = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], texts
-    assert sorted("Reference store: " in text and "sequences in" in text for text in texts) == [False, True], texts
+    assert sorted("Reference store: " in text and "sequences in" in text for text in texts) == [
+        False,
+        True,
+    ], texts
     assert sorted(path.name for path in store.parent.iterdir()) == [".shared.lock", "shared"]

@@ -1,4 +1,5 @@
-"""What a person sees on terminals of every width, on one that cannot move its cursor, and in a log."""
+"""What a person sees on terminals of every width, on one that cannot move its cursor, and in a
+log."""
 
 import io
 import os
@@ -34,12 +35,22 @@ CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 def run(columns=None, **environment):
     """The last state of each line, from a terminal of so many columns, or from a pipe."""
     here = str(Path(report.__file__).parents[1])
-    env = {**os.environ, "PYTHONPATH": here, "PYTHONIOENCODING": "utf-8", "COLUMNS": str(columns or 100), **environment}
+    env = {
+        **os.environ,
+        "PYTHONPATH": here,
+        "PYTHONIOENCODING": "utf-8",
+        "COLUMNS": str(columns or 100),
+        **environment,
+    }
     if columns is None:
-        process = subprocess.run([sys.executable, "-c", SHOWS], env=env, capture_output=True, check=True)
+        process = subprocess.run(
+            [sys.executable, "-c", SHOWS], env=env, capture_output=True, check=True
+        )
         return process.stdout.decode()
     terminal, slave = pty.openpty()
-    with subprocess.Popen([sys.executable, "-c", SHOWS], env=env, stdin=slave, stdout=slave, stderr=slave) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", SHOWS], env=env, stdin=slave, stdout=slave, stderr=slave
+    ) as process:
         os.close(slave)
         output = b""
         while True:
@@ -54,7 +65,9 @@ def run(columns=None, **environment):
 
 def drawn(output):
     """What is left of each line that was drawn again and again."""
-    return [CODES.sub("", line.rsplit("\r", 1)[-1]) for line in output.replace("\r\n", "\n").split("\n")]
+    return [
+        CODES.sub("", line.rsplit("\r", 1)[-1]) for line in output.replace("\r\n", "\n").split("\n")
+    ]
 
 
 @pytest.mark.parametrize("columns", [34, 40, 60, 80, 100, 140, 200])
@@ -75,12 +88,16 @@ def test_the_step_the_time_and_the_loss_come_first(columns):
     assert training.rstrip().endswith("…") == ("zh +1.23" not in training)
     assert not re.search(r"\+1\.?2?(  …)?$", training.rstrip())  # no number is cut
     (gap,) = [line for line in lines if "123/321" in line]
-    assert re.search(r"123/321  0:00:\d\d", gap) and (columns == 34 or "…" in gap or f"{LONG}/model" in gap)
+    assert re.search(r"123/321  0:00:\d\d", gap) and (
+        columns == 34 or "…" in gap or f"{LONG}/model" in gap
+    )
     assert columns < 60 or (gap.startswith("Gaps of") and "/model" in gap)
     assert ("━" in training) == (columns == 200)
 
 
-@pytest.mark.parametrize(("columns", "environment"), [(None, {}), (80, {"TERM": "dumb"}), (None, {"FORCE_COLOR": "1"})])
+@pytest.mark.parametrize(
+    ("columns", "environment"), [(None, {}), (80, {"TERM": "dumb"}), (None, {"FORCE_COLOR": "1"})]
+)
 def test_a_log_has_whole_lines(columns, environment):
     """Also where a terminal cannot move its cursor, and where a pipe asks for colours."""
     output = CODES.sub("", run(columns, **environment)).replace("\r\n", "\n")
@@ -98,7 +115,10 @@ def console(columns):
 def gaps_report(paths):
     row = {"n": 100, "target_gap": 1.2345, "target_gap_interval": (1.1, 1.3), "dominant_gap": -0.5, "distance": 0.25,
            "distance_interval": (0.125, 0.5), "sign_accuracy": 0.625}  # fmt: skip
-    return {"beta": 1.0, "models": {path: dict.fromkeys((*LANGUAGES, "all"), row) for path in paths}}
+    return {
+        "beta": 1.0,
+        "models": {path: dict.fromkeys((*LANGUAGES, "all"), row) for path in paths},
+    }
 
 
 PATHS = [
@@ -116,7 +136,9 @@ PATHS = [
 def test_models_that_differ_have_names_that_differ(paths):
     """At every width; and every number is whole."""
     names = report.distinct_names(paths)
-    assert len(set(names)) == 2 and all(path.rstrip("/").endswith(name.rstrip("/")) for name, path in zip(names, paths, strict=True))
+    assert len(set(names)) == 2 and all(
+        path.rstrip("/").endswith(name.rstrip("/")) for name, path in zip(names, paths, strict=True)
+    )
     for columns in range(20, 170, 7):
         out = console(columns)
         gaps.show(gaps_report(paths), out)
@@ -139,19 +161,35 @@ def test_names_are_as_short_as_they_can_be():
 
 def results():
     pair = {"before": 0.25, "after": 1.5}
-    row = {"n": 6, "target_gap": pair, "dominant_gap": pair, "distance": pair, "sign_accuracy": {"before": 0.5, "after": 1.0}}
-    return {"beta": 1.0, "languages": dict.fromkeys(LANGUAGES, row), "all": row, "l2": 0.001, "l2_relative": 0.01}
+    row = {
+        "n": 6,
+        "target_gap": pair,
+        "dominant_gap": pair,
+        "distance": pair,
+        "sign_accuracy": {"before": 0.5, "after": 1.0},
+    }
+    return {
+        "beta": 1.0,
+        "languages": dict.fromkeys(LANGUAGES, row),
+        "all": row,
+        "l2": 0.001,
+        "l2_relative": 0.01,
+    }
 
 
 def test_every_number_of_a_table_is_whole_at_any_width():
-    sizes = memory.Size(parameters=10**9, trained=10**6, vocab=11, hidden=8, intermediate=20, layers=3)
+    sizes = memory.Size(
+        parameters=10**9, trained=10**6, vocab=11, hidden=8, intermediate=20, layers=3
+    )
     parts = ("weights", "gradients", "optimizer", "buckets", "activations", "head", "total")
     rows = [{"gpus": n, **dict.fromkeys(parts, 14.25)} for n in (1, 2, 4)]
     for columns in range(20, 150, 5):
         out = console(columns)
         report.print_table(results(), out)
         text = out.file.getvalue()
-        assert text.count("+0.250") == text.count("+1.500") == 2 * 7 and text.count("100%") == 7, columns
+        assert text.count("+0.250") == text.count("+1.500") == 2 * 7 and text.count("100%") == 7, (
+            columns
+        )
         assert all(re.search(rf"\b{language}\b", text) for language in (*LANGUAGES, "all"))
         out = console(columns)
         memory.show(rows, {"size": sizes._asdict(), "tokens_per_micro_batch": {"max": 100}}, out)

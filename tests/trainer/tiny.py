@@ -33,9 +33,17 @@ ARCHITECTURES = {
     "gemma": (transformers.GemmaConfig, {"head_dim": 8}),
     "gemma2": (
         transformers.Gemma2Config,
-        {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 5, "final_logit_softcapping": 3.0},
+        {
+            "head_dim": 8,
+            "query_pre_attn_scalar": 8,
+            "sliding_window": 5,
+            "final_logit_softcapping": 3.0,
+        },
     ),
-    "gemma3": (transformers.Gemma3TextConfig, {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 5}),
+    "gemma3": (
+        transformers.Gemma3TextConfig,
+        {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 5},
+    ),
 }
 
 
@@ -43,7 +51,9 @@ def build_model(architecture: str, vocab_size: int, seed: int = 0) -> transforme
     """A random model whose logits are not near-uniform, so that mistakes show."""
     config_class, options = ARCHITECTURES[architecture]
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config_class(vocab_size=vocab_size, **{**COMMON, **options}))
+    model = transformers.AutoModelForCausalLM.from_config(
+        config_class(vocab_size=vocab_size, **{**COMMON, **options})
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
@@ -58,11 +68,20 @@ def save_model(folder: Path, tokenizer, architecture: str = "llama") -> Path:
     return folder
 
 
-def apart(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], start: dict[str, torch.Tensor]) -> float:
-    """Distance of two trained models, as a share of how far training moved `theirs` from `start`: 1 if `ours` did not move."""
+def apart(
+    ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], start: dict[str, torch.Tensor]
+) -> float:
+    """Distance of two trained models, as a share of how far training moved `theirs` from `start`: 1
+    if `ours` did not move."""
 
     def distance(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
-        return sum(float((one[name].double() - two.get(name, torch.zeros(()))).square().sum()) for name in one) ** 0.5
+        return (
+            sum(
+                float((one[name].double() - two.get(name, torch.zeros(()))).square().sum())
+                for name in one
+            )
+            ** 0.5
+        )
 
     return distance(ours, theirs) / distance(theirs, start)
 
@@ -78,26 +97,44 @@ def native_rows(dominants: int = 3, languages: tuple[str, ...] = ("sw", "zh")) -
         }
 
     return [
-        {"language": language, "dominant": pair("en", i), "target": pair(language, i)} for i in range(dominants) for language in languages
+        {"language": language, "dominant": pair("en", i), "target": pair(language, i)}
+        for i in range(dominants)
+        for language in languages
     ]
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     return path
 
 
-def mpo_process(*arguments: str, ranks: int = 1, environment: dict[str, str] | None = None, **options: Any) -> subprocess.Popen:
-    """Starts `python -m mpo ...` as a user would, with `ranks` processes of torch's launcher for more than one.
+def mpo_process(
+    *arguments: str, ranks: int = 1, environment: dict[str, str] | None = None, **options: Any
+) -> subprocess.Popen:
+    """Starts `python -m mpo ...` as a user would, with `ranks` processes of torch's launcher for
+    more than one.
 
-    Like every process of the suite it inherits the environment that tests/conftest.py settles; `environment` adds to it.
+    Like every process of the suite it inherits the environment that tests/conftest.py settles;
+    `environment` adds to it.
     """
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        if ranks > 1
+        else []
+    )
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
-    return subprocess.Popen([sys.executable, *launcher, "-m", "mpo", *arguments], env={**os.environ, **(environment or {})}, **pipes)
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "mpo", *arguments],
+        env={**os.environ, **(environment or {})},
+        **pipes,
+    )
 
 
-def mpo_command(*arguments: str, ranks: int = 1, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess:
+def mpo_command(
+    *arguments: str, ranks: int = 1, timeout: float = 240, **environment: str
+) -> subprocess.CompletedProcess:
     """Runs `python -m mpo ...` to its end."""
     process = mpo_process(*arguments, ranks=ranks, environment=environment)
     try:
@@ -108,9 +145,15 @@ def mpo_command(*arguments: str, ranks: int = 1, timeout: float = 240, **environ
 
 
 def commands(steps: list[list[str]], place: Path) -> list[dict[str, Any]]:
-    """What the steps of commands_worker.py gave, all in one process: `["mpo", "train", ...]` has a `status` and a `text`."""
+    """What the steps of commands_worker.py gave, all in one process: `["mpo", "train", ...]` has a
+    `status` and a `text`."""
     (place / "steps.json").write_text(json.dumps(steps, allow_nan=False))
-    worker = [sys.executable, str(Path(__file__).with_name("commands_worker.py")), str(place / "steps.json"), str(place / "done.json")]
+    worker = [
+        sys.executable,
+        str(Path(__file__).with_name("commands_worker.py")),
+        str(place / "steps.json"),
+        str(place / "done.json"),
+    ]
     result = subprocess.run(worker, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return json.loads((place / "done.json").read_text())

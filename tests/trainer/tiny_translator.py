@@ -1,4 +1,5 @@
-"""A tiny NLLB model that knows a few sentences by heart, and a server that answers as OpenAI-compatible ones do, well or badly."""
+"""A tiny NLLB model that knows a few sentences by heart, and a server that answers as
+OpenAI-compatible ones do, well or badly."""
 
 from __future__ import annotations
 
@@ -27,12 +28,17 @@ def make_nllb_tokenizer(texts: list[str]) -> NllbTokenizer:
             merges[begun, character] = None
             for token in (character, begun + character):
                 vocab.setdefault(token, len(vocab))
-    return NllbTokenizer(vocab=vocab, merges=list(merges), additional_special_tokens=list(CODES.values()))
+    return NllbTokenizer(
+        vocab=vocab, merges=list(merges), additional_special_tokens=list(CODES.values())
+    )
 
 
 def save_nllb(folder: Path, translations: dict[tuple[str, str], str], steps: int = 250) -> Path:
-    """Trains the real architecture on {(source, language): translation} until it says them by heart, and writes a model folder."""
-    tokenizer = make_nllb_tokenizer([text for (source, _), target in translations.items() for text in (source, target)])
+    """Trains the real architecture on {(source, language): translation} until it says them by
+    heart, and writes a model folder."""
+    tokenizer = make_nllb_tokenizer(
+        [text for (source, _), target in translations.items() for text in (source, target)]
+    )
     torch.manual_seed(0)
     model = M2M100ForConditionalGeneration(
         M2M100Config(
@@ -55,7 +61,11 @@ def save_nllb(folder: Path, translations: dict[tuple[str, str], str], steps: int
     )
     inputs = tokenizer([source for source, _ in translations], return_tensors="pt", padding=True)
     targets = [
-        [tokenizer.convert_tokens_to_ids(CODES[language]), *tokenizer(text, add_special_tokens=False)["input_ids"], 2]
+        [
+            tokenizer.convert_tokens_to_ids(CODES[language]),
+            *tokenizer(text, add_special_tokens=False)["input_ids"],
+            2,
+        ]
         for (_, language), text in translations.items()
     ]
     longest = max(map(len, targets))
@@ -79,8 +89,8 @@ Misbehaviour = Callable[[str, int], "Answer | None"]
 
 
 class TranslationServer:
-    """POST /v1/chat/completions answers from a table. `misbehave(text, attempt)` may answer in its place, and None drops the connection
-    where it returns status 0.
+    """POST /v1/chat/completions answers from a table. `misbehave(text, attempt)` may answer in its
+    place, and None drops the connection where it returns status 0.
     """
 
     def __init__(self, translations: dict[tuple[str, str], str]) -> None:
@@ -96,7 +106,9 @@ class TranslationServer:
                 outer.respond(self, None)
 
             def do_POST(self) -> None:
-                outer.respond(self, json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                outer.respond(
+                    self, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                )
 
             def log_message(self, *arguments: object) -> None:
                 pass
@@ -135,7 +147,11 @@ class TranslationServer:
             time.sleep(self.delay)
         answer = self.misbehave(text, attempt)
         if answer is None:
-            reply = {"data": []} if body is None else completion(self.translations.get((text, language), f"{language} of {text}"))
+            reply = (
+                {"data": []}
+                if body is None
+                else completion(self.translations.get((text, language), f"{language} of {text}"))
+            )
             answer = (200, reply, {})
         if body is not None:
             with self._lock:
@@ -145,7 +161,11 @@ class TranslationServer:
             handler.close_connection = True
             handler.connection.close()
             return
-        raw = content if isinstance(content, bytes) else (content if isinstance(content, str) else json.dumps(content)).encode()
+        raw = (
+            content
+            if isinstance(content, bytes)
+            else (content if isinstance(content, str) else json.dumps(content)).encode()
+        )
         handler.send_response(status)
         for name, value in {"Content-Length": str(len(raw)), **headers}.items():
             handler.send_header(name, value)
@@ -155,4 +175,6 @@ class TranslationServer:
 
 def completion(text: str | None, finish: str = "stop") -> dict:
     """The reply of a chat completion."""
-    return {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": finish}]}
+    return {
+        "choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": finish}]
+    }
