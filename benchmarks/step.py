@@ -178,11 +178,11 @@ def published(model: Any, reference: Any, examples: Sequence[Any]) -> Callable[[
 def ours(model: Any, examples: Sequence[Any], config: Any) -> tuple[Callable[[_Parts], float], int]:
     """The trainer's own batches and forward, and the tokens of a step. The reference's numbers are
     made before, as its store holds them."""
-    from mpo import recompute
-    from mpo.batching import in_micro_batches, pack_for_scoring
-    from mpo.model import bind_mpo_forward
-    from mpo.reference import ReferenceStore, dominant_sequences
-    from mpo.train import make_batch
+    from mpo.models import recompute
+    from mpo.models.loading import bind_mpo_forward
+    from mpo.models.packing import in_micro_batches, pack_for_scoring
+    from mpo.training.reference import ReferenceStore, dominant_sequences
+    from mpo.training.train import make_batch
 
     bind_mpo_forward(model, config.loss)
     sequences = dominant_sequences(examples)
@@ -239,7 +239,7 @@ def sides_of(
 ) -> Iterator[Side]:
     """The published recipe with a model and a reference of its own, and the trainer's settings,
     which share one model."""
-    from mpo.attention import NAME
+    from mpo.models.attention import NAME
 
     model = load("sdpa").train()
     padded = [
@@ -314,7 +314,7 @@ def main(quick: Quick = False, threads: Threads = 2, out: Out = None, repetition
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from mpo.config import load_config
-    from mpo.prepare import prepare
+    from mpo.models.inputs import prepare
 
     tokens = 128 if quick else MAX_TOKENS
     overrides = [

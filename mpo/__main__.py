@@ -2,8 +2,8 @@
 
 import sys
 
-from mpo.errors import Status
-from mpo.interruption import SENTENCE, install
+from mpo.runtime.errors import Status
+from mpo.runtime.interruption import SENTENCE, install
 
 
 def main() -> None:
@@ -11,7 +11,7 @@ def main() -> None:
     it."""
     interruption = install()
     try:
-        from mpo.cli import run
+        from mpo.commands.app import run
 
         run()
     except ModuleNotFoundError as error:
@@ -25,7 +25,7 @@ def main() -> None:
         print(SENTENCE, file=sys.stderr)
         sys.exit(Status.INTERRUPTED)
     except SystemExit as done:
-        if group := sys.modules.get("mpo.distributed"):
+        if group := sys.modules.get("mpo.runtime.ranks"):
             group.end(done.code)
         raise
     finally:

@@ -28,9 +28,9 @@ from pydantic import (
     model_validator,
 )
 
-from mpo.errors import UserError
-from mpo.files import not_finite
-from mpo.language_table import canonical
+from mpo.languages import canonical
+from mpo.runtime.errors import UserError
+from mpo.runtime.files import not_finite
 
 LARGEST = 2**31 - 1
 """Of counts: more is a mistake, and would overflow where it is used."""

@@ -37,7 +37,7 @@ def test_kernels_import_without_the_trainer_or_triton():
 def test_command_line_starts_fast_and_shows_examples():
     """Help and configuration errors come before the heavy imports."""
     script = (
-        "import sys, mpo.cli; sys.exit(', '.join({'torch', 'deepspeed', 'transformers'} &"
+        "import sys, mpo.commands.app; sys.exit(', '.join({'torch', 'deepspeed', 'transformers'} &"
         " set(sys.modules)) or None)"
     )
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode == 0

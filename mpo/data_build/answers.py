@@ -12,13 +12,13 @@ from transformers import GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
 from mpo.config import ModelConfig
-from mpo.data import Message
+from mpo.data.sources import Message
 from mpo.data_build.config import AnswersConfig
 from mpo.data_build.journal import key_of
 from mpo.data_build.translation import Failure
-from mpo.demo_model import resolve_model
-from mpo.errors import UserError
-from mpo.model import check_model, load_model, load_tokenizer, refuse_foreign_ids
+from mpo.models.loading import check_model, load_model, load_tokenizer, refuse_foreign_ids
+from mpo.models.pypi import resolve_model
+from mpo.runtime.errors import UserError
 
 Prompt = tuple[Message, ...]
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from mpo.data import BadRow, Pair, problems_of_pair, texts_of
+from mpo.data.sources import BadRow, Pair, problems_of_pair, texts_of
 from mpo.data_build.config import BuildConfig
 from mpo.data_build.file_translator import FileTranslator
 from mpo.data_build.filters import Filters, Problem
@@ -19,9 +19,9 @@ from mpo.data_build.preferences import Preference, map_texts, read_preferences
 from mpo.data_build.report import make_report
 from mpo.data_build.server_translator import ServerTranslator
 from mpo.data_build.translation import Failure, Translator
-from mpo.errors import UserError
-from mpo.interruption import Interrupted, Interruption, interruptions
-from mpo.progress import Progress
+from mpo.runtime.errors import UserError
+from mpo.runtime.interruption import Interrupted, Interruption, interruptions
+from mpo.runtime.progress import Progress
 
 Translations = dict[tuple[str, str], str | Failure]
 """(source text, language): its translation, or why there is none."""

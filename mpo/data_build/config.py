@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator, model_validator
 
 from mpo.config import LARGEST, Language, Languages, Names, Section, beside, home, read_config
-from mpo.errors import UserError
+from mpo.runtime.errors import UserError
 
 PROMPT = (
     "Translate the text between <text> and </text> from {source} into {target}. Keep line breaks,"

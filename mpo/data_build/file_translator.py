@@ -8,8 +8,8 @@ from pathlib import Path
 from mpo.data_build.config import FileConfig
 from mpo.data_build.journal import read_records
 from mpo.data_build.translation import Failure, Finished
-from mpo.errors import UserError
-from mpo.language_table import canonical
+from mpo.languages import canonical
+from mpo.runtime.errors import UserError
 
 
 class FileTranslator:

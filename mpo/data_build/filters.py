@@ -8,11 +8,11 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from mpo.data import Pair, texts_of
+from mpo.data.detection import LanguageDetector, told_apart
+from mpo.data.sources import Pair, texts_of
 from mpo.data_build.config import FiltersConfig
 from mpo.data_build.preferences import places_of
-from mpo.language import LanguageDetector, told_apart
-from mpo.language_table import script_share, scripts_of, weight_of
+from mpo.languages import script_share, scripts_of, weight_of
 
 SLACK = 10
 """Added to both lengths of a ratio."""

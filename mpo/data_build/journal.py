@@ -11,9 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from mpo.data import parsed
-from mpo.errors import UserError
-from mpo.files import to_json
+from mpo.data.sources import parsed
+from mpo.runtime.errors import UserError
+from mpo.runtime.files import to_json
 
 
 def key_of(*parts: Any) -> str:

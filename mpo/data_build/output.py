@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mpo.errors import UserError
-from mpo.files import Claim, new_file, read_object, to_json, write_json
+from mpo.runtime.errors import UserError
+from mpo.runtime.files import Claim, new_file, read_object, to_json, write_json
 
 
 class Output:

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from mpo.data import (
+from mpo.data.sources import (
     BadRow,
     Message,
     Pair,
@@ -22,7 +22,7 @@ from mpo.data import (
     settle_bad_rows,
 )
 from mpo.data_build.config import BuildConfig
-from mpo.errors import UserError
+from mpo.runtime.errors import UserError
 
 
 class PreferenceRow(BaseModel):

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mpo.terminal import show_table
+from mpo.runtime.terminal import show_table
 
 EXAMPLES = 3
 """Dropped rows of each reason that the report shows."""

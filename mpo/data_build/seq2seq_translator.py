@@ -15,9 +15,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from mpo.data_build.config import Seq2SeqConfig
 from mpo.data_build.translation import Failure, Finished
-from mpo.errors import UserError
-from mpo.language_table import flores_of
-from mpo.weights import check_weights, damaged, first_line, refuse_partial
+from mpo.languages import flores_of
+from mpo.models.weights import check_weights, damaged, first_line, refuse_partial
+from mpo.runtime.errors import UserError
 
 _SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？।።။])\s*")
 

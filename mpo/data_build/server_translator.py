@@ -18,9 +18,9 @@ from urllib.parse import urlsplit
 
 from mpo.data_build.config import ServerConfig
 from mpo.data_build.translation import Failure, Finished
-from mpo.errors import UserError
-from mpo.files import to_json
-from mpo.language_table import name_of
+from mpo.languages import name_of
+from mpo.runtime.errors import UserError
+from mpo.runtime.files import to_json
 
 FIRST_DELAY, LONGEST_DELAY = 0.5, 60.0
 """Seconds before the first further attempt, doubled before each next one, and the longest wait,

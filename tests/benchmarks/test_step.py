@@ -9,7 +9,7 @@ transformers = pytest.importorskip("transformers")
 from benchmarks import step  # noqa: E402
 from benchmarks.output import Machine  # noqa: E402
 from mpo.config import load_config  # noqa: E402
-from mpo.tokenizing import Example, TokenizedResponse  # noqa: E402
+from mpo.data.examples import Example, TokenizedResponse  # noqa: E402
 
 VOCAB = 61
 SETTINGS = {

@@ -15,7 +15,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from mpo import cli, distributed
+from mpo.commands import app as cli
+from mpo.runtime import ranks as distributed
 
 
 def damage(path: Path, fault: str) -> None:

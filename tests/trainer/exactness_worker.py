@@ -2,7 +2,7 @@
 exactness_worker.py CONFIG CELLS.json
 
 CELLS.json holds [{"name": output folder beside CONFIG, "overrides": [...]}, ...]. Each cell is one
-call of `mpo.train.train`, the function behind `mpo train`. Beside what the run itself leaves in its
+call of `mpo.training.train.train`, the function behind `mpo train`. Beside what the run itself leaves in its
 folder, rank 0 writes what only the live engine knows:
 
 moments.safetensors   AdamW's first moment of every trained parameter after the last step, gathered. It is linear in the gradients: it shows
@@ -30,10 +30,10 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from deepspeed.utils import safe_get_full_optimizer_state
 from safetensors.torch import save_file
 
-import mpo.report
-import mpo.train
+import mpo.evaluation.report
+import mpo.training.train
 from mpo.config import load_config
-from mpo.distributed import is_main
+from mpo.runtime.ranks import is_main
 
 
 class Observer:
@@ -48,8 +48,11 @@ class Observer:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Within it, the engine that `mpo.train.train` builds is watched from its first call on."""
-        build, fetch = mpo.train.build_engine, PartitionedParameterCoordinator.fetch_sub_module
+        """Within it, the engine that `mpo.training.train.train` builds is watched from its first call on."""
+        build, fetch = (
+            mpo.training.train.build_engine,
+            PartitionedParameterCoordinator.fetch_sub_module,
+        )
 
         def build_engine(*arguments: Any) -> Any:
             built = build(*arguments)
@@ -62,14 +65,17 @@ class Observer:
             self._fetching = module
             fetch(coordinator, module, *arguments, **options)
 
-        mpo.train.build_engine, PartitionedParameterCoordinator.fetch_sub_module = (
+        mpo.training.train.build_engine, PartitionedParameterCoordinator.fetch_sub_module = (
             build_engine,
             fetch_sub_module,
         )
         try:
             yield
         finally:
-            mpo.train.build_engine, PartitionedParameterCoordinator.fetch_sub_module = build, fetch
+            mpo.training.train.build_engine, PartitionedParameterCoordinator.fetch_sub_module = (
+                build,
+                fetch,
+            )
 
     def _watch(self, engine: Any) -> None:
         self._engine = engine
@@ -133,7 +139,7 @@ class Observer:
 
 
 def main(configuration: Path, cells: list[dict[str, Any]]) -> None:
-    mpo.report.plot = lambda *_: None  # drawing takes longer than the run
+    mpo.evaluation.report.plot = lambda *_: None  # drawing takes longer than the run
     linear = torch.nn.functional.linear
     for cell in cells:
         torch.nn.functional.linear = linear  # ZeRO-3 puts its own there for the rest of the process
@@ -141,7 +147,7 @@ def main(configuration: Path, cells: list[dict[str, Any]]) -> None:
         print(f"-- {folder.name}", flush=True)
         observer = Observer()
         with observer.watching():
-            mpo.train.train(
+            mpo.training.train.train(
                 load_config(configuration, [f"output_dir={folder}", *cell["overrides"]])
             )
         observer.write(folder)

@@ -16,11 +16,11 @@ import torch
 from test_model import mpo_batch, some_sequences
 from transformers.integrations import HfDeepSpeedConfig
 
-from mpo import memory
 from mpo.config import Config, load_config
-from mpo.distributed import leave, start
-from mpo.engine import build_engine, deepspeed_settings
-from mpo.model import bind_mpo_forward, load_model
+from mpo.models.loading import bind_mpo_forward, load_model
+from mpo.runtime.ranks import leave, start
+from mpo.training import memory
+from mpo.training.engine import build_engine, deepspeed_settings
 
 
 def storages() -> dict[int, torch.UntypedStorage]:

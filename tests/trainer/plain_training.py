@@ -16,8 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mpo.config import Config
-from mpo.prepare import prepare
-from mpo.tokenizing import TokenizedResponse
+from mpo.data.examples import TokenizedResponse
+from mpo.models.inputs import prepare
 
 
 def rows_of_steps(config: Config, rows: int) -> list[list[int]]:

@@ -1,7 +1,7 @@
 """One run that is stopped, or fails, at one place after another: python stopped_worker.py CONFIG
 STOPS.json OVERRIDES...
 
-STOPS.json holds [[place, how], ...]. Each is one call of `mpo.train.train`, the function behind
+STOPS.json holds [[place, how], ...]. Each is one call of `mpo.training.train.train`, the function behind
 `mpo train`, in the same output folder. It meets at the place a signal (SIGTERM, SIGINT), a failing
 write (ENOSPC), or both, a SIGTERM and a disk that is full from then on (FULL). The last call meets
 nothing. Prints a JSON line for each: what it raised, the step of the newest checkpoint, whether
@@ -22,27 +22,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import mpo.reference
-import mpo.report
-import mpo.train
-from mpo import checkpoint
+import mpo.evaluation.report
+import mpo.training.reference
+import mpo.training.train
 from mpo.config import load_config
+from mpo.training import checkpoint
 
 PLACES: dict[str, tuple[Any, str]] = {
-    "rows": (mpo.train, "prepare"),
-    "weights": (mpo.train, "load_model"),
-    "engine": (mpo.train, "build_engine"),
-    "reference": (mpo.reference, "build"),
-    "gaps before": (mpo.train, "measure_gaps"),
-    "self-check": (mpo.train, "_self_check"),
-    "first step": (mpo.train.Batches, "micro_batches"),
-    "second step": (mpo.train.Batches, "micro_batches"),
-    "last step": (mpo.train.Batches, "micro_batches"),
-    "gaps after": (mpo.train, "measure_gaps"),
+    "rows": (mpo.training.train, "prepare"),
+    "weights": (mpo.training.train, "load_model"),
+    "engine": (mpo.training.train, "build_engine"),
+    "reference": (mpo.training.reference, "build"),
+    "gaps before": (mpo.training.train, "measure_gaps"),
+    "self-check": (mpo.training.train, "_self_check"),
+    "first step": (mpo.training.train.Batches, "micro_batches"),
+    "second step": (mpo.training.train.Batches, "micro_batches"),
+    "last step": (mpo.training.train.Batches, "micro_batches"),
+    "gaps after": (mpo.training.train, "measure_gaps"),
     "export": (checkpoint, "export"),
-    "summary": (mpo.report, "summarise"),
-    "picture": (mpo.report, "plot"),
-    "result": (mpo.train, "write_json"),
+    "summary": (mpo.evaluation.report, "summarise"),
+    "picture": (mpo.evaluation.report, "plot"),
+    "result": (mpo.training.train, "write_json"),
 }
 
 
@@ -90,7 +90,7 @@ def main(configuration: Path, stops: list[list[str]], overrides: list[str]) -> N
         raised = None
         with stopped(place, how, config.train.max_steps or 0):
             try:
-                mpo.train.train(config)
+                mpo.training.train.train(config)
             except (Exception, KeyboardInterrupt) as error:
                 raised = f"{type(error).__name__}: {error}"
         gc.collect()  # the folder's lock goes with the run's object

@@ -11,12 +11,12 @@ from test_train import losses, project, run  # noqa: F401  (project is a fixture
 from tiny import mpo_command, save_model
 from transformers import AutoModelForCausalLM
 
-from mpo import lora, quantized
 from mpo.config import LoraConfig, ModelConfig, load_config
-from mpo.errors import UserError
-from mpo.export import export_checkpoint
-from mpo.model import check_model, load_model
-from mpo.reference import identity, model_identity
+from mpo.models import lora, quantized
+from mpo.models.loading import check_model, load_model
+from mpo.runtime.errors import UserError
+from mpo.training.export import export_checkpoint
+from mpo.training.reference import identity, model_identity
 
 KINDS = ["nf4", "int8"]
 LAYER = "model.layers.0.self_attn.v_proj"

@@ -23,13 +23,13 @@ from test_resume import begin
 from test_train import project  # noqa: F401  (a fixture)
 from tiny import native_rows, save_model, write_rows
 
-from mpo import checkpoint, reference
 from mpo.config import load_config
-from mpo.errors import UserError
-from mpo.files import new_folder, remove_incomplete, write_json
-from mpo.model import Scores
-from mpo.output_folder import OutputFolder, read_metrics
-from mpo.scoring import Gaps
+from mpo.models.loading import Scores
+from mpo.models.scoring import Gaps
+from mpo.runtime.errors import UserError
+from mpo.runtime.files import new_folder, remove_incomplete, write_json
+from mpo.training import checkpoint, reference
+from mpo.training.run_folder import OutputFolder, read_metrics
 
 KILLED, REFUSED, DONE_ANYWAY, WRONG = 9, 3, 4, 5
 CALLS = {
@@ -179,7 +179,7 @@ def test_a_folder_is_the_old_one_or_the_new_one_never_a_part(tmp_path, how, ther
 
 
 def example(i):
-    from mpo.tokenizing import Example, TokenizedResponse
+    from mpo.data.examples import Example, TokenizedResponse
 
     return Example(
         f"rows:{i}", "sw", *(TokenizedResponse((1, 2, 3 + i, 4 + k), 2) for k in range(4))

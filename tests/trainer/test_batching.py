@@ -10,7 +10,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mpo.batching import (
+from mpo.config import Config, TrainConfig
+from mpo.data.examples import Example, TokenizedResponse
+from mpo.models.loading import Scores
+from mpo.models.packing import (
     MicroBatch,
     Schedule,
     in_micro_batches,
@@ -20,12 +23,9 @@ from mpo.batching import (
     pack_for_scoring,
     tokens_of,
 )
-from mpo.config import Config, TrainConfig
-from mpo.engine import learning_rate
-from mpo.model import Scores
-from mpo.reference import ReferenceStore
-from mpo.tokenizing import Example, TokenizedResponse
-from mpo.train import Batches, make_batch, schedule_of
+from mpo.training.engine import learning_rate
+from mpo.training.reference import ReferenceStore
+from mpo.training.train import Batches, make_batch, schedule_of
 
 SEQUENCES = st.lists(
     st.integers(1, 6).flatmap(lambda start: st.tuples(st.just(start), st.integers(1, 5))),

@@ -23,7 +23,8 @@ from tiny_translator import TranslationServer, completion, save_nllb
 from transformers.models.nllb.tokenization_nllb import FAIRSEQ_LANGUAGE_CODES
 
 from mpo.config import Config, load_config
-from mpo.data import Message, Pair, load_rows
+from mpo.data.inspection import examine
+from mpo.data.sources import Message, Pair, load_rows
 from mpo.data_build import server_translator
 from mpo.data_build.answers import Answerer
 from mpo.data_build.build import _identity as build_identity
@@ -40,11 +41,10 @@ from mpo.data_build.journal import Journal
 from mpo.data_build.preferences import read_preferences
 from mpo.data_build.seq2seq_translator import Seq2SeqTranslator, split
 from mpo.data_build.translation import Failure
-from mpo.errors import UserError
-from mpo.language_table import LANGUAGES, SCRIPTS
-from mpo.prepare import prepare
-from mpo.progress import Progress
-from mpo.validate import examine
+from mpo.languages import LANGUAGES, SCRIPTS
+from mpo.models.inputs import prepare
+from mpo.runtime.errors import UserError
+from mpo.runtime.progress import Progress
 
 DEMO = [
     json.loads(line)
@@ -207,7 +207,7 @@ def test_a_run_trains_on_the_rows(folder):
 def test_a_table_for_people_and_status_2_for_mistakes(folder):
     from typer.testing import CliRunner
 
-    from mpo.cli import app
+    from mpo.commands.app import app
 
     prompt = preferences(1)[0]["prompt"]
     spoilt = [

@@ -9,7 +9,7 @@ from test_train import project, run, weights  # noqa: F401  (project is a fixtur
 from tiny import mpo_command, native_rows, write_rows
 from transformers import AutoModelForCausalLM
 
-from mpo.language_table import script_share
+from mpo.languages import script_share
 
 
 def command(name, project, *arguments, expect=0, ranks=1):  # noqa: F811

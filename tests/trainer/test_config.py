@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mpo.config import load_config
-from mpo.errors import UserError
+from mpo.runtime.errors import UserError
 
 MINIMAL = "output_dir: out\nmodel: {path: somewhere}\ndata: {train: [rows.jsonl]}\n"
 

@@ -12,9 +12,9 @@ from pydantic import BaseModel
 
 from mpo.config import Config, load_config
 from mpo.data_build.config import BuildConfig, load_build_config
-from mpo.engine import deepspeed_settings, learning_rate
-from mpo.errors import UserError
-from mpo.files import not_finite, to_json
+from mpo.runtime.errors import UserError
+from mpo.runtime.files import not_finite, to_json
+from mpo.training.engine import deepspeed_settings, learning_rate
 
 RUN = {"output_dir": "out", "model": {"path": "somewhere"}, "data": {"train": ["rows.jsonl"]}}
 BUILD = {

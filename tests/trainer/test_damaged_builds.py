@@ -13,7 +13,7 @@ from test_build_data import (
     through,
 )
 
-from mpo.cli import status_of
+from mpo.commands.app import status_of
 
 JOURNAL, REPORT, DROPPED = (
     f"rows.jsonl.{name}.json{'' if name == 'report' else 'l'}"

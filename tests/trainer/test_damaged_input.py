@@ -19,7 +19,7 @@ import yaml
 from test_weights import POINTER
 from tiny import native_rows, save_model, write_rows
 
-from mpo import cli
+from mpo.commands import app as cli
 
 FAST = ["train.max_steps=1", "train.pairs_per_step=2"]
 READS = {
@@ -129,7 +129,7 @@ def origin(tmp_path_factory, tokenizer):
     assert cli.status_of(["train", "run.yaml", "output_dir=run", "checkpoint.every=1", *FAST]) == 0
     os.chdir(here)
     yield root
-    from mpo import distributed
+    from mpo.runtime import ranks as distributed
 
     distributed.leave()
     os.environ.clear()

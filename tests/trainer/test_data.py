@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tiny import native_rows, write_rows
 
 from mpo.config import DataConfig
-from mpo.data import COLUMNS, labels_of, load_rows, objects, texts_of
-from mpo.errors import UserError
+from mpo.data.sources import COLUMNS, labels_of, load_rows, objects, texts_of
+from mpo.runtime.errors import UserError
 
 
 def config(**options) -> DataConfig:

@@ -11,11 +11,11 @@ import pytest
 import torch
 from tiny import build_model
 
-from mpo import demo_model
 from mpo.config import load_config
-from mpo.data import load_rows
-from mpo.demo_model import resolve_model
-from mpo.errors import UserError
+from mpo.data.sources import load_rows
+from mpo.models import pypi as demo_model
+from mpo.models.pypi import resolve_model
+from mpo.runtime.errors import UserError
 
 SCRIPTS = {
     "zh": "[\u4e00-\u9fff]",

@@ -14,9 +14,9 @@ import torch
 from safetensors import SafetensorError
 
 import mpo
-from mpo import cli
-from mpo.errors import Status, UserError
-from mpo.interruption import Interrupted
+from mpo.commands import app as cli
+from mpo.runtime.errors import Status, UserError
+from mpo.runtime.interruption import Interrupted
 
 HERE = Path(mpo.__file__).parent
 
@@ -132,7 +132,7 @@ def test_statuses_are_named_in_one_place():
 ODD = "model [old] [/x] :smile: → 模型"
 SHOW = f"""
 import sys
-from mpo.terminal import Streams, console
+from mpo.runtime.terminal import Streams, console
 from rich.table import Table
 streams = Streams()
 table = Table(title={ODD!r})
@@ -247,7 +247,7 @@ def test_a_command_whose_output_goes_nowhere(stdout, stderr, status):
 def test_any_terminal(term):
     """Bars and tables on a terminal of that kind."""
     code = """
-from mpo.progress import Progress
+from mpo.runtime.progress import Progress
 progress = Progress(enabled=True)
 with progress.task("Gaps of [old] :x:", 3) as advance:
     for _ in range(3):
@@ -287,7 +287,9 @@ def test_there_is_one_kind_of_console_and_none_of_its_texts_is_markup():
 
 AT_THE_END = """
 import atexit, sys, time
-from mpo import __main__, cli, distributed
+from mpo import __main__
+from mpo.commands import app as cli
+from mpo.runtime import ranks as distributed
 
 class Waits:
     def __del__(self):

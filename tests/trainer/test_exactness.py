@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from tiny import apart, native_rows, save_model, write_rows
 
 from mpo.config import load_config
-from mpo.output_folder import read_metrics
+from mpo.training.run_folder import read_metrics
 
 # DeepSpeed leaves parameters as small as ours whole unless told so
 PARTITION_ALL = "stage3_param_persistence_threshold: 0"

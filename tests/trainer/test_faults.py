@@ -10,16 +10,17 @@ import yaml
 from conftest import make_tokenizer
 from tiny import mpo_command, native_rows, save_model, write_rows
 
-from mpo import checkpoint, export, lora, reference
 from mpo.config import load_config
-from mpo.convert import convert
-from mpo.demo_model import resolve_model
-from mpo.engine import deepspeed_settings
-from mpo.errors import UserError
-from mpo.files import write_json
-from mpo.model import load_model
-from mpo.output_folder import OutputFolder
-from mpo.prepare import prepare
+from mpo.models import lora
+from mpo.models.inputs import prepare
+from mpo.models.loading import load_model
+from mpo.models.pypi import resolve_model
+from mpo.runtime.errors import UserError
+from mpo.runtime.files import write_json
+from mpo.training import checkpoint, export, reference
+from mpo.training.engine import deepspeed_settings
+from mpo.training.portable import convert
+from mpo.training.run_folder import OutputFolder
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +216,7 @@ def test_weights_and_adapters(folder, monkeypatch):
     with pytest.raises(UserError, match=r"linear modules are .*q_proj"):
         lora.attach(load_model(model), wrong.lora)
     quantized = load_config(folder / "run.yaml", ["model.lora.rank=2", "model.quantize=nf4"]).model
-    monkeypatch.setattr("mpo.quantized.is_bitsandbytes_available", lambda *_: False)
+    monkeypatch.setattr("mpo.models.quantized.is_bitsandbytes_available", lambda *_: False)
     with pytest.raises(UserError, match=r"needs bitsandbytes .* or newer: pip install"):
         load_model(quantized)
     with pytest.raises(UserError, match="pypi:SmolLM2-135M-Instruct"):

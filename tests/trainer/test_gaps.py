@@ -13,18 +13,20 @@ from safetensors.torch import load_file, save_file
 from tiny import native_rows, save_model, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mpo import checkpoint, export, gaps, lora
 from mpo.config import LoraConfig, ModelConfig, load_config
-from mpo.data import Message
+from mpo.data.sources import Message
 from mpo.data_build.answers import Answerer
 from mpo.data_build.config import AnswersConfig
-from mpo.errors import UserError
-from mpo.files import write_json
-from mpo.gaps import compare_models
-from mpo.model import load_model, load_tokenizer
-from mpo.prepare import prepare
-from mpo.progress import Progress
-from mpo.reference import model_identity
+from mpo.evaluation import gaps
+from mpo.evaluation.gaps import compare_models
+from mpo.models import lora
+from mpo.models.inputs import prepare
+from mpo.models.loading import load_model, load_tokenizer
+from mpo.runtime.errors import UserError
+from mpo.runtime.files import write_json
+from mpo.runtime.progress import Progress
+from mpo.training import checkpoint, export
+from mpo.training.reference import model_identity
 
 VOCABULARIES = ("model.embed_tokens.weight", "lm_head.weight")
 
@@ -127,9 +129,9 @@ def folders(tmp_path_factory, tokenizer):
 
 def compare(folders, monkeypatch, *names, overrides=()):
     """`mpo gaps` in this process, which is the only rank."""
-    monkeypatch.setattr("mpo.gaps.start", lambda: torch.device("cpu"))
+    monkeypatch.setattr("mpo.evaluation.gaps.start", lambda: torch.device("cpu"))
     monkeypatch.setattr(
-        "mpo.scoring.dist", SimpleNamespace(get_rank=lambda: 0, get_world_size=lambda: 1)
+        "mpo.models.scoring.dist", SimpleNamespace(get_rank=lambda: 0, get_world_size=lambda: 1)
     )
     config = load_config(folders / "run.yaml", list(overrides))
     paths = [str(folders / name) for name in names]
@@ -239,7 +241,7 @@ def test_tokens_of_another_model_are_refused_before_weights_are_loaded(
     def load(*_):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("mpo.gaps.load_model", load)
+    monkeypatch.setattr("mpo.evaluation.gaps.load_model", load)
     with pytest.raises(
         UserError,
         match=message.replace(" cannot read the measured rows", "") if as_own else message,
@@ -326,8 +328,8 @@ def test_rows_that_one_model_cannot_read_are_measured_of_none(folders, monkeypat
 
 def test_revision_and_trusted_code_are_for_the_configured_model_alone(folders, monkeypatch):
     seen = []
-    monkeypatch.setattr("mpo.gaps.check_model", seen.append)
-    monkeypatch.setattr("mpo.prepare.check_model", lambda config: None)
+    monkeypatch.setattr("mpo.evaluation.gaps.check_model", seen.append)
+    monkeypatch.setattr("mpo.models.inputs.check_model", lambda config: None)
     options = ["model.revision=abc", "model.trust_remote_code=true"]
     compare(folders, monkeypatch, "a", "permuted", "adapter", overrides=options)
     assert [(c.revision, c.trust_remote_code) for c in seen] == [

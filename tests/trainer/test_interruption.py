@@ -9,9 +9,9 @@ import sys
 import pytest
 from test_train import project  # noqa: F401  (project is a fixture)
 
-from mpo import interruption
-from mpo.interruption import MOMENT, SENTENCE, SIGNALS, interruptions
-from mpo.output_folder import read_metrics
+from mpo.runtime import interruption
+from mpo.runtime.interruption import MOMENT, SENTENCE, SIGNALS, interruptions
+from mpo.training.run_folder import read_metrics
 
 INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
@@ -105,7 +105,7 @@ main()
 @pytest.mark.parametrize(
     ("module", "numbers"),
     [
-        ("mpo.cli", (INT,)),
+        ("mpo.commands.app", (INT,)),
         ("typer", (TERM,)),
         ("omegaconf", (INT, TERM)),
         ("torch", (INT,)),
@@ -131,11 +131,11 @@ def test_a_signal_while_libraries_load_ends_in_one_sentence(project, module, num
 AT_WEIGHTS_AND_EXIT = """
 import atexit, os, signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
-import mpo.train
+import mpo.training.train
 def load_model(*arguments):
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGTERM)
-mpo.train.load_model = load_model
+mpo.training.train.load_model = load_model
 atexit.register(lambda: [os.kill(os.getpid(), number) for number in (signal.SIGTERM, signal.SIGINT)])
 from mpo.__main__ import main
 main()

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import mpo
-from mpo import files
-from mpo.files import not_finite, to_json, write_json
+from mpo.runtime import files
+from mpo.runtime.files import not_finite, to_json, write_json
 
 
 def strict(text):
@@ -111,7 +111,10 @@ def test_files_have_the_rights_that_the_umask_leaves(tmp_path, umask):
 @pytest.mark.parametrize("command", ["train", "gaps", "dry-run"])
 def test_numbers_that_are_none_are_null_and_said_aloud(tmp_path, monkeypatch, command):
     """What a command reports of a model that gives NaN, whatever the command."""
-    from mpo import cli, dry_run, gaps, prepare, train
+    from mpo.commands import app as cli
+    from mpo.evaluation import gaps
+    from mpo.models import inputs as prepare
+    from mpo.training import dry_run, train
 
     report = {
         "beta": 1.0,

@@ -9,10 +9,9 @@ from hypothesis import strategies as st
 from transformers.models.nllb.tokenization_nllb import FAIRSEQ_LANGUAGE_CODES
 
 from mpo.config import DataConfig
+from mpo.data.detection import LanguageDetector, clearly_in_another, told_apart
 from mpo.data_build.config import BuildConfig
-from mpo.errors import UserError
-from mpo.language import LanguageDetector, clearly_in_another, told_apart
-from mpo.language_table import (
+from mpo.languages import (
     LANGUAGES,
     SCRIPTS,
     canonical,
@@ -22,6 +21,7 @@ from mpo.language_table import (
     script_share,
     scripts_of,
 )
+from mpo.runtime.errors import UserError
 
 DEMO = Path(__file__).parents[2] / "mpo/recipes/demo/train.jsonl"
 TEXTS = {"en": {}}

@@ -12,9 +12,9 @@ import transformers
 import yaml
 from tiny import ARCHITECTURES, COMMON, build_model, save_model
 
-from mpo import memory
 from mpo.config import Config, LoraConfig, ModelConfig
-from mpo.model import load_model
+from mpo.models.loading import load_model
+from mpo.training import memory
 
 SIZE = memory.Size(
     parameters=1000,

@@ -9,12 +9,12 @@ from tiny import ARCHITECTURES, build_model, save_model
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mpo import attention
-from mpo.batching import MPOBatch, pack, pack_for_scoring
 from mpo.config import LossConfig, ModelConfig
-from mpo.errors import UserError
-from mpo.model import bind_mpo_forward, check_model, load_model
-from mpo.tokenizing import TokenizedResponse
+from mpo.data.examples import TokenizedResponse
+from mpo.models import attention
+from mpo.models.loading import bind_mpo_forward, check_model, load_model
+from mpo.models.packing import MPOBatch, pack, pack_for_scoring
+from mpo.runtime.errors import UserError
 
 VOCAB = 61
 SHAPES = [(3, 4), (3, 1), (9, 8), (9, 5), (1, 2)]

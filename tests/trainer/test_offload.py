@@ -15,10 +15,10 @@ from test_exactness import (
 from test_train import interrupt, losses, weights
 from tiny import mpo_command
 
-from mpo import memory
 from mpo.config import load_config
-from mpo.engine import deepspeed_settings
-from mpo.errors import UserError
+from mpo.runtime.errors import UserError
+from mpo.training import memory
+from mpo.training.engine import deepspeed_settings
 
 OPTIMIZER, PARAMETERS = "zero.offload_optimizer=true", "zero.offload_parameters=true"
 RUNS = {

@@ -15,9 +15,10 @@ from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib import font_manager
 from matplotlib import pyplot as plt
 
-from mpo import picture, report
-from mpo.errors import UserError
-from mpo.picture import Run
+from mpo.evaluation import report
+from mpo.runtime.errors import UserError
+from mpo.training import curves as picture
+from mpo.training.curves import Run
 
 SIX = ("ar", "bn", "ja", "ko", "sw", "zh")
 MANY = tuple(f"l{i:02}" for i in range(34))

@@ -9,7 +9,7 @@ from conftest import make_tokenizer
 from tiny import save_model
 from typer.testing import CliRunner
 
-from mpo.cli import app
+from mpo.commands.app import app
 from mpo.config import load_config
 
 RECIPES = Path(__file__).parents[2] / "mpo/recipes"

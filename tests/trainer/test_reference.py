@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 from test_train import project, run  # noqa: F401  (project is a fixture)
 from tiny import build_model, save_model
 
-from mpo import files, reference
 from mpo.config import ModelConfig
-from mpo.errors import UserError
-from mpo.files import Claim
-from mpo.model import Scores, load_tokenizer
-from mpo.tokenizing import Example, TokenizedResponse
+from mpo.data.examples import Example, TokenizedResponse
+from mpo.models.loading import Scores, load_tokenizer
+from mpo.runtime import files
+from mpo.runtime.errors import UserError
+from mpo.runtime.files import Claim
+from mpo.training import reference
 
 
 def example(i=0):

@@ -9,9 +9,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from mpo import gaps, report
-from mpo.scoring import Gaps
-from mpo.tokenizing import Example, TokenizedResponse
+from mpo.data.examples import Example, TokenizedResponse
+from mpo.evaluation import gaps, report
+from mpo.models.scoring import Gaps
 
 BETA = 2.0
 ANY = TokenizedResponse((1, 2), 1)

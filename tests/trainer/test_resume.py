@@ -24,8 +24,8 @@ from test_train import (
 )
 from tiny import apart, mpo_command, mpo_process
 
-from mpo import checkpoint
-from mpo.output_folder import read_metrics
+from mpo.training import checkpoint
+from mpo.training.run_folder import read_metrics
 
 OPTIONS = ["zero.stage=2", "train.epochs=16", "checkpoint.every=2", "checkpoint.keep=2"]
 
@@ -236,12 +236,12 @@ def test_half_written_checkpoints_are_passed_over(project, whole):  # noqa: F811
 
 
 FULL_WHEN_TRAINING_BEGINS = """
-import resource, mpo.train
-before_training = mpo.train._self_check
+import resource, mpo.training.train
+before_training = mpo.training.train._self_check
 def then_full(*arguments):
     before_training(*arguments)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-mpo.train._self_check = then_full
+mpo.training.train._self_check = then_full
 from mpo.__main__ import main
 main()
 """

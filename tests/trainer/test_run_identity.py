@@ -15,13 +15,14 @@ from conftest import CHATML, make_tokenizer
 from tiny import commands, mpo_process, native_rows, save_model, write_rows
 from transformers.utils import chat_template_utils
 
-from mpo import reference, run_date
 from mpo.config import Config, load_config
-from mpo.errors import UserError
-from mpo.files import Claim
-from mpo.output_folder import OutputFolder
-from mpo.prepare import prepare
-from mpo.run_date import dated, with_date
+from mpo.data import run_date
+from mpo.data.run_date import dated, with_date
+from mpo.models.inputs import prepare
+from mpo.runtime.errors import UserError
+from mpo.runtime.files import Claim
+from mpo.training import reference
+from mpo.training.run_folder import OutputFolder
 
 MONDAY, TUESDAY = datetime(2026, 3, 2, 23, 59, 58), datetime(2026, 3, 3, 0, 0, 1)
 TODAY = "{{ '<|im_start|>' }}system\nToday is {{ strftime_now('%d %B %Y') }}.<|im_end|>\n" + CHATML

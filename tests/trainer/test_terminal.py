@@ -13,12 +13,13 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from mpo import gaps, memory, report
+from mpo.evaluation import gaps, report
+from mpo.training import memory
 
 LANGUAGES = ("ar", "bn", "ja", "ko", "sw", "zh")
 LONG = "/home/someone/experiments/2026/multilingual/gemma/second-attempt"
 SHOWS = f"""
-from mpo.progress import Progress
+from mpo.runtime.progress import Progress
 row = {{"step": 7, "loss": 0.51557, "l1": 0.4, "l2": 0.0000123, "pairs": 8, "seconds": 4.0, "skipped": False,
        "gap": {{language: 1.234 for language in {LANGUAGES}}}}}
 progress = Progress(enabled=True)

@@ -6,9 +6,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mpo.config import DataConfig
-from mpo.data import Message, Pair, Row
-from mpo.errors import UserError
-from mpo.tokenizing import decode_view, tokenize_rows
+from mpo.data.examples import decode_view, tokenize_rows
+from mpo.data.sources import Message, Pair, Row
+from mpo.runtime.errors import UserError
 
 
 def row(prompt="hello", chosen="no thanks", rejected="sure", system=None) -> Row:

@@ -14,7 +14,7 @@ import yaml
 from tiny import apart, mpo_command, mpo_process, native_rows, save_model, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mpo.output_folder import read_metrics
+from mpo.training.run_folder import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -288,9 +288,9 @@ def test_non_finite_gradients_skip_and_then_stop(project):
 
 
 REFERENCE_OFF = """
-import mpo.reference
-gap = mpo.reference.ReferenceStore.gap
-mpo.reference.ReferenceStore.gap = lambda *arguments: gap(*arguments) + 0.01
+import mpo.training.reference
+gap = mpo.training.reference.ReferenceStore.gap
+mpo.training.reference.ReferenceStore.gap = lambda *arguments: gap(*arguments) + 0.01
 from mpo.__main__ import main
 main()
 """

@@ -8,10 +8,10 @@ from conftest import make_tokenizer
 from tiny import native_rows, save_model, write_rows
 
 from mpo.config import Config
-from mpo.errors import UserError
-from mpo.prepare import _evenly_spaced, prepare
-from mpo.tokenizing import Example, TokenizedResponse
-from mpo.validate import examine
+from mpo.data.examples import Example, TokenizedResponse
+from mpo.data.inspection import examine
+from mpo.models.inputs import _evenly_spaced, prepare
+from mpo.runtime.errors import UserError
 
 SW = ("nifanyeje jambo hili rafiki", "siwezi kukusaidia kwa hilo", "ndiyo fanya hivi leo")
 EN = (

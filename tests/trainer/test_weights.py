@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from test_adapters import with_adapters
 from tiny import mpo_command, native_rows, save_model, write_rows
 
-from mpo import lora
 from mpo.config import ModelConfig
-from mpo.errors import UserError
-from mpo.model import check_model, load_model, load_tokenizer
+from mpo.models import lora
+from mpo.models.loading import check_model, load_model, load_tokenizer
+from mpo.runtime.errors import UserError
 
 QUERY = "model.layers.0.self_attn.q_proj.weight"
 LORA_A = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"

@@ -1,0 +1,1 @@
+"""Rows of text, and the examples that a tokenizer makes of them."""

@@ -1,0 +1,496 @@
+"""Reading rows: the native JSONL format and the published MPO files, told apart by their content.
+
+Native, one object a line (other keys, such as an id, are kept out of the way):
+
+    {"language": "sw", "dominant": {"prompt": [{"role": "user", "content": "..."}], "chosen": "...",
+    "rejected": "..."}, "target": {...}}
+
+Published, one JSON list: objects with {source,target}_conversations: [{"from", "value"}] and
+{source,target}_{chosen,rejected}: {"from", "value"}. They do not state the target language, which
+is detected from the target's texts.
+"""
+
+from __future__ import annotations
+
+import bz2
+import functools
+import gzip
+import html
+import json
+import lzma
+import os
+import zlib
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ValidationError
+
+from mpo.config import DataConfig, as_written
+from mpo.data.detection import LanguageDetector, clearly_in_another
+from mpo.languages import canonical, script_share
+from mpo.runtime.errors import UserError
+
+LISTED = 10
+"""Bad rows that an error message lists; the rest are counted."""
+LOOKED_AT = 50
+"""Dominant pairs of a source whose language is looked at while reading."""
+UNDETERMINED = "und"
+"""The language of a row that does not state it."""
+PUBLISHED = tuple(
+    f"{side}_{part}"
+    for side in ("source", "target")
+    for part in ("conversations", "chosen", "rejected")
+)
+COLUMNS = ("language", "dominant", "target", *PUBLISHED)
+"""What rows are made of."""
+
+
+class Message(BaseModel):
+    """One turn of a conversation."""
+
+    model_config = {"frozen": True}
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class Pair(BaseModel):
+    """A prompt with a safe and an unsafe answer."""
+
+    model_config = {"frozen": True}
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+
+    def conversation(self) -> list[dict[str, str]]:
+        """The prompt as chat templates take it."""
+        return [message.model_dump() for message in self.prompt]
+
+
+class NativeRow(BaseModel):
+    """A line of a native file."""
+
+    language: str
+    dominant: Pair
+    target: Pair
+
+
+@dataclass(frozen=True)
+class Row:
+    """A dominant pair and its translation. `source` says where it came from, for messages."""
+
+    source: str
+    language: str
+    dominant: Pair
+    target: Pair
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be trained on: a short stable reason to count by, and a detail that says
+    what to mend."""
+
+    source: str
+    reason: str
+    detail: str
+
+
+def load_rows(
+    files: Sequence[str], config: DataConfig, weights: Sequence[float] = ()
+) -> tuple[list[Row], list[BadRow]]:
+    """Reads all sources in their order, the rows of each as often as its weight says.
+
+    Returns:
+        The good rows, and the bad ones (none of them where config.on_bad_row is "error").
+    Raises:
+        UserError: a file is missing, unreadable, no JSON or of no known form; its dominant side is
+            in another language than config.dominant_language; or a row is bad and config.on_bad_row
+            is "error"; or no row is left.
+    """
+    rows: list[Row] = []
+    bad: list[BadRow] = []
+    reader = _Reader(config)
+    labels = labels_of([*config.train, *config.eval, *files])
+    for file, weight in zip(files, weights or [1.0] * len(files), strict=True):
+        read = [reader.row(place, value) for place, value in objects(file, labels[file], COLUMNS)]
+        check_dominant_language(
+            file, [row.dominant for row in read if isinstance(row, Row)], config.dominant_language
+        )
+        read = [reader.settled(row) if isinstance(row, Row) else row for row in read]
+        rows += weighted([row for row in read if isinstance(row, Row)], weight)
+        bad += [row for row in read if isinstance(row, BadRow)]
+    settle_bad_rows(bad, len(rows), files, config.on_bad_row)
+    return rows, bad
+
+
+def check_dominant_language(
+    file: str, pairs: Sequence[Pair], language: str, option: str = "data.dominant_language"
+) -> None:
+    """Raises UserError where most of a source's pairs are clearly in another language than its
+    dominant side should be.
+
+    `option` is what the user would set.
+    """
+    distinct = list(dict.fromkeys(pairs))
+    looked_at = (
+        [distinct[i * len(distinct) // LOOKED_AT] for i in range(LOOKED_AT)]
+        if len(distinct) > LOOKED_AT
+        else distinct
+    )
+    found = Counter(clearly_in_another(language, *texts_of(pair)) for pair in looked_at)
+    del found[None]
+    for other, count in found.most_common(1):
+        if 2 * count > len(looked_at):
+            raise UserError(
+                f"The dominant side of {file} is in {other}, not in {language} ({count} of"
+                f" {len(looked_at)} pairs that were looked at). Set {option}={other}, and let no"
+                f" target language be {other}."
+            )
+
+
+def settle_bad_rows(
+    bad: Sequence[BadRow],
+    good: int,
+    files: Sequence[str],
+    on_bad_row: Literal["error", "drop"],
+    option: str = "data.on_bad_row",
+) -> None:
+    """Raises UserError that lists bad rows and counts their reasons, unless they may be dropped and
+    something is left.
+
+    `option` is what the user would set to drop them.
+    """
+    if (bad and on_bad_row == "error") or not good:
+        counts = ", ".join(
+            f"{count} {reason}" for reason, count in Counter(b.reason for b in bad).most_common()
+        )
+        listed = "".join(f"\n  {b.source}: {b.reason}: {b.detail}" for b in bad[:LISTED])
+        more = f"\n  ... and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
+        if not good:
+            raise UserError(
+                f"No usable row is left in {', '.join(files)}"
+                f" ({counts or 'the files hold none'}).{listed}{more}"
+            )
+        raise UserError(
+            f"{len(bad)} of {len(bad) + good} rows cannot be trained on ({counts}):{listed}{more}\n"
+            f"Mend them, or set {option}=drop to leave them out."
+        )
+
+
+def weighted(rows: Sequence[Row], weight: float) -> list[Row]:
+    """weight x rows, to the nearest: all of them as often as that takes, and evenly spaced ones
+    once more."""
+    whole, count = divmod(round(as_written(weight) * len(rows)), max(1, len(rows)))
+    return list(rows) * whole + [rows[i * len(rows) // count] for i in range(count)]
+
+
+def labels_of(names: Sequence[str]) -> dict[str, str]:
+    """A short label for each source that no other has: the last parts of its path, as many as it
+    takes. One file has one label."""
+    paths = {name: name if name.startswith("hf:") else os.path.abspath(name) for name in names}
+    labels = {}
+    for name, path in paths.items():
+        others = [other.split("/") for other in set(paths.values()) - {path}]
+        parts = path.split("/")
+        size = next(
+            (n for n in range(1, len(parts)) if all(other[-n:] != parts[-n:] for other in others)),
+            len(parts),
+        )
+        labels[name] = "/".join(parts[-size:])
+    return labels
+
+
+def objects(name: str, label: str, columns: Collection[str]) -> Iterator[tuple[str, Any]]:
+    """(place, value) of each row of a source; places begin with the label. Of tables only `columns`
+    are read, where they are there."""
+    path = Path(name)
+    if name.startswith("hf:"):
+        yield from _of_dataset(name, label, columns)
+    elif path.is_dir():
+        yield from _of_dataset(name, label, columns)
+    else:
+        content = _content_of(path)
+        begins_as_json = content.lstrip()[:1] in (b"", b"[", b"{")
+        if content.startswith(b"PAR1") or (
+            path.suffix.lower() == ".parquet" and not begins_as_json
+        ):
+            yield from _of_parquet(path, content, label, columns)
+        else:
+            yield from _of_json(path, content, label)
+
+
+def parsed(text: str | bytes, path: Path, line: int | None = None) -> Any:
+    """The value of a JSON text, which is a whole file or one of its lines. Raises UserError, also
+    for what Python cannot hold."""
+    where = str(path) if line is None else f"{path}, line {line}"
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}, line {line or error.lineno}, column {error.colno}: no valid JSON"
+            f" ({error.msg})."
+        ) from error
+    except RecursionError as error:
+        raise UserError(f"{where}: no valid JSON of rows (it is nested too deeply).") from error
+    except ValueError as error:  # no text, or an integer of thousands of digits
+        raise UserError(f"{where}: no valid JSON ({error}).") from error
+
+
+def _of_dataset(name: str, label: str, columns: Collection[str]) -> Iterator[tuple[str, Any]]:
+    """Rows of a dataset of the hub, or of a folder of one. No code that comes with it is run:
+    `datasets` has no way to."""
+    import datasets
+
+    repository, _, split = name.removeprefix("hf:").partition(":")
+    if name.startswith("hf:") and not repository:
+        raise UserError(f"{name!r} names no dataset. Write hf:owner/name or hf:owner/name:split.")
+    try:
+        on_hub = name.startswith("hf:")
+        loaded: Any = (
+            datasets.load_dataset(repository, split=split or "train")
+            if on_hub
+            else datasets.load_from_disk(name)
+        )
+    except Exception as error:  # whatever the hub, the cache or the folder has to say
+        raise UserError(
+            f"The dataset {name} cannot be read: {type(error).__name__}: {error}"
+        ) from error
+    if isinstance(loaded, datasets.DatasetDict):
+        raise UserError(
+            f"The dataset folder {name} holds several splits: {', '.join(loaded)}. Name one, e.g."
+            f" {name}/{next(iter(loaded))}."
+        )
+    loaded = loaded.select_columns(_wanted(name, loaded.column_names, columns))
+    for i in range(len(loaded)):
+        try:
+            value = loaded[i]
+        except Exception as error:  # whatever a column holds that is no text
+            raise UserError(
+                f"{name}, row {i}: cannot be read: {type(error).__name__}: {error}"
+            ) from error
+        yield f"{label}[{i}]", value
+
+
+def _of_parquet(
+    path: Path, content: bytes, label: str, columns: Collection[str]
+) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content))
+        table = file.read(columns=_wanted(str(path), file.schema_arrow.names, columns))
+        values = table.to_pylist()
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file, or text that is none
+        raise UserError(f"{path} is no readable Parquet file: {error}") from error
+    yield from ((f"{label}[{i}]", value) for i, value in enumerate(values))
+
+
+def _wanted(name: str, there: Sequence[str], columns: Collection[str]) -> list[str]:
+    """Those of a table's columns that rows are made of; the others may hold whatever they like."""
+    wanted = [column for column in dict.fromkeys(there) if column in columns]
+    if not wanted:
+        raise UserError(
+            f"{name} has no column of rows ({', '.join(columns)}); it has"
+            f" {', '.join(there) or 'none'}."
+        )
+    twice = [column for column in wanted if list(there).count(column) > 1]
+    if twice:
+        raise UserError(f"{name} has the column {twice[0]!r} twice; rename one.")
+    return wanted
+
+
+def _content_of(path: Path) -> bytes:
+    """The bytes of a file, unpacked where they are packed, whatever it is called."""
+    if not path.is_file():
+        raise UserError(
+            f"No data file at {path}. Check data.train and data.eval; paths are relative to the"
+            " configuration or to here."
+        )
+    try:
+        content = path.read_bytes()
+        for magic, unpack in _PACKED.items():
+            if content.startswith(magic):
+                content = unpack(content)
+    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if content.startswith(b"version https://git-lfs"):
+        raise UserError(
+            f"{path} is a pointer of Git LFS, not the file itself. Fetch it with `git lfs pull`."
+        )
+    for magic, kind in _NOT_UNPACKED.items():
+        if content.startswith(magic):
+            raise UserError(
+                f"{path} is packed ({kind}). Unpack it; files packed with gzip, bzip2 or xz are"
+                " read as they are."
+            )
+    return content
+
+
+_PACKED: dict[bytes, Callable[[bytes], bytes]] = {
+    b"\x1f\x8b": gzip.decompress,
+    b"BZh": bz2.decompress,
+    b"\xfd7zXZ": lzma.decompress,
+}
+_NOT_UNPACKED = {b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+def _of_json(path: Path, content: bytes, label: str) -> Iterator[tuple[str, Any]]:
+    """Of a JSON list, or of the lines of a JSONL file."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} cannot be read as UTF-8 text: {error}") from error
+    if not text.strip():
+        raise UserError(f"{path} is empty.")
+    if text.lstrip().startswith("["):
+        yield from ((f"{label}[{i}]", value) for i, value in enumerate(parsed(text, path)))
+        return
+    # Not splitlines(): U+2028 and its like may stand unescaped inside a JSON string.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield f"{label}:{number}", parsed(line, path, number)
+
+
+class _Reader:
+    """From a source's values to rows, with the languages of one configuration."""
+
+    def __init__(self, config: DataConfig) -> None:
+        self._config = config
+
+    @functools.cached_property
+    def _detector(self) -> LanguageDetector:
+        return LanguageDetector(self._config.languages, self._config.dominant_language)
+
+    def row(self, source: str, value: Any) -> Row | BadRow:
+        """The row that a value is, if it is one. The language of a published one is
+        undetermined."""
+        if not isinstance(value, dict):
+            return BadRow(
+                source, "not_an_object", f"holds {type(value).__name__}; a row is a JSON object"
+            )
+        if "source_conversations" in value or "target_conversations" in value:
+            return self._published(source, value)
+        try:
+            row = NativeRow.model_validate(value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"])
+            if first["type"] == "missing":
+                return BadRow(source, "missing_field", f"has no {field!r}")
+            return BadRow(
+                source, "wrong_type", f"{field}: {first['msg']}, not {first['input']!r}"[:300]
+            )
+        return Row(source, canonical(row.language), row.dominant, row.target)
+
+    def _published(self, source: str, value: dict[str, Any]) -> Row | BadRow:
+        roles: dict[str, Literal["system", "user", "assistant"]] = {
+            "human": "user",
+            "user": "user",
+            "gpt": "assistant",
+            "assistant": "assistant",
+            "system": "system",
+        }
+
+        def pair(side: str) -> Pair:
+            # The published texts passed through a translator that escaped them: &quot; and &#39;
+            # are no part of the language.
+            turns = tuple(
+                Message(role=roles[turn["from"]], content=html.unescape(turn["value"]))
+                for turn in value[f"{side}_conversations"]
+            )
+            answers = {
+                kind: html.unescape(value[f"{side}_{kind}"]["value"])
+                for kind in ("chosen", "rejected")
+            }
+            return Pair(prompt=turns, **answers)
+
+        try:
+            return Row(source, UNDETERMINED, pair("source"), pair("target"))
+        except KeyError as error:
+            return BadRow(source, "missing_field", f"has no {error}")
+        except (TypeError, ValidationError) as error:
+            return BadRow(source, "wrong_type", str(error)[:300])
+
+    def settled(self, row: Row) -> Row | BadRow:
+        """The row with its language, or the first reason why it cannot be trained on."""
+        dominant = self._config.dominant_language
+        if not row.language:
+            return BadRow(row.source, "empty_language", "language is empty; give a code such as sw")
+        if not is_unicode(row.language):
+            return BadRow(
+                row.source,
+                "not_unicode",
+                "language holds half of a surrogate pair; give a code such as sw",
+            )
+        for side, pair in (("dominant", row.dominant), ("target", row.target)):
+            for problem in problems_of_pair(row.source, side, pair):
+                return problem
+        share = script_share("\n".join(texts_of(row.dominant)), dominant)
+        if share < 0.5:
+            return BadRow(
+                row.source,
+                "wrong_dominant_language",
+                f"{share:.0%} of the letters of the dominant texts are of the script of {dominant},"
+                " data.dominant_language",
+            )
+        offered = None
+        if row.language == UNDETERMINED:
+            offered = self._config.languages
+            row = replace(row, language=self._detector.detect(*texts_of(row.target)[-3:]))
+        if row.language == dominant:
+            return BadRow(
+                row.source,
+                "target_untranslated",
+                f"the target texts are in the dominant language, {dominant}",
+            )
+        if offered is not None and row.language not in offered:
+            return BadRow(
+                row.source,
+                "language_not_offered",
+                f"the target texts are in {row.language}, which data.languages does not name",
+            )
+        return row
+
+
+def texts_of(pair: Pair) -> list[str]:
+    """Every text of a pair: the messages of the prompt in their order, then the chosen and the
+    rejected answer."""
+    return [*(message.content for message in pair.prompt), pair.chosen, pair.rejected]
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written: JSON may escape half of a surrogate pair alone, which is no
+    character."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def problems_of_pair(source: str, side: str, pair: Pair) -> Iterator[BadRow]:
+    """Every reason why a pair cannot be trained on; `side` names it in the details."""
+    if not all(map(is_unicode, texts_of(pair))):
+        yield BadRow(
+            source,
+            "not_unicode",
+            f"the {side} pair holds half of a surrogate pair, which no file can; remove it",
+        )
+    if not pair.prompt or not any(message.content.strip() for message in pair.prompt):
+        yield BadRow(source, "empty_prompt", f"the {side} prompt is empty")
+    elif pair.prompt[-1].role != "user":
+        yield BadRow(
+            source,
+            "prompt_not_ending_with_user",
+            f"the {side} prompt ends with a {pair.prompt[-1].role} message",
+        )
+    for kind in ("chosen", "rejected"):
+        if not getattr(pair, kind).strip():
+            yield BadRow(source, f"empty_{kind}", f"the {side} {kind} answer is empty")
+    if pair.chosen.strip() == pair.rejected.strip():
+        yield BadRow(
+            source,
+            "chosen_equals_rejected",
+            f"the {side} pair has no gap: both answers are the same",
+        )

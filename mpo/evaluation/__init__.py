@@ -1,0 +1,1 @@
+"""What a model does on rows that are measured."""

@@ -1,0 +1,143 @@
+"""Scores of sequences without gradients: what the reference store keeps and what the evaluation
+reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import deepspeed.comm as dist
+import torch
+
+from mpo.data.examples import Example, TokenizedResponse
+from mpo.models.attention import shares_prompts_of
+from mpo.models.loading import Scores
+from mpo.models.packing import Pool, pack_for_scoring
+
+TOKENS_PER_BATCH = 4096
+"""Packed tokens of one forward pass without gradients. It bounds memory; the scores do not depend
+on the number of ranks."""
+
+
+def score_sequences(
+    engine: torch.nn.Module,
+    sequences: Sequence[TokenizedResponse],
+    *,
+    pool: Pool,
+    device: torch.device,
+    advance: Callable[[int], None] = lambda count: None,
+) -> Scores:
+    """Mean log-probability and pooled hidden state of each sequence, on the CPU in fp32, on every
+    rank.
+
+    The ranks share the work: rank r takes every world-th batch. Under ZeRO-3 a forward pass is a
+    collective, so all ranks run the same number of passes. `advance` is called with the number of
+    sequences done since its last call.
+    """
+    share_prompts = shares_prompts_of(getattr(engine, "module", engine))
+    batches = _batches(sequences)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mean_logp = torch.zeros(len(sequences))
+    pooled: torch.Tensor | None = None
+    was_training = engine.training
+    engine.eval()
+    for start in range(0, len(batches), world):
+        mine = batches[min(start + rank, len(batches) - 1)]
+        packed = pack_for_scoring([sequences[i] for i in mine], pool, share_prompts).to(device)
+        with torch.no_grad():
+            scores = engine(batch=packed)
+        if pooled is None:
+            pooled = torch.zeros(len(sequences), scores.pooled.shape[1])
+        # a rank without a batch of its own repeats the last one and drops the result
+        if start + rank < len(batches):
+            mean_logp[mine] = scores.mean_logp.float().cpu()
+            pooled[mine] = scores.pooled.float().cpu()
+        advance(sum(len(batch) for batch in batches[start : start + world]))
+    engine.train(was_training)
+    assert pooled is not None, "score_sequences needs at least one sequence"
+    return Scores(_sum_over_ranks(mean_logp, device), _sum_over_ranks(pooled, device))
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """Reward gaps of R examples, and the pooled hidden states of their dominant sequences."""
+
+    target: torch.Tensor  # (R,) float32
+    dominant: torch.Tensor  # (R,) float32
+    pooled: torch.Tensor  # (R, 2, D) float32: dominant chosen, dominant rejected
+
+
+def sign_accuracy(gaps: torch.Tensor) -> float:
+    """Share of gaps (R,) above 0; NaN where one is NaN, which is neither."""
+    return float(torch.where(gaps.isnan(), gaps, (gaps > 0).to(gaps.dtype)).mean())
+
+
+def measure_gaps(
+    engine: torch.nn.Module,
+    examples: Sequence[Example],
+    *,
+    pool: Pool,
+    device: torch.device,
+    advance: Callable[[int], None] = lambda count: None,
+) -> Gaps:
+    """Reward gap of the target and of the dominant pair of each example. Sequences that examples
+    share are scored once."""
+    unique = distinct_sequences(examples)
+    place = {sequence: i for i, sequence in enumerate(unique)}
+    scores = score_sequences(engine, unique, pool=pool, device=device, advance=advance)
+
+    def logps(name: str) -> torch.Tensor:
+        return scores.mean_logp[[place[getattr(example, name)] for example in examples]]
+
+    dominant_rows = [[place[e.dominant_chosen], place[e.dominant_rejected]] for e in examples]
+    return Gaps(
+        target=logps("target_chosen") - logps("target_rejected"),
+        dominant=logps("dominant_chosen") - logps("dominant_rejected"),
+        pooled=scores.pooled[torch.tensor(dominant_rows)],
+    )
+
+
+def distinct_sequences(examples: Sequence[Example]) -> list[TokenizedResponse]:
+    """All sequences of the examples, each once, in order of appearance."""
+    return list(
+        dict.fromkeys(
+            sequence
+            for e in examples
+            for sequence in (
+                e.target_chosen,
+                e.target_rejected,
+                e.dominant_chosen,
+                e.dominant_rejected,
+            )
+        )
+    )
+
+
+def _batches(sequences: Sequence[TokenizedResponse]) -> list[list[int]]:
+    """Indices in batches of about TOKENS_PER_BATCH tokens, whatever the number of ranks: answers to
+    one prompt together, similar lengths next to each other."""
+    answers: dict[tuple[int, ...], list[int]] = {}
+    for i, sequence in enumerate(sequences):
+        answers.setdefault(sequence.input_ids[: sequence.response_start], []).append(i)
+    batches: list[list[int]] = []
+    tokens = TOKENS_PER_BATCH
+    for together in sorted(
+        answers.values(), key=lambda together: max(len(sequences[i].input_ids) for i in together)
+    ):
+        for i in together:
+            length = len(sequences[i].input_ids)
+            if tokens + length > TOKENS_PER_BATCH:
+                batches.append([])
+                tokens = 0
+            batches[-1].append(i)
+            tokens += length
+    return batches
+
+
+def _sum_over_ranks(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Each row is non-zero on one rank only, so the sum is exact."""
+    if dist.get_world_size() == 1:
+        return tensor
+    on_device = tensor.to(device)
+    dist.all_reduce(on_device)
+    return on_device.cpu()

@@ -1,0 +1,1 @@
+"""A run: its steps, its reference, its checkpoints and what it leaves."""

@@ -1,0 +1,344 @@
+"""The picture of one run or several: curves over the steps, and for each finished run gaps and
+distances before and after.
+
+Names are shown as they are, whatever letters and signs they hold, and as far as the machine's fonts
+have them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.cells import cell_len, chop_cells
+
+from mpo.runtime.errors import UserError
+from mpo.runtime.files import new_file
+
+LETTERS = "DejaVu Sans"
+"""The font that comes with matplotlib."""
+LINE, CODE = 140, 30
+"""Columns of a line of a run's name, and of a language's."""
+FEW = 3
+"""A curve of so many points shows each of them: one point alone is no line."""
+MARKERS = "os^DvPX*<>"
+DASHES: tuple[Any, ...] = (
+    "-",
+    "--",
+    ":",
+    "-.",
+    (0, (6, 1, 1, 1, 1, 1)),
+    (0, (1, 3)),
+    (0, (8, 4)),
+    (0, (3, 1, 1, 4)),
+)
+CURVES = (("loss", "loss"), ("l1", "L1 (gap)"), ("l2", "L2 (retention)"))
+
+
+class Run(NamedTuple):
+    """What is drawn of one run."""
+
+    name: str
+    rows: Sequence[dict[str, Any]]
+    """Of metrics.jsonl."""
+    result: dict[str, Any] | None
+    """Of result.json, where the run is finished."""
+
+
+def check_target(path: Path) -> None:
+    """Refuses a name that says no format, before anything is drawn."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in formats:
+        raise UserError(
+            f"{path} names no format that can be drawn. Give the picture a name that ends with"
+            " .png, .svg or .pdf."
+        )
+
+
+def draw(runs: Sequence[Run], path: Path) -> None:
+    """Writes the picture of at least one run; its format is that of the name's ending.
+
+    Raises:
+        UserError: the ending is no format, or the file cannot be written.
+    """
+    check_target(path)
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    languages = sorted(
+        {language for run in runs for row in run.rows for language in row["gap"]} | _measured(runs)
+    )
+    letters = _Letters([*(run.name for run in runs), *languages])
+    with plt.style.context("default"), matplotlib.rc_context({"font.family": letters.fonts}):
+        figure = _figure(runs, languages, letters)
+        try:
+            with new_file(path) as file:
+                figure.savefig(file.buffer, dpi=130, format=path.suffix.removeprefix(".").lower())
+        finally:
+            plt.close(figure)
+
+
+def _measured(runs: Sequence[Run]) -> set[str]:
+    return {
+        language for run in runs if run.result is not None for language in run.result["languages"]
+    }
+
+
+class _Letters:
+    """Names as the machine's fonts can show them: letters that none has become a question mark, and
+    names stay different."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        different = list(dict.fromkeys(names))
+        self.fonts, missing = _fonts_with({character for name in different for character in name})
+        shown = [
+            "".join("?" if c in missing else c for c in " ".join(name.split()))
+            for name in different
+        ]
+        numbered = [
+            f"{text} [{place}]" if shown.count(text) > 1 else text
+            for place, text in enumerate(shown, 1)
+        ]
+        self._shown = dict(zip(different, numbered, strict=True))
+        self.note = (
+            ""
+            if not missing
+            else "?: a letter that no font of this machine has; fonts such as Noto Sans have it"
+        )
+
+    def of(self, name: str, columns: int = LINE) -> str:
+        """The name in lines of at most so many columns."""
+        return "\n".join(chop_cells(self._shown[name], columns))
+
+    def width(self, name: str) -> int:
+        """Columns that the name takes in one line."""
+        return cell_len(self._shown[name])
+
+
+def _fonts_with(characters: Iterable[str]) -> tuple[list[str], set[str]]:
+    """Font families that together have the characters, matplotlib's own first, and the characters
+    that none has."""
+    from matplotlib import font_manager, ft2font
+
+    families, missing = [LETTERS], {c for c in characters if not c.isspace()}
+    for path, family in [
+        (font_manager.findfont(LETTERS), LETTERS),
+        *((f.fname, f.name) for f in font_manager.fontManager.ttflist),
+    ]:
+        if not missing:
+            break
+        # it has a box for each
+        if "last resort" in family.lower() or "lastresort" in family.lower():
+            continue
+        try:
+            font = ft2font.FT2Font(path)
+            found = {c for c in missing if font.get_char_index(ord(c))} if font.scalable else set()
+        except (OSError, RuntimeError):  # listed, but gone or of a kind that cannot be drawn
+            continue
+        if found:
+            missing -= found
+            families += [family] if family not in families else []
+    return families, missing
+
+
+def _figure(runs: Sequence[Run], languages: Sequence[str], letters: _Letters) -> Any:
+    """All panels: the curves of all runs, then a row for each finished one."""
+    from matplotlib import pyplot as plt
+
+    finished = [run for run in runs if run.result is not None]
+    longest = min(CODE, max((letters.width(language) for language in languages), default=0))
+    columns = max(1, min(8, 70 // (longest + 8)))
+    several = len(runs) > 1
+    names = 0.2 * sum(letters.of(run.name).count("\n") + 1 for run in runs) if several else 0
+    heights = [
+        4.2 + names + 0.17 * math.ceil(len(languages) / columns),
+        *[4.2 + 0.08 * longest] * len(finished),
+    ]
+    figure = plt.figure(
+        figsize=(max(12, 4 + 0.5 * len(languages)), sum(heights)), layout="constrained"
+    )
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    _draw_curves(parts[0], runs, languages, letters, columns)
+    for part, run in zip(parts[1:], finished, strict=True):
+        _draw_result(part, run, letters, named=several)
+    if letters.note:
+        figure.supxlabel(letters.note, fontsize=8)
+    return figure
+
+
+def _draw_curves(
+    part: Any, runs: Sequence[Run], languages: Sequence[str], letters: _Letters, columns: int
+) -> None:
+    """Losses, and gaps per language, of each step: a colour for each quantity or language, a line
+    style for each run."""
+    from matplotlib.lines import Line2D
+
+    curves, gaps = part.subplots(1, 2)
+    looks: list[dict[str, Any]] = [
+        {
+            "color": f"C{i % 10}",
+            "marker": MARKERS[i // 10 % len(MARKERS)] if len(languages) > 10 else None,
+        }
+        for i in range(len(languages))
+    ]
+    for place, run in enumerate(runs):
+        for colour, (key, _) in enumerate(CURVES):
+            _curve(
+                curves,
+                _above_0(run, key),
+                place,
+                color=f"C{colour}",
+                width=2 if key == "loss" else 1.2,
+            )
+        for language, look in zip(languages, looks, strict=True):
+            _curve(
+                gaps,
+                [(row["step"], _number(row["gap"].get(language))) for row in run.rows],
+                place,
+                **look,
+            )
+    if curves.get_lines():
+        curves.set_yscale("log")
+    curves.set(xlabel="optimizer step", ylabel="loss", title="Training loss")
+    gaps.set(
+        xlabel="optimizer step", ylabel="nats per token", title="Reward gap of each step's rows"
+    )
+    quantities = {
+        label if any(_above_0(run, key) for run in runs) else f"{label}: never above 0": Line2D(
+            [], [], color=f"C{colour}"
+        )
+        for colour, (key, label) in enumerate(CURVES)
+    }
+    of_languages = {
+        letters.of(language, CODE): Line2D([], [], markersize=4, **look)
+        for language, look in zip(languages, looks, strict=True)
+    }
+    for axis, entries, ncol in ((curves, quantities, 3), (gaps, of_languages, columns)):
+        axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        _legend(
+            axis, entries, loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=4.5, ncol=ncol
+        )
+    if len(runs) > 1:
+        of_runs = {
+            letters.of(run.name): Line2D([], [], color="black", **_style(place))
+            for place, run in enumerate(runs)
+        }
+        _legend(part, of_runs, loc="outside upper center", ncol=1, handlelength=5)
+
+
+def _above_0(run: Run, key: str) -> list[tuple[int, float]]:
+    """What a logarithmic axis can show of a quantity."""
+    points = [(row["step"], _number(row.get(key))) for row in run.rows]
+    return [(step, value) for step, value in points if 0 < value < math.inf]
+
+
+def _style(run: int) -> dict[str, Any]:
+    """A line style for each run; after the last they come again, thicker."""
+    return {"linestyle": DASHES[run % len(DASHES)], "linewidth": 1.2 + 1.4 * (run // len(DASHES))}
+
+
+def _curve(
+    axis: Any,
+    points: Sequence[tuple[int, float]],
+    run: int,
+    *,
+    color: str,
+    marker: str | None = None,
+    width: float = 0,
+) -> None:
+    """A line through the points that are numbers; with marks where they are few, or where colours
+    alone would not tell lines apart."""
+    points = [(step, value) for step, value in points if math.isfinite(value)]
+    if not points:
+        return
+    style = _style(run)
+    style["linewidth"] = max(width, style["linewidth"])
+    few = len(points) <= FEW
+    axis.plot(
+        *zip(*points, strict=True),
+        color=color,
+        marker=marker or ("o" if few else None),
+        markersize=4 * max(width, 1),  # the loss is seen behind the L1 that it equals
+        markevery=1 if few else max(1, len(points) // 20),
+        **style,
+    )
+
+
+def _legend(where: Any, entries: dict[str, Any], **options: Any) -> None:
+    """A legend whose texts are texts: no formula between two dollar signs, and none that is left
+    out for beginning with an underscore."""
+    legend = where.legend(
+        list(entries.values()),
+        [str(place) for place in range(len(entries))],
+        fontsize=8,
+        frameon=False,
+        **options,
+    )
+    for text, name in zip(legend.get_texts(), entries, strict=True):
+        text.set(text=name, parse_math=False)
+
+
+def _draw_result(part: Any, run: Run, letters: _Letters, named: bool) -> None:
+    """Bars of one finished run, before and after."""
+    result = run.result
+    assert result is not None
+    if named:
+        part.suptitle(letters.of(run.name), fontsize=10, parse_math=False)
+    languages = list(result["languages"])
+    labels = [letters.of(language, CODE) for language in languages]
+    crowded = (
+        len(languages) * (1 + max((letters.width(language) for language in languages), default=0))
+        > 55
+    )
+    colours = {"before": "#b8bfc9", "after": "#1f77b4"}
+    both = part.subplots(1, 2)
+    panels = zip(
+        both,
+        ("target_gap", "distance"),
+        ("Reward gap per language", "Distance to the dominant gap"),
+        strict=True,
+    )
+    for axis, quantity, title in panels:
+        for shift, moment in ((-0.2, "before"), (0.2, "after")):
+            heights = [
+                _number(result["languages"][language][quantity][moment]) for language in languages
+            ]
+            axis.bar(
+                [place + shift for place in range(len(languages))],
+                heights,
+                0.4,
+                label=moment,
+                color=colours[moment],
+            )
+        turned: dict[str, Any] = (
+            {"rotation": 60, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
+        )
+        axis.set_xticks(range(len(languages)), labels, parse_math=False, **turned)
+        axis.set_xlim(-0.6, max(len(languages), 3) - 0.4)
+        axis.set(ylabel="nats per token", title=title)
+        axis.axhline(0, color="black", linewidth=0.8)
+    for moment, style in (("before", ":"), ("after", "-")):
+        both[0].axhline(
+            _number(result["all"]["dominant_gap"][moment]),
+            color="#d62728",
+            linestyle=style,
+            label=f"dominant {moment}",
+        )
+    part.legend(
+        *both[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncol=4,
+        frameon=False,
+        fontsize=8,
+    )
+
+
+def _number(value: Any) -> float:
+    """What is no number is not drawn: JSON has null for one that is not finite."""
+    return float(value) if isinstance(value, int | float) else math.nan
