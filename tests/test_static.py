@@ -1,6 +1,7 @@
-"""What a reader relies on without running anything: style, types, and that the kernels import
-without the trainer's libraries."""
+"""What a reader relies on without running anything: style, types, imports that go down only, and
+that the kernels import without the trainer's libraries."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -61,3 +62,116 @@ def test_without_the_trainer_extra_the_command_says_what_to_install():
         and "pip install 'mpo-kernels[train]'" in result.stderr
         and "Traceback" not in result.stderr
     )
+
+
+# Rooms of `mpo`, from the top: each may import those that it names and whatever those may.
+ROOMS = {
+    "__main__": {"commands"},
+    "commands": {"training", "evaluation", "data_build"},
+    "training": {"models"},
+    "evaluation": {"models"},
+    "data_build": {"models"},
+    "models": {"data"},
+    "data": {"config"},
+    "config": {"languages"},
+    "languages": {"runtime"},
+    "runtime": set(),
+}
+MORE_ARROWS = {
+    ("training", "mpo.evaluation.gaps"): "a run ends with the gaps before and after",
+    ("models", "mpo_kernels"): "the head's losses take the place of the model's own forward",
+    ("training.objective", "mpo_kernels"): "a run's loss is one of the kernels'",
+    ("training.memory", "mpo_kernels"): "a chunk's default bytes have one home",
+}
+PENDING = {
+    ("mpo.data.inspection", "mpo.models.inputs"),
+    ("mpo.evaluation.report", "mpo.training.curves"),
+    ("mpo.evaluation.report", "mpo.training.run_folder"),
+    ("mpo.runtime.progress", "mpo.config"),
+    ("mpo.runtime.progress", "mpo.data.examples"),
+    ("mpo.runtime.progress", "mpo.data.sources"),
+    ("mpo.runtime.progress", "mpo.models.packing"),
+    ("mpo.training.train", "mpo.evaluation.report"),
+}
+"""Arrows of today that go as their files are mended."""
+
+
+def imports(root):
+    """{file as a dotted name: what it imports, anywhere in it} of both packages below `root`."""
+    files = {
+        ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path
+        for package in ("mpo", "mpo_kernels")
+        for path in (root / package).rglob("*.py")
+    }
+    arrows = {}
+    for name, path in files.items():
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert not node.level, f"{name}: names are written from the root"
+                whole = {f"{node.module}.{alias.name}" for alias in node.names}
+                found |= whole & files.keys() or {node.module}
+        arrows[name] = (found & files.keys()) - {name}
+    return arrows
+
+
+def upward(arrows):
+    """Imports that no room is allowed."""
+
+    def below(room):
+        return {room}.union(*map(below, ROOMS[room]))
+
+    def is_allowed(name, imported):
+        package, _, inner = name.partition(".")
+        theirs, _, place = imported.partition(".")
+        if package == theirs == "mpo_kernels":
+            return True
+        if package == theirs and place.split(".")[0] in below(inner.split(".")[0]):
+            return True
+        return package == "mpo" and any(
+            f"{inner}.".startswith(f"{ours}.") and f"{imported}.".startswith(f"{target}.")
+            for ours, target in MORE_ARROWS
+        )
+
+    return [(a, b) for a in sorted(arrows) for b in sorted(arrows[a]) if not is_allowed(a, b)]
+
+
+def circles(arrows):
+    """Files that import each other, straight or through others."""
+    left = dict(arrows)
+    while free := [
+        name
+        for name, found in left.items()
+        if not found & left.keys() or not any(name in others for others in left.values())
+    ]:
+        for name in free:
+            del left[name]
+    return sorted(left)
+
+
+def test_rooms_import_downward_and_in_no_circle():
+    arrows = imports(ROOT)
+    assert set(upward(arrows)) <= PENDING
+    assert set(circles(arrows)) <= {"mpo.training.checkpoint", "mpo.training.portable"}
+
+
+def test_an_upward_import_that_is_planted_is_caught(tmp_path):
+    """Also one inside a function, and the circle that it closes."""
+    for path in (*ROOT.glob("mpo/**/*.py"), *ROOT.glob("mpo_kernels/**/*.py")):
+        copy = tmp_path / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    before = imports(tmp_path)
+    low, planted = tmp_path / "mpo/runtime/errors.py", "\n\ndef later():\n    {}\n"
+    for line, arrow in (
+        ("from mpo.training import train", ("mpo.runtime.errors", "mpo.training.train")),
+        ("import mpo_kernels.ops.linear", ("mpo.runtime.errors", "mpo_kernels.ops.linear")),
+    ):
+        whole = low.read_text(encoding="utf-8")
+        low.write_text(whole + planted.format(line), encoding="utf-8")
+        after = imports(tmp_path)
+        assert set(upward(after)) - set(upward(before)) == {arrow}
+        assert ("mpo.runtime.errors" in circles(after)) == (arrow[1] == "mpo.training.train")
+        low.write_text(whole, encoding="utf-8")

@@ -89,19 +89,36 @@ CASES = {
     "one step": [Run("demo", rows(1, SIX), result(SIX))],
     "a language of one step": [Run("demo", sometimes(rows(20, SIX), "sw", (7,)), None)],
     "one language": [Run("demo", rows(20, ("sw",)), result(("sw",)))],
-    "two runs": [Run(f"{name}/run", rows(10, SIX, i), result(SIX, i)) for i, name in enumerate("ab")],
-    "a run of one step beside another": [Run("a", rows(1, SIX), None), Run("b", rows(50, SIX), None)],
+    "two runs": [
+        Run(f"{name}/run", rows(10, SIX, i), result(SIX, i)) for i, name in enumerate("ab")
+    ],
+    "a run of one step beside another": [
+        Run("a", rows(1, SIX), None),
+        Run("b", rows(50, SIX), None),
+    ],
     "ten runs": [Run(f"r{i}", rows(10, SIX[:2], i), None) for i in range(10)],
     "many languages": [Run("demo", rows(60, MANY), result(MANY))],
     "many languages of one step": [Run("demo", rows(1, MANY), result(MANY))],
     "long codes": [Run("demo", rows(20, CODES), result(CODES))],
-    "signs": [Run("_name", rows(10, SIGNS), result(SIGNS)), Run("$5 and $6", rows(10, SIGNS, 1), None)],
-    "no font": [Run("实验一", rows(10, NO_FONT), result(NO_FONT)), Run("实验二", rows(10, NO_FONT, 1), None)],
-    "long names": [Run(name, rows(10, SIX, i), result(SIX, i) if i < 2 else None) for i, name in enumerate(LONG)],
-    "a run that is called as a language is": [Run("sw", rows(5, ("sw", "zh")), result(("sw", "zh"))), Run("zh", rows(5, ("sw",), 1), None)],
+    "signs": [
+        Run("_name", rows(10, SIGNS), result(SIGNS)),
+        Run("$5 and $6", rows(10, SIGNS, 1), None),
+    ],
+    "no font": [
+        Run("实验一", rows(10, NO_FONT), result(NO_FONT)),
+        Run("实验二", rows(10, NO_FONT, 1), None),
+    ],
+    "long names": [
+        Run(name, rows(10, SIX, i), result(SIX, i) if i < 2 else None)
+        for i, name in enumerate(LONG)
+    ],
+    "a run that is called as a language is": [
+        Run("sw", rows(5, ("sw", "zh")), result(("sw", "zh"))),
+        Run("zh", rows(5, ("sw",), 1), None),
+    ],
     "no metrics left": [Run("demo", [], result(SIX))],
     "no number": [Run("demo", NOTHING, NULLS)],
-}  # fmt: skip
+}
 
 
 def drawn(runs):

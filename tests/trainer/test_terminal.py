@@ -20,8 +20,8 @@ LANGUAGES = ("ar", "bn", "ja", "ko", "sw", "zh")
 LONG = "/home/someone/experiments/2026/multilingual/gemma/second-attempt"
 SHOWS = f"""
 from mpo.runtime.progress import Progress
-row = {{"step": 7, "loss": 0.51557, "l1": 0.4, "l2": 0.0000123, "pairs": 8, "seconds": 4.0, "skipped": False,
-       "gap": {{language: 1.234 for language in {LANGUAGES}}}}}
+row = {{"step": 7, "loss": 0.51557, "l1": 0.4, "l2": 0.0000123, "pairs": 8, "seconds": 4.0}}
+row |= {{"skipped": False, "gap": {{language: 1.234 for language in {LANGUAGES}}}}}
 progress = Progress(enabled=True)
 with progress.steps(2400, 0, 1) as show:
     show(row)
