@@ -186,13 +186,13 @@ def compiled(quick: bool) -> Iterator[Bar]:
 def emulated(quick: bool) -> Iterator[Bar]:
     """The emitted PTX on the emulator, through the package's own launches."""
     from benchmarks.instruments.launch import TARGETS, gpu_on_cpu
-    from mpo_kernels import reference
+    from mpo_kernels import oracle
 
     vocab, gap = 2051, torch.tensor([0.3, -0.2])
     labels = torch.randint(0, vocab, (4, 3), generator=torch.Generator().manual_seed(0))
     exact = torch.randn(4, 3, vocab, generator=torch.Generator().manual_seed(1)).bfloat16()
     wide = exact.double().requires_grad_()
-    reference.mpo_loss(wide, labels, gap.double())[0].backward()
+    oracle.mpo_loss(wide, labels, gap.double())[0].backward()
     os.environ["MPO_KERNELS_BACKEND"] = "triton"
     try:
         for target in ("sm_90",) if quick else TARGETS:

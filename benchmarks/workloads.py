@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.harness import UPSTREAM, Inputs
-from mpo_kernels import reference
+from mpo_kernels import oracle
 
 GAP, BETA = 2.0, 1.0
 SEED = 0
@@ -89,7 +89,7 @@ class FromLogits:
 
     def exact(self) -> dict[str, torch.Tensor]:
         logits = self._logits.double().requires_grad_()
-        loss = reference.mpo_loss(logits, self.labels, self.gap.double(), beta=BETA)[0]
+        loss = oracle.mpo_loss(logits, self.labels, self.gap.double(), beta=BETA)[0]
         (grad,) = torch.autograd.grad(loss * UPSTREAM, logits)
         return {"loss": loss.detach(), "logits": grad}
 
@@ -158,9 +158,7 @@ class FromHidden:
             self._hidden.double().requires_grad_(),
             self._weight.double().requires_grad_(self.trainable),
         )
-        loss = reference.linear_mpo_loss(hidden, weight, self.labels, self.gap.double(), beta=BETA)[
-            0
-        ]
+        loss = oracle.linear_mpo_loss(hidden, weight, self.labels, self.gap.double(), beta=BETA)[0]
         leaves = {"hidden": hidden, "weight": weight} if self.trainable else {"hidden": hidden}
         gradients = torch.autograd.grad(loss * UPSTREAM, list(leaves.values()))
         return {"loss": loss.detach(), **dict(zip(leaves, gradients, strict=True))}

@@ -1,7 +1,6 @@
 """Fused loss kernels for MPO, multilingual reward gap optimization (arXiv 2505.16869). Needs torch
 and triton only."""
 
-from mpo_kernels.distributed import Parallel
 from mpo_kernels.functional import (
     MPOLossOutput,
     TokenStatistics,
@@ -15,6 +14,7 @@ from mpo_kernels.functional import (
     token_statistics,
 )
 from mpo_kernels.nn import LinearMPOLoss, MPOLoss
+from mpo_kernels.parallel import Parallel
 
 __all__ = [
     "LinearMPOLoss",

@@ -4,7 +4,7 @@ rejected), T positions, N rows, V tokens, D hidden.
 Layouts: dense `[2P, T, ...]`, or packed `[N, ...]` with `cu_seqlens`, int32 (2P + 1,), the offsets
 of the sequences. `labels[t]` is the token that position t predicts (already shifted); positions
 whose label is `ignore_index` are not scored. Equations are numbered in docs/mathematics.md and in
-`mpo_kernels.reference`.
+`mpo_kernels.oracle`.
 
 Under autocast the linear functions run their GEMMs in autocast's dtype; hidden states and weight
 may then differ in dtype, and the weight's gradient comes in its own. Everything else computes in
@@ -17,15 +17,15 @@ from typing import NamedTuple
 
 import torch
 
-from mpo_kernels import validation as check
-from mpo_kernels.distributed import Parallel, handle_of, refused_together
+from mpo_kernels import checks
 from mpo_kernels.ops.flops import tell_counters
-from mpo_kernels.ops.head import as_arguments
-from mpo_kernels.ops.linear import linear_pair_loss_op, linear_token_logprobs_op
+from mpo_kernels.ops.linear_pairs import linear_pair_loss_op, linear_token_logprobs_op
 from mpo_kernels.ops.once import check_mode, has_data, is_wrapped
-from mpo_kernels.ops.pair import pair_loss_op
+from mpo_kernels.ops.pairs import pair_loss_op
 from mpo_kernels.ops.pool import mean_pool_op
-from mpo_kernels.ops.token import InplaceTokenLogprobs, token_logprobs_op
+from mpo_kernels.ops.stats import as_arguments
+from mpo_kernels.ops.tokens import InplaceTokenLogprobs, token_logprobs_op
+from mpo_kernels.parallel import Parallel, handle_of, refused_together
 
 Number = float | torch.Tensor
 """A Python number, or a tensor of shape () without gradient on the CPU or the device of the others,
@@ -183,18 +183,18 @@ def mpo_loss(
     Raises:
         ValueError: shapes, dtypes, devices or values do not fit.
     """
-    check.check_options(logit_scale, softcap, beta, reduction, like=logits)
-    check.check_integers(ignore_index)
-    check.check_tensors(
+    checks.check_options(logit_scale, softcap, beta, reduction, like=logits)
+    checks.check_integers(ignore_index)
+    checks.check_tensors(
         logits=logits,
         labels=labels,
         reference_gap=reference_gap,
         pair_weights=pair_weights,
         cu_seqlens=cu_seqlens,
     )
-    check.check_parallel(parallel)
-    check.check_rows("logits", logits, labels)
-    sequences = check.check_layout(logits, cu_seqlens, "logits", pairs=True)
+    checks.check_parallel(parallel)
+    checks.check_rows("logits", logits, labels)
+    sequences = checks.check_layout(logits, cu_seqlens, "logits", pairs=True)
     _check_pair_vectors(reference_gap, pair_weights, sequences // 2, logits.device)
     if _reads_data(validate, logits, labels, reference_gap, pair_weights, cu_seqlens):
         _check_pair_data(
@@ -358,13 +358,13 @@ def linear_mpo_loss(
     Raises:
         ValueError: shapes, dtypes, devices or values do not fit; a sequence has no scored token.
     """
-    check.check_options(logit_scale, softcap, beta, reduction, like=hidden)
-    check.check_integers(ignore_index, chunk_bytes)
+    checks.check_options(logit_scale, softcap, beta, reduction, like=hidden)
+    checks.check_integers(ignore_index, chunk_bytes)
     gemm_dtype = _check_head(hidden, weight, bias, labels, parallel)
-    check.check_tensors(
+    checks.check_tensors(
         reference_gap=reference_gap, pair_weights=pair_weights, cu_seqlens=cu_seqlens
     )
-    sequences = check.check_layout(hidden, cu_seqlens, "hidden", pairs=True)
+    sequences = checks.check_layout(hidden, cu_seqlens, "hidden", pairs=True)
     _check_pair_vectors(reference_gap, pair_weights, sequences // 2, hidden.device)
     if _reads_data(None, hidden, reference_gap, pair_weights):
         _check_pair_values(reference_gap, pair_weights)
@@ -447,10 +447,10 @@ def mean_pool(
     Raises:
         ValueError: shapes, dtypes, devices or values do not fit.
     """
-    check.check_tensors(hidden=hidden, mask=mask, cu_seqlens=cu_seqlens)
-    check.check_float("hidden", hidden)
+    checks.check_tensors(hidden=hidden, mask=mask, cu_seqlens=cu_seqlens)
+    checks.check_float("hidden", hidden)
     check_mode(hidden)
-    sequences = check.check_layout(hidden, cu_seqlens, "hidden", pairs=False)
+    sequences = checks.check_layout(hidden, cu_seqlens, "hidden", pairs=False)
     if mask is not None and (
         mask.dtype != torch.bool or mask.shape != hidden.shape[:-1] or mask.device != hidden.device
     ):
@@ -461,13 +461,13 @@ def mean_pool(
     rows = hidden.reshape(-1, hidden.shape[-1])
     offsets = _offsets(cu_seqlens, sequences, rows.shape[0], hidden)
     if _reads_data(validate, hidden, mask, cu_seqlens):
-        check.check_cu_seqlens_values(offsets, rows.shape[0])
+        checks.check_cu_seqlens_values(offsets, rows.shape[0])
         kept = (
             torch.ones(rows.shape[0], dtype=torch.bool, device=rows.device)
             if mask is None
             else mask.reshape(-1)
         )
-        check.check_no_empty_sequence(_counts(kept, offsets), pairs=False)
+        checks.check_no_empty_sequence(_counts(kept, offsets), pairs=False)
     return mean_pool_op(rows, None if mask is None else mask.reshape(-1), offsets)[0]
 
 
@@ -495,8 +495,8 @@ def retention_loss(
     Raises:
         ValueError: shapes, dtypes, devices or values do not fit.
     """
-    check.check_options(1.0, None, reduction=reduction)
-    check.check_tensors(hidden=hidden, reference=reference, sequence_weights=sequence_weights)
+    checks.check_options(1.0, None, reduction=reduction)
+    checks.check_tensors(hidden=hidden, reference=reference, sequence_weights=sequence_weights)
     pooled = mean_pool(hidden, mask=mask, cu_seqlens=cu_seqlens, validate=validate)
     if (
         reference.shape != pooled.shape
@@ -509,7 +509,7 @@ def retention_loss(
         )
     per_sequence = (pooled - reference.to(pooled.dtype)).square().mean(-1)  # (S,)
     if sequence_weights is not None:
-        check.check_per(
+        checks.check_per(
             "sequence_weights", sequence_weights, pooled.shape[0], "sequence", pooled.device
         )
         per_sequence = per_sequence * sequence_weights.to(pooled.dtype)
@@ -546,15 +546,15 @@ def _from_logits(
     validate: bool | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Checks, and logp (N,), normalizer, entropy and is_argmax (N,) or (0,)."""
-    check.check_tensors(logits=logits, labels=labels)
-    check.check_parallel(parallel)
-    check.check_rows("logits", logits, labels)
+    checks.check_tensors(logits=logits, labels=labels)
+    checks.check_parallel(parallel)
+    checks.check_rows("logits", logits, labels)
     check_mode(logits)
-    check.check_options(logit_scale, softcap, like=logits)
-    check.check_integers(ignore_index)
-    check.check_slice("logits", logits.shape[-1], parallel)
+    checks.check_options(logit_scale, softcap, like=logits)
+    checks.check_integers(ignore_index)
+    checks.check_slice("logits", logits.shape[-1], parallel)
     if _reads_data(validate, logits, labels):
-        check.check_label_values(labels, _vocab(logits.shape[-1], parallel), ignore_index)
+        checks.check_label_values(labels, _vocab(logits.shape[-1], parallel), ignore_index)
     head = as_arguments(logits, logit_scale, softcap)
     arguments = labels.reshape(-1).long(), token_outputs, ignore_index, *head, handle_of(parallel)
     if inplace_backward and not torch.compiler.is_compiling():
@@ -582,8 +582,8 @@ def _from_hidden(
     parallel: Parallel | None,
 ) -> tuple[torch.Tensor, ...]:
     """Checks, and logp (N,), entropy and is_argmax (N,) or (0,), and what backward keeps."""
-    check.check_options(logit_scale, softcap, like=hidden)
-    check.check_integers(ignore_index, chunk_bytes)
+    checks.check_options(logit_scale, softcap, like=hidden)
+    checks.check_integers(ignore_index, chunk_bytes)
     gemm_dtype = _check_head(hidden, weight, bias, labels, parallel)
     hidden_grad, *head_grads = _needs(hidden, weight, bias)
     return linear_token_logprobs_op(
@@ -600,17 +600,17 @@ def _check_head(
     parallel: Parallel | None,
 ) -> torch.dtype | None:
     """Checks, and the dtype of the GEMMs where autocast sets it."""
-    check.check_tensors(hidden=hidden, weight=weight, labels=labels, bias=bias)
-    check.check_parallel(parallel)
+    checks.check_tensors(hidden=hidden, weight=weight, labels=labels, bias=bias)
+    checks.check_parallel(parallel)
     device = hidden.device.type
     # which there knows no devices but those that compute
     autocast = device != "meta" and torch.is_autocast_enabled(device)
-    check.check_rows("hidden", hidden, labels, host_labels_ok=True)
-    check.check_head(hidden, weight, bias, any_dtype=autocast)
+    checks.check_rows("hidden", hidden, labels, host_labels_ok=True)
+    checks.check_head(hidden, weight, bias, any_dtype=autocast)
     check_mode(hidden, weight, bias)
     if not torch.compiler.is_compiling():
         tell_counters()
-    check.check_slice("weight", weight.shape[0], parallel)
+    checks.check_slice("weight", weight.shape[0], parallel)
     return torch.get_autocast_dtype(device) if autocast and hidden.dtype != torch.float64 else None
 
 
@@ -732,15 +732,15 @@ def _shaped(
 def _check_pair_vectors(
     reference_gap: torch.Tensor, pair_weights: torch.Tensor | None, pairs: int, device: torch.device
 ) -> None:
-    check.check_per("reference_gap", reference_gap, pairs, "pair", device)
+    checks.check_per("reference_gap", reference_gap, pairs, "pair", device)
     if pair_weights is not None:
-        check.check_per("pair_weights", pair_weights, pairs, "pair", device)
+        checks.check_per("pair_weights", pair_weights, pairs, "pair", device)
 
 
 def _check_pair_values(reference_gap: torch.Tensor, pair_weights: torch.Tensor | None) -> None:
-    check.check_finite("reference_gap", reference_gap)
+    checks.check_finite("reference_gap", reference_gap)
     if pair_weights is not None:
-        check.check_finite("pair_weights", pair_weights)
+        checks.check_finite("pair_weights", pair_weights)
 
 
 def _check_pair_data(
@@ -756,10 +756,10 @@ def _check_pair_data(
     """Checks that read data, on whatever device it is; `vocab` tokens are here."""
     offsets = _offsets(cu_seqlens, sequences, labels.numel(), labels)
     with refused_together(parallel):
-        check.check_label_values(labels, _vocab(vocab, parallel), ignore_index)
-        check.check_cu_seqlens_values(offsets, labels.numel())
+        checks.check_label_values(labels, _vocab(vocab, parallel), ignore_index)
+        checks.check_cu_seqlens_values(offsets, labels.numel())
     counts = _counts(labels.reshape(-1).long() != ignore_index, offsets)
-    check.check_no_empty_sequence(
+    checks.check_no_empty_sequence(
         counts if parallel is None else parallel.total(counts.cpu()), pairs=True
     )
     _check_pair_values(reference_gap, pair_weights)

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from mpo_kernels import validation as check
-from mpo_kernels.distributed import Parallel
+from mpo_kernels import checks
 from mpo_kernels.functional import MPOLossOutput, Number, linear_mpo_loss, mpo_loss
+from mpo_kernels.parallel import Parallel
 
 
 class _Options(torch.nn.Module):
@@ -20,9 +20,9 @@ class _Options(torch.nn.Module):
             (number for number in (logit_scale, softcap, beta) if isinstance(number, torch.Tensor)),
             None,
         )  # any device, so far
-        check.check_options(logit_scale, softcap, beta, options["reduction"], like=like)
-        check.check_integers(options["ignore_index"], options.get("chunk_bytes"))
-        check.check_parallel(options["parallel"])
+        checks.check_options(logit_scale, softcap, beta, options["reduction"], like=like)
+        checks.check_integers(options["ignore_index"], options.get("chunk_bytes"))
+        checks.check_parallel(options["parallel"])
         self.options = options
 
     def extra_repr(self) -> str:

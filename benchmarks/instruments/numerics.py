@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import mpo_kernels
-from mpo_kernels import reference
+from mpo_kernels import oracle
 
 AXES: dict[str, tuple] = {
     "dtype": (torch.float32, torch.bfloat16, torch.float16),
@@ -150,7 +150,7 @@ def _seed(case: Mapping) -> int:
 def _plain(hidden, weight, bias, labels, gap, options):
     """What one would write: the head in its dtype, an fp32 log-softmax, autograd for the rest."""
     logits = torch.nn.functional.linear(hidden, weight, bias).float()
-    return mpo_kernels.MPOLossOutput(*reference.mpo_loss(logits, labels, gap, **options))
+    return mpo_kernels.MPOLossOutput(*oracle.mpo_loss(logits, labels, gap, **options))
 
 
 def _ours(hidden, weight, bias, labels, gap, options):
@@ -159,7 +159,7 @@ def _ours(hidden, weight, bias, labels, gap, options):
 
 def _oracle(hidden, weight, bias, labels, gap, options):
     logits = torch.nn.functional.linear(hidden, weight, bias)
-    return mpo_kernels.MPOLossOutput(*reference.mpo_loss(logits, labels, gap.double(), **options))
+    return mpo_kernels.MPOLossOutput(*oracle.mpo_loss(logits, labels, gap.double(), **options))
 
 
 def results(function, given: Problem, option: str, wide: bool = False) -> dict[str, torch.Tensor]:

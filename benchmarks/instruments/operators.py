@@ -11,11 +11,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from mpo_kernels.ops import gradients, linear, pair, pool, token
+from mpo_kernels.ops import gradients, linear_pairs, pairs, pool, tokens
 
 _IMPLEMENTATIONS = {
     op._qualname: op._init_fn
-    for module in (gradients, linear, pair, pool, token)
+    for module in (gradients, linear_pairs, pairs, pool, tokens)
     for op in vars(module).values()
     if isinstance(op, torch.library.CustomOpDef)
 }

@@ -21,16 +21,24 @@ from typing import Any
 import triton
 
 from benchmarks.instruments.machine_code import TARGETS, Report, report
-from mpo_kernels.kernels.logprob import _combine_kernel, _logprob_grad_kernel, _logprob_stats_kernel
-from mpo_kernels.kernels.pair import _pair_kernel, _row_grad_kernel, _sequence_sums_kernel
-from mpo_kernels.kernels.pool import (
+from mpo_kernels.backends.triton.logprob import (
+    _combine_kernel,
+    _logprob_grad_kernel,
+    _logprob_stats_kernel,
+)
+from mpo_kernels.backends.triton.pool import (
     POOL_BLOCK,
     POOL_ROWS,
     UNPOOL_BLOCK,
     _pool_kernel,
     _unpool_kernel,
 )
-from mpo_kernels.kernels.tiles import TILES, Tile
+from mpo_kernels.backends.triton.sequences import (
+    _pair_kernel,
+    _row_grad_kernel,
+    _sequence_sums_kernel,
+)
+from mpo_kernels.backends.triton.tiles import TILES, Tile
 
 _TYPES = {
     **dict.fromkeys(("logits_ptr", "grad_ptr", "hidden_ptr"), "*bf16"),

@@ -11,8 +11,8 @@ import sys
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from mpo_kernels.distributed import from_handle
-from mpo_kernels.planning import rows_per_chunk
+from mpo_kernels.ops.chunks import rows_per_chunk
+from mpo_kernels.parallel import from_handle
 
 
 def tell_counters() -> None:

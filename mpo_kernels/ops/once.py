@@ -16,7 +16,7 @@ import torch
 from torch.autograd import forward_ad
 
 _ADVICE = (
-    "mpo_kernels computes first derivatives in reverse mode only; mpo_kernels.reference is plain"
+    "mpo_kernels computes first derivatives in reverse mode only; mpo_kernels.oracle is plain"
     " PyTorch and has all the others."
 )
 _SECOND = (

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from mpo_kernels.backend import backend_for
-from mpo_kernels.ops.head import statistics_dtype
+from mpo_kernels.backends import backend_for
 from mpo_kernels.ops.once import differentiable_once
 from mpo_kernels.ops.operator import operator
+from mpo_kernels.ops.stats import statistics_dtype
 
 
 @operator(

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from mpo_kernels import validation as check
-from mpo_kernels.distributed import Parallel, refused_together
+from mpo_kernels import checks
+from mpo_kernels.parallel import Parallel, refused_together
 
 
 @dataclass(frozen=True)
@@ -47,20 +47,20 @@ def scored_rows(
     offsets = None if cu_seqlens is None else cu_seqlens.cpu().long()
     # Without sequences the ranks of a context need not call together.
     with contextlib.nullcontext() if offsets is None else refused_together(parallel):
-        check.check_label_values(
+        checks.check_label_values(
             host,
             vocab if parallel is None or parallel.vocab_group is None else parallel.vocab,
             ignore_index,
         )
         if offsets is not None:
-            check.check_cu_seqlens_values(offsets, host.numel())
+            checks.check_cu_seqlens_values(offsets, host.numel())
     scored = host != ignore_index
     places = torch.nonzero(scored)[:, 0]
     if offsets is None:
         return ScoredRows(host[places], places, torch.tensor([0, places.numel()]))
     running = torch.cat([torch.zeros(1, dtype=torch.int64), scored.long().cumsum(0)])
     rows = ScoredRows(host[places], places, running[offsets])
-    check.check_no_empty_sequence(
+    checks.check_no_empty_sequence(
         rows.lengths if parallel is None else parallel.total(rows.lengths), pairs=True
     )
     return rows

@@ -24,7 +24,7 @@ from benchmarks.instruments.launch import recorded  # noqa: E402
 from benchmarks.instruments.peers import PEERS, Peer  # noqa: E402
 from benchmarks.instruments.variants import variants  # noqa: E402
 from benchmarks.output import Machine  # noqa: E402
-from mpo_kernels.kernels.logprob import logprob_grad, logprob_stats  # noqa: E402
+from mpo_kernels.backends.triton.logprob import logprob_grad, logprob_stats  # noqa: E402
 
 TABLE = Path(__file__).parents[1] / "kernels" / "compiled" / f"{triton.__version__}.json"
 OURS = [

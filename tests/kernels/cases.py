@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mpo_kernels
-from mpo_kernels import reference
+from mpo_kernels import oracle
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -91,10 +91,10 @@ def check_softcap(
     with run:
         got = mpo_kernels.token_logprobs(ours, labels, **options)
         got.sum().backward()
-    want = reference.token_logprobs(theirs, labels, **options)
+    want = oracle.token_logprobs(theirs, labels, **options)
     want.sum().backward()
     got, want = got.detach(), want.detach()
-    z = reference.final_logits(theirs.detach(), **options)
+    z = oracle.final_logits(theirs.detach(), **options)
     rounding = 2.0**-23 * (1 + 3 * max(float(z.abs().max()), min(softcap, 32.0)))
     at = f"softcap {softcap:g}, logit_scale {logit_scale:g}, size {size:g}"
     assert float((got.double() - want).abs().max()) <= rounding + 2.0**-22 * float(

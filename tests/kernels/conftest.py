@@ -1,4 +1,4 @@
-"""Each test of the device functions runs on a backend: the PyTorch twin here, the Triton kernels in
+"""Each test of the device functions runs on a backend: the PyTorch one here, the Triton kernels in
 a process with the interpreter.
 
 TRITON_INTERPRET binds when triton is imported, so one process cannot do both: `test_interpreter.py`

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import linear, pad
 
 import mpo_kernels
-from mpo_kernels import reference
+from mpo_kernels import oracle
 
 FROM_LOGITS = ("token_logprobs", "token_statistics", "mpo_loss")
 FROM_HIDDEN = ("linear_token_logprobs", "linear_token_statistics", "linear_mpo_loss")
@@ -278,7 +278,7 @@ class Problem:
         rounds them."""
         wide = dict(tensors)
         if self.is_pool:
-            return wide["hidden"], [getattr(reference, self.kind)(**wide, **self.options)]
+            return wide["hidden"], [getattr(oracle, self.kind)(**wide, **self.options)]
         labels = wide.pop("labels").long()
         if self.is_linear:
             if self.autocast:
@@ -300,10 +300,10 @@ class Problem:
         }
         tokens = [
             f(read, labels, **head)
-            for f in (reference.token_logprobs, reference.token_entropy, reference.token_is_argmax)
+            for f in (oracle.token_logprobs, oracle.token_entropy, oracle.token_is_argmax)
         ]
         if self.is_loss:
-            results = list(reference.mpo_loss(read, labels, **wide, **self.options))
+            results = list(oracle.mpo_loss(read, labels, **wide, **self.options))
             return logits, results + (tokens if self.only_ours["token_outputs"] else [])
         return logits, tokens if self.kind.endswith("statistics") else tokens[:1]
 
@@ -379,10 +379,11 @@ class Problem:
         autocast."""
         small = random.Random(self.vocab)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(mock.patch("mpo_kernels.planning.ROW_MULTIPLE", 1))
+            stack.enter_context(mock.patch("mpo_kernels.ops.chunks.ROW_MULTIPLE", 1))
             stack.enter_context(
                 mock.patch(
-                    "mpo_kernels.twin.ROWS_BYTES", small.choice([1, 3 * 4 * self.vocab, 2 << 20])
+                    "mpo_kernels.backends.eager.ROWS_BYTES",
+                    small.choice([1, 3 * 4 * self.vocab, 2 << 20]),
                 )
             )
             stack.enter_context(
@@ -392,7 +393,7 @@ class Problem:
                 )
             )
             if INTERPRETED:
-                from mpo_kernels.kernels.tiles import Tile, use_tiles
+                from mpo_kernels.backends.triton.tiles import Tile, use_tiles
 
                 stack.enter_context(
                     use_tiles(
@@ -512,7 +513,7 @@ class Problem:
         head = {
             name: self.options[name] for name in ("softcap", "logit_scale") if name in self.options
         }
-        z, scored = reference.final_logits(logits, **head), labels != self.options["ignore_index"]
+        z, scored = oracle.final_logits(logits, **head), labels != self.options["ignore_index"]
         at_label = z.gather(-1, labels.where(scored, 0)[..., None])[..., 0]
         best = z.amax(-1)
         want = (at_label >= best) & scored

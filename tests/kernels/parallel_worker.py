@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 
 import mpo_kernels
-import mpo_kernels.planning
-from mpo_kernels import Parallel, reference
+import mpo_kernels.ops.chunks
+from mpo_kernels import Parallel, oracle
 
 P, T, D, V = 3, 7, 12, 53
 PROMPT = 3
@@ -150,7 +150,7 @@ def check_loss(
     if exact:
         wide = {name: t.double() if t.is_floating_point() else t for name, t in data.items()}
         whole, weights["pair_weights"] = trained(wide), wide["pair_weights"]
-        expected = call(reference.linear_mpo_loss, whole)
+        expected = call(oracle.linear_mpo_loss, whole)
     else:
         expected = call(mpo_kernels.linear_mpo_loss, whole)
     (expected[0].sum() * 1.7).backward()
@@ -179,7 +179,7 @@ def check_loss(
         full.double().requires_grad_(),
     )
     exact_weights = data["pair_weights"].double()
-    expected = reference.mpo_loss(
+    expected = oracle.mpo_loss(
         exact_logits, data["labels"], data["gap"].double(), pair_weights=exact_weights, **options
     )
     got = call(mpo_kernels.mpo_loss, mine, logits, parallel=layout.parallel, token_outputs=True)
@@ -188,19 +188,19 @@ def check_loss(
     here = layout.positions
     close(
         got.tokens.logprobs,
-        reference.token_logprobs(full.double(), data["labels"], **tokens)[:, here],
+        oracle.token_logprobs(full.double(), data["labels"], **tokens)[:, here],
         "token logprobs",
         1e-5,
     )
     close(
         got.tokens.entropy,
-        reference.token_entropy(full.double(), data["labels"], **tokens)[:, here],
+        oracle.token_entropy(full.double(), data["labels"], **tokens)[:, here],
         "entropy",
         1e-5,
     )
     assert torch.equal(
         got.tokens.is_argmax,
-        reference.token_is_argmax(full.double(), data["labels"], **tokens)[:, here],
+        oracle.token_is_argmax(full.double(), data["labels"], **tokens)[:, here],
     )
     expected[0].sum().backward()
     got.loss.sum().backward()
@@ -222,7 +222,7 @@ def check_tokens(
         trained({n: t.double() if t.is_floating_point() else t for n, t in data.items()}, names),
         trained(share, names),
     )
-    want = reference.linear_token_logprobs(
+    want = oracle.linear_token_logprobs(
         whole["hidden"], whole["weight"], whole["labels"], bias=whole["bias"], **options
     )
     got = mpo_kernels.linear_token_logprobs(
@@ -373,9 +373,9 @@ def main(rank: int, ranks: int, rendezvous: str) -> None:
         if INTERPRETED and name not in ("vocab", "prompt on a rank"):
             continue
         for dtype in DTYPES:
-            mpo_kernels.planning.ROW_MULTIPLE = 128
+            mpo_kernels.ops.chunks.ROW_MULTIPLE = 128
             check_loss(layout, None, "mean", dtype, next(ignored), packed=False)
-            mpo_kernels.planning.ROW_MULTIPLE = 1
+            mpo_kernels.ops.chunks.ROW_MULTIPLE = 1
             # a few rows a chunk: pairs in pieces
             check_loss(layout, 4 * V * 4, "sum", dtype, next(ignored), packed=True)
             check_tokens(layout, ("hidden",), dtype, next(ignored))

@@ -20,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_leaves
 
 import mpo_kernels
-from mpo_kernels import reference
+from mpo_kernels import oracle
 
 if INTERPRETED:
     pytest.skip("asks what is done with operators, not what they compute", allow_module_level=True)
@@ -28,7 +28,7 @@ if INTERPRETED:
 P, T, V, D = 2, 3, 11, 3
 ERROR = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float64: 1e-9}
 REFUSAL = (
-    "mpo_kernels computes first derivatives in reverse mode only; mpo_kernels.reference is plain"
+    "mpo_kernels computes first derivatives in reverse mode only; mpo_kernels.oracle is plain"
     " PyTorch"
 )
 
@@ -97,7 +97,7 @@ class Call:
             for k, v in options.items()
             if k not in ("inplace_backward", "token_outputs", "validate")
         }
-        result = getattr(reference, self.function.replace("statistics", "logprobs"))(
+        result = getattr(oracle, self.function.replace("statistics", "logprobs"))(
             *positional, **options
         )
         return result if isinstance(result, torch.Tensor) else result[0]
@@ -309,7 +309,7 @@ def test_batched_upstream_gradients(call):
         def ours(*tensors, names=names):
             return call.value(**dict(zip(names, tensors, strict=True)))
 
-        def oracle(*tensors, names=names):
+        def exact(*tensors, names=names):
             return call.oracle(**dict(zip(names, tensors, strict=True)))
 
         value = ours(*xs)
@@ -322,7 +322,7 @@ def test_batched_upstream_gradients(call):
                     way(ours, xs, upstream)
                 continue
             got = way(ours, xs, upstream)
-            want = way(oracle, [x.double() for x in xs], upstream.double())
+            want = way(exact, [x.double() for x in xs], upstream.double())
             assert (
                 max(relative_error(a.detach(), b.detach()) for a, b in zip(got, want, strict=True))
                 < ERROR[call.dtype]

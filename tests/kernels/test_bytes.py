@@ -14,7 +14,7 @@ import triton.language as tl
 import mpo_kernels
 from benchmarks.instruments.operators import Memory
 from benchmarks.instruments.traffic import Meter
-from mpo_kernels.kernels.tiles import Tile, use_tiles
+from mpo_kernels.backends.triton.tiles import Tile, use_tiles
 
 P, T = 2, 6
 

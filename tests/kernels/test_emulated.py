@@ -15,8 +15,9 @@ pytest.importorskip("triton")
 
 import mpo_kernels
 from benchmarks.instruments.launch import TARGETS, gpu_on_cpu
-from mpo_kernels import kernels, reference
-from mpo_kernels.kernels.tiles import TILES, Tile, use_tiles
+from mpo_kernels import oracle
+from mpo_kernels.backends import triton as kernels
+from mpo_kernels.backends.triton.tiles import TILES, Tile, use_tiles
 
 GAP = torch.tensor([0.3, -0.2])
 # of a gradient that is rounded once
@@ -41,7 +42,7 @@ def check(target, logits, labels, tiles, inplace=False, **options):
     )
     if logits.stride() != ours.stride():
         ours = logits.detach().requires_grad_()
-    expected, *_, gap = reference.mpo_loss(theirs, labels, GAP.double(), **options)
+    expected, *_, gap = oracle.mpo_loss(theirs, labels, GAP.double(), **options)
     expected.backward(torch.tensor(1.7, dtype=torch.float64))
     given = ours * 1 if inplace else ours
     with gpu_on_cpu(target) as launches, use_tiles(**tiles):
@@ -103,7 +104,7 @@ def test_sliced_logits_and_in_place(target, inplace):
 )
 def test_numbers_on_the_device(target, options, monkeypatch):
     """A pointer in the place of a float."""
-    monkeypatch.setattr("mpo_kernels.ops.head.is_plain", lambda tensor: False)
+    monkeypatch.setattr("mpo_kernels.ops.stats.is_plain", lambda tensor: False)
     labels = labels_of((4, 3), 200)
     logits = regime("normal", (4, 3, 200), labels)
     ours, theirs = logits.clone().requires_grad_(), logits.double().requires_grad_()
@@ -112,7 +113,7 @@ def test_numbers_on_the_device(target, options, monkeypatch):
             ours, labels, GAP, **{name: torch.tensor(value) for name, value in options.items()}
         ).loss
         loss.backward()
-    expected = reference.mpo_loss(theirs, labels, GAP.double(), **options)[0]
+    expected = oracle.mpo_loss(theirs, labels, GAP.double(), **options)[0]
     expected.backward()
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
     assert relative_error(ours.grad, theirs.grad) < ERROR[torch.float32]
@@ -127,7 +128,7 @@ def test_regimes(name):
     with gpu_on_cpu("sm_90"), use_tiles(**SMALL):
         logp = mpo_kernels.token_logprobs(ours, labels)
         logp.backward(upstream)
-    expected = reference.token_logprobs(theirs, labels)
+    expected = oracle.token_logprobs(theirs, labels)
     expected.backward(upstream.double())
     torch.testing.assert_close(logp.detach().double(), expected.detach(), rtol=1e-5, atol=1e-5)
     assert relative_error(ours.grad, theirs.grad) < ERROR[torch.float32]
@@ -152,15 +153,15 @@ def test_infinities_at_every_place(target, softcap):
     with gpu_on_cpu(target), use_tiles(stats=Tile(32, 1), grad=Tile(64, 1)):
         got = mpo_kernels.token_statistics(ours, labels, softcap=softcap)
         got.logprobs.sum().backward()
-    logp = reference.token_logprobs(theirs, labels, softcap=softcap)
+    logp = oracle.token_logprobs(theirs, labels, softcap=softcap)
     logp.sum().backward()
-    entropy = reference.token_entropy(theirs, labels, softcap=softcap)
+    entropy = oracle.token_entropy(theirs, labels, softcap=softcap)
     for found, want in ((got.logprobs, logp), (got.entropy, entropy), (ours.grad, theirs.grad)):
         torch.testing.assert_close(
             found.detach().double(), want.detach(), rtol=1e-5, atol=1e-5, equal_nan=True
         )
     assert torch.equal(
-        got.is_argmax, reference.token_is_argmax(logits.double(), labels, softcap=softcap)
+        got.is_argmax, oracle.token_is_argmax(logits.double(), labels, softcap=softcap)
     )
 
 
@@ -173,17 +174,17 @@ def test_token_outputs(target):
             got = mpo_kernels.token_statistics(logits, labels)
         torch.testing.assert_close(
             got.logprobs.double(),
-            reference.token_logprobs(logits.double(), labels),
+            oracle.token_logprobs(logits.double(), labels),
             rtol=1e-5,
             atol=1e-5,
         )
         torch.testing.assert_close(
             got.entropy.double(),
-            reference.token_entropy(logits.double(), labels),
+            oracle.token_entropy(logits.double(), labels),
             rtol=1e-4,
             atol=1e-5,
         )
-        assert torch.equal(got.is_argmax, reference.token_is_argmax(logits, labels))
+        assert torch.equal(got.is_argmax, oracle.token_is_argmax(logits, labels))
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -201,7 +202,7 @@ def test_from_hidden_states(target, frozen):
         mpo_kernels.linear_mpo_loss(*leaves, labels, GAP, chunk_bytes=1).loss.backward(
             torch.tensor(1.7)
         )
-    reference.linear_mpo_loss(*exact, labels, GAP.double())[0].backward(
+    oracle.linear_mpo_loss(*exact, labels, GAP.double())[0].backward(
         torch.tensor(1.7, dtype=torch.float64)
     )
     for got, want in zip(leaves[: 1 if frozen else 2], exact, strict=False):
@@ -222,7 +223,7 @@ def test_retention(target, size):
     with gpu_on_cpu(target):
         loss = mpo_kernels.retention_loss(ours, pooled, mask=mask)
         loss.backward()
-    expected = reference.retention_loss(theirs, pooled.double(), mask=mask)
+    expected = oracle.retention_loss(theirs, pooled.double(), mask=mask)
     expected.backward()
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     assert relative_error(ours.grad, theirs.grad) < ERROR[torch.bfloat16]
@@ -243,7 +244,7 @@ def test_addresses_beyond_two_to_the_31(row_stride):
     with gpu_on_cpu("sm_90"), use_tiles(**SMALL):
         logp = mpo_kernels.token_logprobs(far, labels)
     torch.testing.assert_close(
-        logp.double(), reference.token_logprobs(far.double(), labels), rtol=1e-5, atol=1e-5
+        logp.double(), oracle.token_logprobs(far.double(), labels), rtol=1e-5, atol=1e-5
     )
 
 
@@ -263,7 +264,7 @@ def test_gradients_beyond_two_to_the_31(positions_are_far, inplace):
     logits = reserved()
     logits.copy_(regime("normal", shape, labels.view(shape[:2])))
     theirs = logits.double().requires_grad_()
-    reference.token_logprobs(theirs, labels.view(shape[:2])).sum().backward()
+    oracle.token_logprobs(theirs, labels.view(shape[:2])).sum().backward()
     out = logits if inplace else reserved()
     options = {"ignore_index": -100, "logit_scale": 1.0, "softcap": None}
     with gpu_on_cpu("sm_90"), use_tiles(**SMALL):
@@ -281,7 +282,7 @@ def test_pool_beyond_two_to_the_31():
         pooled = mpo_kernels.mean_pool(hidden, cu_seqlens=offsets)
     torch.testing.assert_close(
         pooled.double(),
-        reference.mean_pool(hidden.double(), cu_seqlens=offsets),
+        oracle.mean_pool(hidden.double(), cu_seqlens=offsets),
         rtol=1e-5,
         atol=1e-5,
     )
@@ -297,5 +298,5 @@ def test_more_rows_than_a_second_grid_axis_holds():
     with gpu_on_cpu("sm_90", programs=chosen) as launches:
         logp = mpo_kernels.token_logprobs(logits, labels)
     assert launches[0].grid == (rows,)
-    expected = reference.token_logprobs(logits.double(), labels)
+    expected = oracle.token_logprobs(logits.double(), labels)
     torch.testing.assert_close(logp[0, chosen].double(), expected[0, chosen], rtol=1e-5, atol=1e-5)

@@ -8,9 +8,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mpo_kernels
-from mpo_kernels import planning, reference
-from mpo_kernels.ops import gradients
-from mpo_kernels.ops.linear import linear_token_logprobs_op
+from mpo_kernels import oracle
+from mpo_kernels.ops import chunks, gradients
+from mpo_kernels.ops.linear_pairs import linear_token_logprobs_op
 
 P, T, D, V = 2, 6, 8, 211
 GAP = torch.tensor([0.3, -0.2])
@@ -52,7 +52,7 @@ def check(ours, loss, exact, wanted, bar):
     ids=["a chunk a pair", "in pieces", "in pieces, frozen"],
 )
 def test_pairs(factor, value, rows, frozen, monkeypatch):
-    monkeypatch.setattr(planning, "ROW_MULTIPLE", rows)
+    monkeypatch.setattr(chunks, "ROW_MULTIPLE", rows)
     hidden, weight, labels = inputs(value if factor == "weight" else 1.0)
     options = (
         {}
@@ -62,7 +62,7 @@ def test_pairs(factor, value, rows, frozen, monkeypatch):
     ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)]
     exact = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
     loss = mpo_kernels.linear_mpo_loss(*ours, labels, GAP, chunk_bytes=1, **options).loss
-    wanted = reference.linear_mpo_loss(*exact, labels, GAP.double(), **options)[0]
+    wanted = oracle.linear_mpo_loss(*exact, labels, GAP.double(), **options)[0]
     count = 1 if frozen else 2
     check(ours[:count], loss, exact[:count], wanted, 1e-3)
 
@@ -79,7 +79,7 @@ def test_tokens(factor, value, frozen):
     exact = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
     upstream = torch.linspace(-1, 2, labels.numel()).view(labels.shape)
     loss = (mpo_kernels.linear_token_logprobs(*ours, labels, **options) * upstream).sum()
-    wanted = (reference.linear_token_logprobs(*exact, labels, **options) * upstream.double()).sum()
+    wanted = (oracle.linear_token_logprobs(*exact, labels, **options) * upstream.double()).sum()
     count = 1 if frozen else 2
     check(ours[:count], loss, exact[:count], wanted, 1e-3)
 
@@ -93,7 +93,7 @@ def test_a_scale_that_only_the_device_knows(frozen):
     rows, flat = hidden.view(-1, D), labels.view(-1)
     ours = [rows.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)]
     exact = [rows.double().requires_grad_(), weight.double().requires_grad_()]
-    wanted = reference.linear_token_logprobs(*exact, flat, logit_scale=1e4).sum()
+    wanted = oracle.linear_token_logprobs(*exact, flat, logit_scale=1e4).sum()
     loss = linear_token_logprobs_op(*ours, None, flat, not frozen, frozen, *options)[0].sum()
     count = 1 if frozen else 2
     check(ours[:count], loss, exact[:count], wanted, 1e-3)

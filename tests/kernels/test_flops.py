@@ -43,7 +43,7 @@ def counted(counter, function):
 # positions of a sequence; so few that the chunk is kept for backward, and more
 @pytest.mark.parametrize("scored", [2, 11])
 def test_as_many_as_the_instrument_sees(call, rows, scored, monkeypatch):
-    monkeypatch.setattr("mpo_kernels.planning.ROW_MULTIPLE", 1)
+    monkeypatch.setattr("mpo_kernels.ops.chunks.ROW_MULTIPLE", 1)
     generator = torch.Generator().manual_seed(0)
     labels = torch.full((4, 50), -100)
     labels[:, -scored:] = 3

@@ -5,7 +5,7 @@ import torch
 from cases import labels_of, regime, relative_error
 
 import mpo_kernels
-from mpo_kernels import reference
+from mpo_kernels import oracle
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 GAP = torch.tensor([0.3, -0.2])
@@ -24,7 +24,7 @@ def test_logits(dtype, vocab, softcap):
     logits = regime("normal", (4, 9, vocab), labels).to(dtype)
     ours, theirs = logits.cuda().requires_grad_(), logits.double().requires_grad_()
     output = mpo_kernels.mpo_loss(ours, labels.cuda(), GAP.cuda(), softcap=softcap)
-    expected = reference.mpo_loss(theirs, labels, GAP.double(), softcap=softcap)[0]
+    expected = oracle.mpo_loss(theirs, labels, GAP.double(), softcap=softcap)[0]
     output.loss.backward()
     expected.backward()
     torch.testing.assert_close(output.loss.cpu().double(), expected, rtol=2e-5, atol=2e-5)
@@ -63,7 +63,7 @@ def test_linear_without_a_host_sync():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     ho, wo = hidden.double().requires_grad_(), weight.double().requires_grad_()
-    reference.linear_mpo_loss(ho, wo, labels, GAP.double())[0].backward()
+    oracle.linear_mpo_loss(ho, wo, labels, GAP.double())[0].backward()
     assert (
         relative_error(h.grad.cpu(), ho.grad) < 5e-3
         and relative_error(w.grad.cpu(), wo.grad) < 5e-3

@@ -29,16 +29,18 @@ import mpo_kernels
 from benchmarks.instruments.launch import TARGETS as EMULATED
 from benchmarks.instruments.launch import gpu_on_cpu, recorded
 from benchmarks.instruments.machine_code import TARGETS
-from mpo_kernels import kernels, planning, reference
-from mpo_kernels.kernels import tiles
-from mpo_kernels.kernels.tiles import Tile, use_tiles
+from mpo_kernels import oracle
+from mpo_kernels.backends import triton as kernels
+from mpo_kernels.backends.triton import tiles
+from mpo_kernels.backends.triton.tiles import Tile, use_tiles
+from mpo_kernels.ops import chunks
 
 
 @pytest.fixture(autouse=True)
 def _launches_kernels(monkeypatch):
     monkeypatch.setenv("MPO_KERNELS_BACKEND", "triton")
     # chunks small enough that pairs come in pieces
-    monkeypatch.setattr(planning, "ROW_MULTIPLE", 4)
+    monkeypatch.setattr(chunks, "ROW_MULTIPLE", 4)
 
 
 @dataclass(frozen=True)
@@ -85,12 +87,12 @@ def from_logits(size, run):
             with run(), use_tiles(stats=Tile(512, 1), grad=Tile(512, 1)):
                 got = mpo_kernels.token_statistics(ours, labels, ignore_index=size.ignore_index)
                 (grad,) = torch.autograd.grad(got.logprobs, ours, upstream)
-            want = reference.token_logprobs(theirs, labels, ignore_index=size.ignore_index)
+            want = oracle.token_logprobs(theirs, labels, ignore_index=size.ignore_index)
             yield "logprobs", got.logprobs, want
             yield (
                 "entropy",
                 got.entropy,
-                reference.token_entropy(theirs, labels, ignore_index=size.ignore_index),
+                oracle.token_entropy(theirs, labels, ignore_index=size.ignore_index),
             )
             yield "gradient", grad, torch.autograd.grad(want, theirs, upstream.double())[0]
     gap = torch.linspace(-1, 1, size.pairs)
@@ -99,7 +101,7 @@ def from_logits(size, run):
             ours, labels, gap, ignore_index=size.ignore_index, pair_weights=gap + 2
         )
         (grad,) = torch.autograd.grad(out.loss, ours)
-    want, *_ = reference.mpo_loss(
+    want, *_ = oracle.mpo_loss(
         theirs, labels, gap.double(), ignore_index=size.ignore_index, pair_weights=gap.double() + 2
     )
     yield "loss", out.loss, want
@@ -123,8 +125,8 @@ def from_hidden(size, run):
         grads = torch.autograd.grad(loss, ours)
         logp = mpo_kernels.linear_token_logprobs(*ours, labels, chunk_bytes=1, **options)
         grads += torch.autograd.grad(logp, ours, upstream)
-    wanted = reference.linear_mpo_loss(*theirs, labels, gap.double(), **options)[0]
-    wanted_logp = reference.linear_token_logprobs(*theirs, labels, **options)
+    wanted = oracle.linear_mpo_loss(*theirs, labels, gap.double(), **options)[0]
+    wanted_logp = oracle.linear_token_logprobs(*theirs, labels, **options)
     wanted_grads = torch.autograd.grad(wanted, theirs) + torch.autograd.grad(
         wanted_logp, theirs, upstream.double()
     )
@@ -146,7 +148,7 @@ def pooled(size, run):
         with run():
             pool = mpo_kernels.mean_pool(ours, cu_seqlens=offsets)
             (grad,) = torch.autograd.grad(pool.sum(), ours)
-        want = reference.mean_pool(theirs, cu_seqlens=offsets)
+        want = oracle.mean_pool(theirs, cu_seqlens=offsets)
         yield "pool", pool, want
         yield "gradient of the pool", grad, torch.autograd.grad(want.sum(), theirs)[0]
 
@@ -163,9 +165,7 @@ def divided(size, run):
             "softcap": None,
         },
     )
-    want = reference.token_logprobs(logits.double(), labels, ignore_index=size.ignore_index).view(
-        -1
-    )
+    want = oracle.token_logprobs(logits.double(), labels, ignore_index=size.ignore_index).view(-1)
     for parts in (1, 16, 3) if size.tokens < 16 else (3,):
         slices = [s for s in logits.tensor_split(parts, -1) if s.shape[-1]]
         starts = [0, *torch.tensor([s.shape[-1] for s in slices]).cumsum(0)[:-1].tolist()]

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 import mpo_kernels
 from benchmarks.instruments.operators import Flops, Memory
-from mpo_kernels import reference, twin
-from mpo_kernels.planning import Chunk, plan_pairs, rows_per_chunk, split_rows
+from mpo_kernels import oracle
+from mpo_kernels.backends import eager
+from mpo_kernels.ops.chunks import Chunk, plan_pairs, rows_per_chunk, split_rows
 
 P, T, D, V = 3, 9, 24, 211
 GAP = torch.tensor([0.3, -0.2, 0.8])
@@ -50,7 +51,7 @@ def test_loss_and_gradients(dtype, reduction, chunk_bytes):
     )
     options["pair_weights"] = options["pair_weights"].double()
     expected, theirs = gradients(
-        lambda h, w, b: reference.linear_mpo_loss(h, w, labels, GAP.double(), bias=b, **options)[0],
+        lambda h, w, b: oracle.linear_mpo_loss(h, w, labels, GAP.double(), bias=b, **options)[0],
         (hidden.double(), weight.double(), bias.double()),
     )
     torch.testing.assert_close(loss.double(), expected, rtol=ERROR[dtype] * 10, atol=ERROR[dtype])
@@ -70,7 +71,7 @@ def test_softcap_and_scale(options):
         (hidden, weight),
     )
     _, theirs = gradients(
-        lambda h, w: reference.linear_mpo_loss(h, w, labels, GAP.double(), **options)[0],
+        lambda h, w: oracle.linear_mpo_loss(h, w, labels, GAP.double(), **options)[0],
         (hidden.double(), weight.double()),
     )
     assert max(map(relative_error, ours, theirs)) < 1e-5
@@ -90,7 +91,7 @@ def test_softcap_and_scale(options):
 def test_numbers_on_the_device(numbers, dtype, monkeypatch):
     """What is a pointer to the kernels, in the place of a float; on the CPU it would be read, were
     this not a device."""
-    monkeypatch.setattr("mpo_kernels.ops.head.is_plain", lambda tensor: False)
+    monkeypatch.setattr("mpo_kernels.ops.stats.is_plain", lambda tensor: False)
     hidden, weight, bias, labels = inputs(dtype)
     stored = {name: torch.tensor(value) for name, value in numbers.items()}
     tensors, wide = (hidden, weight, bias), (hidden.double(), weight.double(), bias.double())
@@ -98,14 +99,14 @@ def test_numbers_on_the_device(numbers, dtype, monkeypatch):
     for ours, theirs, points in (
         (
             lambda h, w, b: mpo_kernels.linear_mpo_loss(h, w, labels, GAP, bias=b, **stored).loss,
-            lambda h, w, b: reference.linear_mpo_loss(
-                h, w, labels, GAP.double(), bias=b, **numbers
-            )[0],
+            lambda h, w, b: oracle.linear_mpo_loss(h, w, labels, GAP.double(), bias=b, **numbers)[
+                0
+            ],
             (tensors, wide),
         ),
         (
             lambda z: mpo_kernels.mpo_loss(z, labels, GAP, **stored).loss,
-            lambda z: reference.mpo_loss(z, labels, GAP.double(), **numbers)[0],
+            lambda z: oracle.mpo_loss(z, labels, GAP.double(), **numbers)[0],
             ((logits,), (logits.double(),)),
         ),
     ):
@@ -122,7 +123,7 @@ def test_float16_knows_the_scale_on_the_device(monkeypatch):
     hidden, weight, _, labels = inputs(torch.float16)
     runs = []
     for is_plain in (lambda tensor: True, lambda tensor: False):
-        monkeypatch.setattr("mpo_kernels.ops.head.is_plain", is_plain)
+        monkeypatch.setattr("mpo_kernels.ops.stats.is_plain", is_plain)
         scale = torch.tensor(1e4)
         _, got = gradients(
             lambda h, w, c=scale: (
@@ -156,12 +157,12 @@ def test_chunks_do_not_change_the_result(lengths, budget, seed):
     offsets = torch.tensor([0, *lengths]).cumsum(0).int()
     # Away from the gap itself: gradients are proportional to its error, of which float32 keeps
     # little where the gap is nearly right.
-    *_, right = reference.linear_mpo_loss(
+    *_, right = oracle.linear_mpo_loss(
         hidden.double(), weight.double(), labels, torch.zeros(pairs).double(), cu_seqlens=offsets
     )
     gap = (right + 1 + torch.rand(pairs, generator=generator)).float()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mpo_kernels.planning.ROW_MULTIPLE", 1)
+        patch.setattr("mpo_kernels.ops.chunks.ROW_MULTIPLE", 1)
         loss, ours = gradients(
             lambda h, w: (
                 mpo_kernels.linear_mpo_loss(
@@ -171,7 +172,7 @@ def test_chunks_do_not_change_the_result(lengths, budget, seed):
             (hidden, weight),
         )
     expected, theirs = gradients(
-        lambda h, w: reference.linear_mpo_loss(h, w, labels, gap.double(), cu_seqlens=offsets)[0],
+        lambda h, w: oracle.linear_mpo_loss(h, w, labels, gap.double(), cu_seqlens=offsets)[0],
         (hidden.double(), weight.double()),
     )
     torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-5)
@@ -194,7 +195,7 @@ def test_a_chunk_kept_for_backward_gives_the_same_gradients(needs, tokens):
     ]
     loss = mpo_kernels.linear_mpo_loss(*leaves[:2], labels, GAP, bias=leaves[2]).loss
     exact = [t.detach().double().requires_grad_() for t in leaves]
-    (1.7 * reference.linear_mpo_loss(*exact[:2], labels, GAP.double(), bias=exact[2])[0]).backward()
+    (1.7 * oracle.linear_mpo_loss(*exact[:2], labels, GAP.double(), bias=exact[2])[0]).backward()
     for keep in (True, False):
         loss.backward(torch.tensor(1.7), retain_graph=keep)
         for leaf, want, needed in zip(leaves, exact, needs, strict=True):
@@ -221,7 +222,7 @@ def test_a_kept_chunk_is_smaller_than_the_weight_gradient_and_is_not_copied():
 def test_outputs_follow_the_order_of_pairs():
     hidden, weight, _, labels = inputs()
     ours = mpo_kernels.linear_mpo_loss(hidden, weight, labels, GAP)
-    theirs = reference.linear_mpo_loss(hidden.double(), weight.double(), labels, GAP.double())
+    theirs = oracle.linear_mpo_loss(hidden.double(), weight.double(), labels, GAP.double())
     for got, want in zip(ours[:4], theirs[:4], strict=True):
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
@@ -301,11 +302,11 @@ def test_pairs_in_pieces_give_the_same_gradients(dtype, frozen):
     def ours(h, w=weight, b=bias):
         return mpo_kernels.linear_mpo_loss(h, w, labels, GAP, bias=b, beta=0.9, chunk_bytes=1).loss
 
-    def oracle(h, w=wide[1], b=wide[2]):
-        return reference.linear_mpo_loss(h, w, labels, GAP.double(), bias=b, beta=0.9)[0]
+    def exact(h, w=wide[1], b=wide[2]):
+        return oracle.linear_mpo_loss(h, w, labels, GAP.double(), bias=b, beta=0.9)[0]
 
     _, got = gradients(ours, tensors)
-    _, want = gradients(oracle, wide[: len(tensors)])
+    _, want = gradients(exact, wide[: len(tensors)])
     assert max(map(relative_error, got, want)) < ERROR[dtype]
 
 
@@ -351,7 +352,7 @@ def test_float16_under_a_grad_scaler_does_not_underflow(function):
     wide = [hidden.double(), weight.double()]
     _, ours = gradients(lambda h, w=weight: value(mpo_kernels, h, w, gap), tensors, scale)
     _, theirs = gradients(
-        lambda h, w=wide[1]: value(reference, h, w, gap.double()), wide[: len(tensors)], scale
+        lambda h, w=wide[1]: value(oracle, h, w, gap.double()), wide[: len(tensors)], scale
     )
     largest = max(float(t.abs().max()) for t in theirs) / scale
     assert largest < 1e-4  # without the scaler most of it would be below 2^-24
@@ -404,13 +405,13 @@ def test_hidden_gradients_are_rounded_once(function, trained, dtype):
         ]
         if function == "token_logprobs":
             mpo_kernels.linear_token_logprobs(*leaves, labels).backward(upstream)
-            reference.token_logprobs(logits, labels).backward(upstream.double())
+            oracle.token_logprobs(logits, labels).backward(upstream.double())
             later = upstream[..., None].double() if trained == ("hidden",) else later.new_ones(())
         else:
             mpo_kernels.linear_mpo_loss(*leaves, labels, gap, **options).loss.backward(
                 torch.tensor(1.7)
             )
-            loss, *_, reward_gap = reference.mpo_loss(logits, labels, gap.double())
+            loss, *_, reward_gap = oracle.mpo_loss(logits, labels, gap.double())
             loss.backward(later)
             # the first pair's c is not known before its last piece
             if function == "loss in pieces":
@@ -431,7 +432,7 @@ def test_the_weight_gradient_is_summed_in_fp32_over_chunks():
     gap = torch.randn(pairs, generator=generator)
     errors = []
     _, (want,) = gradients(
-        lambda w: reference.linear_mpo_loss(hidden.double(), w, labels, gap.double())[0],
+        lambda w: oracle.linear_mpo_loss(hidden.double(), w, labels, gap.double())[0],
         (weight.double(),),
     )
     for chunk_bytes in (None, 1):
@@ -485,7 +486,7 @@ def test_one_chunk_of_logits_at_a_time():
         mpo_kernels.linear_mpo_loss(
             hidden, weight, labels, torch.zeros(pairs), chunk_bytes=budget
         ).loss.backward()
-    assert seen.peak <= 1.1 * (budget + twin.ROWS_BYTES + weight.nbytes + hidden.nbytes)
+    assert seen.peak <= 1.1 * (budget + eager.ROWS_BYTES + weight.nbytes + hidden.nbytes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -513,7 +514,7 @@ def test_token_logprobs_and_their_gradients():
         upstream,
     )
     want, theirs = gradients(
-        lambda h, w, b: reference.linear_token_logprobs(h, w, labels, bias=b, softcap=4.0),
+        lambda h, w, b: oracle.linear_token_logprobs(h, w, labels, bias=b, softcap=4.0),
         (hidden.double(), weight.double(), bias.double()),
         upstream.double(),
     )

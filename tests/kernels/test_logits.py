@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mpo_kernels
-from mpo_kernels import reference
+from mpo_kernels import oracle
 
 P, T = 2, 5
 
@@ -31,7 +31,7 @@ def both(logits, labels, gap, *, upstream=2.5, inplace=False, **options):
         k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
         for k, v in options.items()
     }
-    expected = reference.mpo_loss(theirs, labels, gap.double(), **wide)
+    expected = oracle.mpo_loss(theirs, labels, gap.double(), **wide)
     (expected[0] * upstream).sum().backward()
     leaf = logits.clone().requires_grad_()
     output = mpo_kernels.mpo_loss(
@@ -161,9 +161,9 @@ def test_a_shifted_view_is_read_and_written_in_place(inplace):
     mpo_kernels.mpo_loss(
         view, labels, torch.tensor([0.3, -0.2]), inplace_backward=inplace
     ).loss.backward()
-    oracle = whole.double().requires_grad_()
-    reference.mpo_loss(oracle[:, :-1], labels, torch.tensor([0.3, -0.2]).double())[0].backward()
-    assert relative_error(leaf.grad, oracle.grad) < 1e-5
+    exact = whole.double().requires_grad_()
+    oracle.mpo_loss(exact[:, :-1], labels, torch.tensor([0.3, -0.2]).double())[0].backward()
+    assert relative_error(leaf.grad, exact.grad) < 1e-5
     assert torch.equal(full[:, -1], whole[:, -1])
     assert torch.equal(view, whole[:, :-1]) != inplace
 
@@ -251,7 +251,7 @@ def test_token_logprobs_with_any_upstream_gradient(shape, softcap, scale, seed):
     upstream = torch.randn(shape[:2], generator=torch.Generator().manual_seed(seed))
     ours, theirs = logits.clone().requires_grad_(), logits.double().requires_grad_()
     got = mpo_kernels.token_logprobs(ours, labels, softcap=softcap, logit_scale=scale)
-    want = reference.token_logprobs(theirs, labels, softcap=softcap, logit_scale=scale)
+    want = oracle.token_logprobs(theirs, labels, softcap=softcap, logit_scale=scale)
     assert (got <= 1e-6).all() and not got[labels == -100].any()
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
     (got * upstream).sum().backward()
@@ -263,7 +263,7 @@ def test_any_leading_shape_and_no_rows():
     logits = torch.randn(2, 3, 4, 11)
     labels = torch.randint(0, 11, (2, 3, 4))
     torch.testing.assert_close(
-        mpo_kernels.token_logprobs(logits, labels), reference.token_logprobs(logits, labels)
+        mpo_kernels.token_logprobs(logits, labels), oracle.token_logprobs(logits, labels)
     )
     assert mpo_kernels.token_logprobs(
         torch.empty(0, 11), torch.empty(0, dtype=torch.int64)

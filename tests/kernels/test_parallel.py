@@ -11,7 +11,7 @@ import pytest
 from cases import INTERPRETED
 
 from mpo_kernels import Parallel
-from mpo_kernels.distributed import from_handle
+from mpo_kernels.parallel import from_handle
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
 

@@ -5,7 +5,7 @@ import torch
 from cases import relative_error
 
 import mpo_kernels
-from mpo_kernels import reference
+from mpo_kernels import oracle
 
 S, T, D = 4, 7, 37
 
@@ -35,7 +35,7 @@ def test_loss_and_gradient(dtype, reduction, masked, packed):
     ours, theirs = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
     got = mpo_kernels.retention_loss(ours, target, **layout, **options)
     wide = options | {"sequence_weights": options["sequence_weights"].double()}
-    want = reference.retention_loss(theirs, target.double(), **layout, **wide)
+    want = oracle.retention_loss(theirs, target.double(), **layout, **wide)
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
     (got * 1.5).sum().backward()
     (want * 1.5).sum().backward()

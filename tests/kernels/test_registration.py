@@ -9,16 +9,16 @@ import torch
 from cases import INTERPRETED, labels_of, relative_error
 
 import mpo_kernels
-from mpo_kernels import reference
+from mpo_kernels import oracle
 from mpo_kernels.ops.gradients import scaled
-from mpo_kernels.ops.linear import (
+from mpo_kernels.ops.linear_pairs import (
     linear_pair_loss_op,
     linear_token_logprobs_grad_op,
     linear_token_logprobs_op,
 )
-from mpo_kernels.ops.pair import pair_loss_grad_op, pair_loss_op
+from mpo_kernels.ops.pairs import pair_loss_grad_op, pair_loss_op
 from mpo_kernels.ops.pool import mean_pool_grad_op, mean_pool_op
-from mpo_kernels.ops.token import token_logprobs_grad_op, token_logprobs_op
+from mpo_kernels.ops.tokens import token_logprobs_grad_op, token_logprobs_op
 
 if INTERPRETED:
     pytest.skip("torch.compile and the interpreter do not meet", allow_module_level=True)
@@ -360,9 +360,9 @@ def test_autocast(function):
         weight.detach().bfloat16().double().requires_grad_(),
     )
     if function == "linear_mpo_loss":
-        expected = reference.linear_mpo_loss(h, w, LABELS, GAP.double())[0]
+        expected = oracle.linear_mpo_loss(h, w, LABELS, GAP.double())[0]
     else:
-        expected = reference.linear_token_logprobs(h, w, LABELS).sum()
+        expected = oracle.linear_token_logprobs(h, w, LABELS).sum()
     expected.backward()
     torch.testing.assert_close(loss.double(), expected, rtol=2e-2, atol=2e-2)
     assert relative_error(weight.grad, w.grad) < 1e-2 and relative_error(hidden.grad, h.grad) < 1e-2

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mpo_kernels
-from mpo_kernels import reference
-from mpo_kernels.backend import backend_for
+from mpo_kernels import oracle
+from mpo_kernels.backends import backend_for
 
 GAP = torch.tensor([0.3, -0.2])
 
@@ -21,7 +21,7 @@ def shared_by_several_programs():
     none."""
     if not INTERPRETED:
         return contextlib.nullcontext()
-    from mpo_kernels.kernels.tiles import Tile, use_tiles
+    from mpo_kernels.backends.triton.tiles import Tile, use_tiles
 
     return use_tiles(stats=Tile(32, 1), grad=Tile(64, 1))
 
@@ -29,15 +29,15 @@ def shared_by_several_programs():
 def check(logits, labels, **options):
     ours, theirs = logits.clone().requires_grad_(), logits.double().requires_grad_()
     got = mpo_kernels.token_statistics(ours, labels, **options)
-    logp = reference.token_logprobs(theirs, labels, **options)
+    logp = oracle.token_logprobs(theirs, labels, **options)
     torch.testing.assert_close(got.logprobs.double(), logp, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(
         got.entropy.double(),
-        reference.token_entropy(logits.double(), labels, **options),
+        oracle.token_entropy(logits.double(), labels, **options),
         rtol=1e-5,
         atol=2e-6,
     )
-    assert torch.equal(got.is_argmax, reference.token_is_argmax(logits.float(), labels, **options))
+    assert torch.equal(got.is_argmax, oracle.token_is_argmax(logits.float(), labels, **options))
     assert not got.entropy.requires_grad and got.is_argmax.dtype == torch.bool
     upstream = torch.linspace(-1, 2, labels.numel()).view(labels.shape)
     (got.logprobs * upstream).sum().backward()
@@ -72,7 +72,7 @@ def test_a_confident_token_keeps_the_digits_of_its_entropy():
     labels = torch.tensor([[4, 4, 4]])
     logits[..., 4] = 20.0
     entropy = mpo_kernels.token_statistics(logits, labels).entropy
-    expected = reference.token_entropy(logits.double(), labels)
+    expected = oracle.token_entropy(logits.double(), labels)
     assert float(((entropy.double() - expected) / expected).abs().max()) < 1e-4
 
 
@@ -99,7 +99,7 @@ def test_infinities_at_every_place(divided, softcap):
         torch.tensor([y for _, y in cases.values()]),
     )
     ours, theirs = logits.clone().requires_grad_(), logits.double().requires_grad_()
-    expected = reference.token_logprobs(theirs, labels, softcap=softcap)
+    expected = oracle.token_logprobs(theirs, labels, softcap=softcap)
     expected.sum().backward()
     with shared_by_several_programs() if divided == "split" else contextlib.nullcontext():
         got = mpo_kernels.token_statistics(ours, labels, softcap=softcap)
@@ -113,8 +113,8 @@ def test_infinities_at_every_place(divided, softcap):
             logits[None], labels, logp, normalizer, torch.ones(len(labels)), grad[None], **options
         )
     wanted = (
-        reference.token_entropy(theirs, labels, softcap=softcap).detach(),
-        reference.token_is_argmax(theirs, labels, softcap=softcap),
+        oracle.token_entropy(theirs, labels, softcap=softcap).detach(),
+        oracle.token_is_argmax(theirs, labels, softcap=softcap),
     )
     for i, name in enumerate(cases):
         for what, found, want in (
@@ -144,7 +144,7 @@ def test_infinities_reach_the_losses():
     ):
         broken = logits.clone()
         broken[where] = value
-        want, *means = reference.mpo_loss(broken.double(), labels, GAP[:1].double())
+        want, *means = oracle.mpo_loss(broken.double(), labels, GAP[:1].double())
         out = mpo_kernels.mpo_loss(broken, labels, GAP[:1])
         torch.testing.assert_close(out.loss.double(), want, equal_nan=True)
         for got, mean in zip(out[1:4], means, strict=True):
@@ -171,10 +171,10 @@ def test_digits_of_a_likely_label(others):
     ours, theirs = logits.clone().requires_grad_(), logits.double().requires_grad_()
     got = mpo_kernels.token_statistics(ours, labels)
     got.logprobs.sum().backward()
-    logp = reference.token_logprobs(theirs, labels)
+    logp = oracle.token_logprobs(theirs, labels)
     logp.sum().backward()
     assert float((got.logprobs.detach().double() / logp - 1).abs().max()) < 8e-7
-    entropy = reference.token_entropy(theirs.detach(), labels)
+    entropy = oracle.token_entropy(theirs.detach(), labels)
     # others have the error of their exp
     assert float((ours.grad.double() / theirs.grad - 1)[..., 0].abs().max()) < 1.5e-6
     assert float((got.entropy.double() / entropy - 1).abs().max()) < 1.5e-6
@@ -232,7 +232,7 @@ def test_losses_hand_out_the_same_numbers(reduction):
 
 @pytest.mark.skipif(not INTERPRETED, reason="tiles are of the Triton kernels")
 def test_tiles_can_be_overridden_and_wrong_ones_are_refused():
-    from mpo_kernels.kernels.tiles import Tile, tile_for, use_tiles
+    from mpo_kernels.backends.triton.tiles import Tile, tile_for, use_tiles
 
     cpu = torch.device("cpu")
     with use_tiles(stats=Tile(1024, 2)):

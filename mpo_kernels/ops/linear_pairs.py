@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from mpo_kernels.backend import backend_for
-from mpo_kernels.distributed import Parallel, from_handle
+from mpo_kernels.backends import backend_for
+from mpo_kernels.ops.chunks import Chunk, plan_pairs, rows_per_chunk, split_rows
 from mpo_kernels.ops.gradients import (
     HeadGradients,
     hidden_grad_dtype,
@@ -32,18 +32,18 @@ from mpo_kernels.ops.gradients import (
     scaled,
     scaled_in_backward,
 )
-from mpo_kernels.ops.head import (
+from mpo_kernels.ops.once import differentiable_once
+from mpo_kernels.ops.operator import operator
+from mpo_kernels.ops.pairs import pair_losses
+from mpo_kernels.ops.rows import rows_of_chunks, scored_rows
+from mpo_kernels.ops.stats import (
     HeadOptions,
     RowStats,
     row_stats,
     statistics_dtype,
     write_logit_grads,
 )
-from mpo_kernels.ops.once import differentiable_once
-from mpo_kernels.ops.operator import operator
-from mpo_kernels.ops.pair import pair_losses
-from mpo_kernels.ops.rows import rows_of_chunks, scored_rows
-from mpo_kernels.planning import Chunk, plan_pairs, rows_per_chunk, split_rows
+from mpo_kernels.parallel import Parallel, from_handle
 
 _HEAD = (
     "int ignore_index, float logit_scale, float? softcap, Tensor? numbers, int? chunk_bytes,"

@@ -24,8 +24,8 @@ import torch
 import triton
 import triton.language as tl
 
-from mpo_kernels.kernels.launch import kernel, launch
-from mpo_kernels.kernels.tiles import splits_for, tile_for
+from mpo_kernels.backends.triton.launch import kernel, launch
+from mpo_kernels.backends.triton.tiles import splits_for, tile_for
 
 PARTIAL = tl.constexpr(4)
 """Numbers of a partial: peak, total, weighted sum of z - peak (0 unless the entropy is wanted),

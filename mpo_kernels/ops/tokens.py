@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 
-from mpo_kernels.distributed import from_handle
-from mpo_kernels.ops.head import HeadOptions, row_stats, statistics_dtype, write_logit_grads
 from mpo_kernels.ops.once import (
     differentiable_once,
     is_plain,
@@ -20,6 +18,8 @@ from mpo_kernels.ops.once import (
     remember_inputs,
 )
 from mpo_kernels.ops.operator import operator
+from mpo_kernels.ops.stats import HeadOptions, row_stats, statistics_dtype, write_logit_grads
+from mpo_kernels.parallel import from_handle
 
 _HEAD = "int ignore_index, float logit_scale, float? softcap, Tensor? numbers, int parallel"
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from mpo_kernels.backend import backend_for
-from mpo_kernels.distributed import Parallel, from_handle
+from mpo_kernels.backends import backend_for
 from mpo_kernels.ops.once import differentiable_once
 from mpo_kernels.ops.operator import operator
+from mpo_kernels.parallel import Parallel, from_handle
 
 
 def pair_losses(

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-from mpo_kernels.backend import backend_for
-from mpo_kernels.distributed import Parallel
+from mpo_kernels.backends import backend_for
 from mpo_kernels.ops.once import is_plain
+from mpo_kernels.parallel import Parallel
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,15 @@ from types import ModuleType
 
 import torch
 
-from mpo_kernels import twin
+from mpo_kernels.backends import eager
 
 TRITON_DEVICES = ("cuda", "xpu")
 """Device types that Triton drives; ROCm tensors are of type `cuda` too."""
 
 
 def backend_for(tensor: torch.Tensor) -> ModuleType:
-    """The module of device functions for this tensor: `mpo_kernels.kernels` (Triton) or
-    `mpo_kernels.twin` (PyTorch).
+    """The module of device functions for this tensor: `mpo_kernels.backends.triton` (Triton) or
+    `mpo_kernels.backends.eager` (PyTorch).
 
     The environment variable MPO_KERNELS_BACKEND = auto | triton | torch forces one. It is read at
     every call.
@@ -36,9 +36,11 @@ def backend_for(tensor: torch.Tensor) -> ModuleType:
         why = "the kernels do not compute in float64" if is_double else "triton is not installed"
         raise ValueError(f"MPO_KERNELS_BACKEND is triton, but {why}. Set it to auto or torch.")
     if choice == "torch" or is_double:
-        return twin
+        return eager
     if choice == "triton" or (tensor.device.type in TRITON_DEVICES and is_installed):
-        from mpo_kernels import kernels  # not at the top: triton is not there on every platform
+        from mpo_kernels.backends import (
+            triton,  # not at the top: triton is not there on every platform
+        )
 
-        return kernels
-    return twin
+        return triton
+    return eager

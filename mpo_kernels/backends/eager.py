@@ -1,4 +1,4 @@
-"""The PyTorch backend: the functions of `mpo_kernels.kernels` for tensors on devices that Triton
+"""The PyTorch backend: the functions of `mpo_kernels.backends.triton` for tensors on devices that Triton
 does not drive.
 
 Lean rather than clever: blocks of rows that stay in cache, in-place passes, no copy of the logits

@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from mpo_kernels.kernels.launch import kernel, launch
-from mpo_kernels.kernels.pair import _bounds
+from mpo_kernels.backends.triton.launch import kernel, launch
+from mpo_kernels.backends.triton.sequences import _bounds
 
 POOL_ROWS, POOL_BLOCK = 16, 128
 """Rows and columns that a program of the pool reads at a time: narrow, so that few sequences still

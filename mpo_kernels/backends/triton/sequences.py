@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mpo_kernels.kernels.launch import kernel, launch
+from mpo_kernels.backends.triton.launch import kernel, launch
 
 BLOCK = 1024
 """Rows of a sequence that one program reads at a time."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mpo_kernels.distributed import Parallel
+from mpo_kernels.parallel import Parallel
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
