@@ -11,9 +11,9 @@ def main() -> None:
     it."""
     interruption = install()
     try:
-        from mpo.commands.app import run
+        from mpo.commands.app import execute
 
-        run()
+        execute()
     except ModuleNotFoundError as error:
         print(
             f"The trainer needs {error.name}, which is not installed. Install it with: pip install"

@@ -83,7 +83,7 @@ def unexpected(error: BaseException) -> str:
         f"python: {platform.python_version()} on {platform.platform()}",
     ]
     lines += [
-        f"{package}: {_version(package)}"
+        f"{package}: {installed(package)}"
         for package in ("mpo-kernels", "torch", "triton", "transformers", "deepspeed", "peft")
     ]
     try:
@@ -99,7 +99,8 @@ def unexpected(error: BaseException) -> str:
     )
 
 
-def _version(package: str) -> str:
+def installed(package: str) -> str:
+    """The version of an installed package, or that there is none."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -15,8 +15,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from mpo.commands import app as cli
-from mpo.runtime import ranks as distributed
+from mpo.commands import app
+from mpo.runtime import ranks
 
 
 def damage(path: Path, fault: str) -> None:
@@ -58,7 +58,7 @@ def mpo(arguments: list[str]) -> tuple[int, str]:
     sys.argv = ["mpo", *arguments]
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         try:
-            cli.run()
+            app.execute()
         except SystemExit as done:
             return int(done.code or 0), said.getvalue()
         except BaseException as error:
@@ -108,7 +108,7 @@ def do(step: list) -> dict:
 
 
 if __name__ == "__main__":
-    distributed.leave = lambda: None  # one process group for all of them
+    ranks.leave = lambda: None  # one process group for all of them
     Figure.savefig = no_picture
     steps_file, outcomes_file = map(Path, sys.argv[1:])
     outcomes_file.write_text(

@@ -19,7 +19,7 @@ import yaml
 from test_weights import POINTER
 from tiny import native_rows, save_model, write_rows
 
-from mpo.commands import app as cli
+from mpo.commands.app import status_of
 
 FAST = ["train.max_steps=1", "train.pairs_per_step=2"]
 READS = {
@@ -126,12 +126,12 @@ def origin(tmp_path_factory, tokenizer):
     before = dict(os.environ)
     here = Path.cwd()
     os.chdir(root)
-    assert cli.status_of(["train", "run.yaml", "output_dir=run", "checkpoint.every=1", *FAST]) == 0
+    assert status_of(["train", "run.yaml", "output_dir=run", "checkpoint.every=1", *FAST]) == 0
     os.chdir(here)
     yield root
-    from mpo.runtime import ranks as distributed
+    from mpo.runtime import ranks
 
-    distributed.leave()
+    ranks.leave()
     os.environ.clear()
     os.environ.update(before)
 
@@ -148,7 +148,7 @@ def place(origin, tmp_path, monkeypatch):
 def refused(capsys, arguments, status=2):
     """Runs the command and returns what it said, which must be short and no traceback."""
     capsys.readouterr()
-    ended = cli.status_of(arguments)
+    ended = status_of(arguments)
     said = capsys.readouterr()
     complaint = next(
         (
@@ -243,7 +243,7 @@ def test_pictures_have_a_name_that_says_what_they_are(place, capsys, name):
 def test_a_picture_makes_its_folder(place, capsys, monkeypatch):
     monkeypatch.setenv("HOME", str(place / "home"))
     for name, made in (("new/folder/a.png", "new/folder/a.png"), ("~/b.PNG", "home/b.PNG")):
-        assert cli.status_of(["plot", "run", f"--to={name}"]) == 0
+        assert status_of(["plot", "run", f"--to={name}"]) == 0
         assert (place / made).read_bytes().startswith(b"\x89PNG")
 
 
@@ -257,9 +257,9 @@ def test_links_to_folders_are_followed(place):
     for name in ("runs", "exports"):
         (elsewhere / name).mkdir()
         (place / name).symlink_to(elsewhere / name)
-    assert cli.status_of(["train", "run.yaml", "output_dir=runs", *FAST]) == 0
+    assert status_of(["train", "run.yaml", "output_dir=runs", *FAST]) == 0
     assert (elsewhere / "runs" / "result.json").is_file()
-    assert cli.status_of(["export", "run", "--to=exports"]) == 0
+    assert status_of(["export", "run", "--to=exports"]) == 0
     assert (elsewhere / "exports" / "model.safetensors").is_file() and (
         place / "exports"
     ).is_symlink()
@@ -277,9 +277,7 @@ def test_a_run_goes_on_from_another_folder(place, monkeypatch, capsys):
     (place / "recipe").mkdir()
     shutil.move(place / "run.yaml", place / "recipe" / "run.yaml")
     assert (
-        cli.status_of(
-            ["train", "recipe/run.yaml", "output_dir=moved", *options, "train.max_steps=2"]
-        )
+        status_of(["train", "recipe/run.yaml", "output_dir=moved", *options, "train.max_steps=2"])
         == 0
     )
     for name in ("model", "result.json"):
@@ -288,13 +286,13 @@ def test_a_run_goes_on_from_another_folder(place, monkeypatch, capsys):
     monkeypatch.chdir(place / "recipe")
     absolute = [f"model.path={place}/model", f"data.train=[{place}/rows.jsonl]", *options[2:]]
     assert (
-        cli.status_of(
+        status_of(
             ["train", "run.yaml", f"output_dir={place}/moved", *absolute, "train.max_steps=2"]
         )
         == 0
     )
     assert "2 of 2 steps done" in capsys.readouterr().out
-    assert cli.status_of(["export", "../moved", "--to=exported"]) == 0
+    assert status_of(["export", "../moved", "--to=exported"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -335,7 +333,7 @@ def test_half_of_a_launcher_is_refused(place, capsys, monkeypatch, command, envi
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     capsys.readouterr()
-    assert cli.status_of(READS[command][0]) == 2
+    assert status_of(READS[command][0]) == 2
     said = capsys.readouterr().err
     # said once on each node, by the rank whose number is a number
     assert "Traceback" not in said and (message in said or not said)
@@ -348,7 +346,7 @@ def test_without_a_home_folder_what_needs_none_works(place, capsys, monkeypatch)
     monkeypatch.setattr(pwd, "getpwuid", nobody)
     for name in ("HOME", "XDG_CACHE_HOME", "MPO_CACHE"):
         monkeypatch.delenv(name, raising=False)
-    assert cli.status_of(["validate", "run.yaml"]) == 0
+    assert status_of(["validate", "run.yaml"]) == 0
     assert "set MPO_CACHE" in refused(
         capsys, ["validate", "run.yaml", "model.path=pypi:SmolLM2-135M-Instruct"]
     )
@@ -365,5 +363,5 @@ def test_a_run_named_in_the_place_of_its_model(place, capsys):
 
 
 def test_reports_of_damaged_runs_are_json_all_the_same(place, capsys):
-    assert cli.status_of(["gaps", "run.yaml", "--model", "other", "--json"]) == 0
+    assert status_of(["gaps", "run.yaml", "--model", "other", "--json"]) == 0
     json.loads(capsys.readouterr().out)

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 import mpo
-from mpo.commands import app as cli
+from mpo.commands.app import status_of
 from mpo.runtime.errors import Status, UserError
 from mpo.runtime.interruption import Interrupted
 
@@ -29,7 +29,7 @@ def raising(monkeypatch):
         def raises(*_, **__):
             raise error
 
-        monkeypatch.setattr(cli, "load_config", raises)
+        monkeypatch.setattr("mpo.config.load_config", raises)
 
     return arrange
 
@@ -65,7 +65,7 @@ def raising(monkeypatch):
 )
 def test_every_exception_has_a_status_and_one_line(raising, capsys, error, status, words):
     raising(error)
-    assert cli.status_of(["validate", "run.yaml"]) == status
+    assert status_of(["validate", "run.yaml"]) == status
     complaint = capsys.readouterr().err
     assert words in complaint and len(complaint.splitlines()) == 1 and "Traceback" not in complaint
     if status == Status.UNEXPECTED:
@@ -82,12 +82,12 @@ def test_every_exception_has_a_status_and_one_line(raising, capsys, error, statu
 def test_the_traceback_is_there_for_those_who_ask(raising, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("MPO_TRACEBACK", "1")
     raising(UserError("row 3 is bad"))
-    assert cli.status_of(["validate", "run.yaml"]) == 2
+    assert status_of(["validate", "run.yaml"]) == 2
     assert "Traceback" in capsys.readouterr().err
     monkeypatch.delenv("MPO_TRACEBACK")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
     raising(KeyError("gap"))
-    assert cli.status_of(["validate", "run.yaml"]) == 70
+    assert status_of(["validate", "run.yaml"]) == 70
     assert "MPO_TRACEBACK=1" in capsys.readouterr().err
 
 
@@ -100,10 +100,10 @@ def test_a_message_comes_once_from_each_node_and_a_fault_from_every_rank(
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("LOCAL_RANK", local)
     raising(UserError("row 3 is bad"))
-    cli.status_of(["validate", "run.yaml"])
+    status_of(["validate", "run.yaml"])
     assert ("row 3" in capsys.readouterr().err) == said
     raising(OSError(28, "No space left on device"))
-    cli.status_of(["validate", "run.yaml"])
+    status_of(["validate", "run.yaml"])
     assert "No space" in capsys.readouterr().err
 
 
@@ -118,7 +118,7 @@ def test_a_message_comes_once_from_each_node_and_a_fault_from_every_rank(
     ],
 )
 def test_a_wrong_command_line_is_mendable(capsys, arguments):
-    assert cli.status_of(arguments) == Status.MENDABLE
+    assert status_of(arguments) == Status.MENDABLE
     assert "Traceback" not in capsys.readouterr().err
 
 
@@ -288,8 +288,8 @@ def test_there_is_one_kind_of_console_and_none_of_its_texts_is_markup():
 AT_THE_END = """
 import atexit, sys, time
 from mpo import __main__
-from mpo.commands import app as cli
-from mpo.runtime import ranks as distributed
+from mpo.commands import app
+from mpo.runtime import ranks
 
 class Waits:
     def __del__(self):
@@ -298,10 +298,10 @@ class Waits:
 kept = Waits()
 atexit.register(print, "at exit")
 def command(*_):
-    distributed.start()
+    ranks.start()
     print("done", end=" ")
     sys.exit({status})
-cli.app = command
+app.app = command
 __main__.main()
 """
 

@@ -111,9 +111,9 @@ def test_files_have_the_rights_that_the_umask_leaves(tmp_path, umask):
 @pytest.mark.parametrize("command", ["train", "gaps", "dry-run"])
 def test_numbers_that_are_none_are_null_and_said_aloud(tmp_path, monkeypatch, command):
     """What a command reports of a model that gives NaN, whatever the command."""
-    from mpo.commands import app as cli
+    from mpo.commands.app import app
     from mpo.evaluation import gaps
-    from mpo.models import inputs as prepare
+    from mpo.models import inputs
     from mpo.training import dry_run, train
 
     report = {
@@ -123,7 +123,7 @@ def test_numbers_that_are_none_are_null_and_said_aloud(tmp_path, monkeypatch, co
     monkeypatch.setattr(dry_run, "describe", lambda config: report)
     monkeypatch.setattr(train, "train", lambda config: report)
     monkeypatch.setattr(gaps, "compare_models", lambda *_: report)
-    monkeypatch.setattr(prepare, "prepare", lambda *_: None)
+    monkeypatch.setattr(inputs, "prepare", lambda *_: None)
     recipe = tmp_path / "run.yaml"
     recipe.write_text(
         f"output_dir: {tmp_path}/out\nmodel: {{path: m}}\ndata: {{train: [rows.jsonl]}}\n"
@@ -133,7 +133,7 @@ def test_numbers_that_are_none_are_null_and_said_aloud(tmp_path, monkeypatch, co
         "dry-run": ["train", "--dry-run"],
         "gaps": ["gaps", "--model", "m"],
     }[command]
-    done = CliRunner().invoke(cli.app, [*arguments, str(recipe), "--json"])
+    done = CliRunner().invoke(app, [*arguments, str(recipe), "--json"])
     assert done.exit_code == 0, done.output
     assert strict(done.stdout)["models"]["m"]["sw"] == {
         "target_gap": None,

@@ -1,0 +1,47 @@
+"""`mpo gaps`: what models do on the measured rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mpo.commands.shared import AsJson, ConfigFile, Overrides, aside, load, note, print_report
+
+
+def gaps(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Model folder, adapter folder or hub id; several are shown side by side.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measures reward gaps per language on the configuration's rows: by default of its model and,
+    if there is one, of the trained one.
+
+    `mpo gaps demo`
+
+    `mpo gaps demo --model runs/a/model --model runs/b/model --json`
+    """
+    checked = load(config, overrides)
+    with aside(as_json):
+        from mpo.config import home
+        from mpo.evaluation.gaps import compare_models, show
+        from mpo.models.inputs import prepare
+        from mpo.models.pypi import resolve_model
+        from mpo.runtime.progress import Progress
+
+        prepared = prepare(checked, note)
+        trained = Path(checked.output_dir) / "model"
+        models = [resolve_model(home(name), note) for name in model or []] or [
+            prepared.model.path,
+            *([str(trained)] if trained.is_dir() else []),
+        ]
+        report = compare_models(checked, prepared, models, Progress(enabled=True))
+    print_report(report, show, as_json)
