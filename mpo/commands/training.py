@@ -21,6 +21,7 @@ from mpo.commands.shared import (
     warn_of_missing_numbers,
 )
 from mpo.runtime.errors import UserError
+from mpo.runtime.files import home
 
 
 def train(
@@ -111,7 +112,6 @@ def export(
 
     `mpo export runs/demo --to models/at-40 --checkpoint step-00000040`
     """
-    from mpo.config import home
     from mpo.training.export import export_checkpoint
 
     to = Path(home(str(to)))
@@ -137,7 +137,6 @@ def plot(
 
 def _new_picture(to: Path) -> Path:
     """A place for a picture, whose folder is made. Raises UserError if it cannot be one."""
-    from mpo.config import home
 
     to = Path(home(str(to)))
     if to.is_dir():

@@ -28,10 +28,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
-from mpo.config import DataConfig, as_written
+from mpo.config import DataConfig
 from mpo.data.detection import LanguageDetector, clearly_in_another
 from mpo.languages import canonical, script_share
 from mpo.runtime.errors import UserError
+from mpo.runtime.settings import as_written
 
 LISTED = 10
 """Bad rows that an error message lists; the rest are counted."""

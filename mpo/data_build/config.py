@@ -3,15 +3,24 @@ translator."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from mpo.config import LARGEST, Language, Languages, Names, Section, beside, home, read_config
+from mpo.config import Language, Languages
 from mpo.runtime.errors import UserError
+from mpo.runtime.settings import (
+    LARGEST,
+    Beside,
+    InHome,
+    OneOrSeveral,
+    Section,
+    WholePath,
+    in_a_file,
+    read_settings,
+)
 
 PROMPT = (
     "Translate the text between <text> and </text> from {source} into {target}. Keep line breaks,"
@@ -25,7 +34,7 @@ PROMPT = (
 class Seq2SeqConfig(Section):
     """A translation model of the NLLB, M2M100 or MBart-50 kind, run here through transformers."""
 
-    path: str = Field(min_length=1)
+    path: Beside
     """A local Hugging Face folder or a hub id, such as facebook/nllb-200-distilled-600M."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
@@ -101,7 +110,7 @@ class ServerConfig(Section):
 class FileConfig(Section):
     """Finished translations, by people or by another program."""
 
-    path: str = Field(min_length=1)
+    path: WholePath
     """JSONL with `source`, `language` (ISO 639-1) and `translation` in each line. The journal of
     another build is one."""
 
@@ -128,7 +137,7 @@ class AnswersConfig(Section):
     """The dominant chosen answers are what this model answers, in place of those of the input. Best
     the model that will be trained."""
 
-    path: str = Field(min_length=1)
+    path: Beside
     """As model.path of a run: a local folder, a hub id, or `pypi:SmolLM2-135M-Instruct`."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
@@ -166,14 +175,23 @@ class FiltersConfig(Section):
     not looked at."""
 
 
+def _file_name(folder: Path, output: str) -> str:
+    if not Path(output).name:
+        raise UserError(
+            f"output {output} is a folder. Give the name of a file, such as"
+            f" {Path(output) / 'rows.jsonl'}."
+        )
+    return output
+
+
 class BuildConfig(Section):
     """One build."""
 
-    input: Names = Field(min_length=1)
+    input: Annotated[tuple[WholePath, ...], OneOrSeveral] = Field(min_length=1)
     """Preference rows in the dominant language: JSONL, a JSON list, Parquet, a `datasets` folder,
     or hf:owner/name:split. Columns `prompt` (text, or messages with role and content), `chosen`,
     `rejected`, and if there is one `id`."""
-    output: str = Field(min_length=1)
+    output: Annotated[InHome, in_a_file(_file_name)]
     """JSONL to write. Beside it lie its report, the dropped rows and the journals of finished
     texts."""
     dominant_language: Language = "en"
@@ -210,40 +228,4 @@ def load_build_config(path: Path, overrides: list[str] | None = None) -> BuildCo
         raise UserError(
             f"No configuration file at {path}. docs/data.md shows one for each translator."
         )
-    config = read_config(path, overrides, BuildConfig)
-
-    def found(section: Section | None) -> Section | None:
-        if section is None:
-            return None
-        own = getattr(section, "path")  # noqa: B009
-        return section.model_copy(update={"path": beside(path.parent, own)})
-
-    def file(name: str) -> str:
-        """By its whole path even where it is not there: it is part of what makes this build."""
-        return name if name.startswith("hf:") else os.path.abspath(beside(path.parent, name))
-
-    translator = config.translator.model_copy(
-        update={n: found(getattr(config.translator, n)) for n in ("seq2seq", "file")}
-    )
-    if translator.file is not None:
-        given = file(translator.file.path)
-        translator = translator.model_copy(
-            update={"file": translator.file.model_copy(update={"path": given})}
-        )
-    return config.model_copy(
-        update={
-            "input": tuple(file(name) for name in config.input),
-            "output": _file_name(home(config.output)),
-            "translator": translator,
-            "chosen_from_model": found(config.chosen_from_model),
-        }
-    )
-
-
-def _file_name(output: str) -> str:
-    if not Path(output).name:
-        raise UserError(
-            f"output {output} is a folder. Give the name of a file, such as"
-            f" {Path(output) / 'rows.jsonl'}."
-        )
-    return output
+    return read_settings(path, overrides, BuildConfig)

@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 import torch
 
-from mpo.config import as_written
 from mpo.data.examples import Example, TokenizedResponse
 from mpo.models.attention import Document
+from mpo.runtime.settings import as_written
 
 Pool = Literal["response", "all"]
 

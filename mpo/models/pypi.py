@@ -19,9 +19,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from mpo.config import home
 from mpo.runtime.errors import UserError
-from mpo.runtime.files import new_folder, sha256_of_files
+from mpo.runtime.files import home, new_folder, sha256_of_files
 
 PREFIX = "pypi:"
 

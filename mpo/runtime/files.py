@@ -271,3 +271,20 @@ def sha256_of_files(paths: Sequence[Path]) -> str:
             while block := file.read(1 << 22):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def home(name: str) -> str:
+    """The name with `~` replaced by the home folder, which no shell does inside output_dir=~/run.
+
+    Raises:
+        UserError: there is no home folder.
+    """
+    if not name.startswith("~"):
+        return name
+    try:
+        return str(Path(name).expanduser())
+    except RuntimeError as error:
+        raise UserError(
+            f"{name}: {error} Set HOME, or write the whole path (for the models of PyPI: set"
+            " MPO_CACHE)."
+        ) from error

@@ -17,8 +17,9 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 from transformers import PreTrainedModel
 
-from mpo.config import Config, TrainConfig, as_written
+from mpo.config import Config, TrainConfig
 from mpo.runtime.errors import UserError
+from mpo.runtime.settings import as_written
 
 
 def deepspeed_settings(config: Config) -> dict[str, Any]:
