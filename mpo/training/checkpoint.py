@@ -1,21 +1,16 @@
-"""Checkpoints to go on from, and the finished model as a Hugging Face folder.
+"""Checkpoints to go on from, through DeepSpeed, and the finished model as a Hugging Face folder.
 
 Of a model with adapters a checkpoint holds what trains; the frozen weights are read from the base
-model again.
-
-A checkpoint is written under a name ending in `.incomplete` and renamed when every rank has
-finished and all of it is on the disk, so that a folder `step-00000040` is always whole. Its
-`state.json` tells how large each file is, so that one that was damaged later is passed over.
+model again. A checkpoint is written under a name ending in `.incomplete` and renamed when every
+rank has finished and all of it is on the disk, so that a folder `step-00000040` is always whole.
 DeepSpeed writes and reads its own (pickled) files in there: go on only from checkpoints that you
 trust.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,93 +23,19 @@ from mpo.config import ModelConfig
 from mpo.models import lora
 from mpo.models.loading import load_model
 from mpo.runtime.errors import UserError
-from mpo.runtime.files import new_folder, publish, read_object, remove, sync_file, write_json
+from mpo.runtime.files import new_folder, publish, remove, sync_file, write_json
 from mpo.runtime.ranks import is_main, on_main
-
-STATE = "state.json"
-PORTABLE = ".portable"
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A whole checkpoint: `step` optimizer steps were done."""
-
-    folder: Path
-    step: int
-    world_size: int
-    zero_stage: int
-
-
-def newest(checkpoints: Path, log: Callable[[str], None] = lambda line: None) -> Checkpoint | None:
-    """The newest whole checkpoint in the folder, or None where there is none at all. Says which
-    damaged ones it passes over.
-
-    Raises:
-        UserError: there are checkpoints, and all of them are damaged.
-    """
-    damaged = []
-    for name in reversed(_names(checkpoints)):
-        try:
-            return _read(checkpoints / name)
-        except _Damaged as problem:
-            damaged.append(f"{name} ({problem})")
-            log(
-                f"WARNING: The checkpoint {checkpoints / name} is damaged: {problem}. The one"
-                " before it is taken."
-            )
-    if damaged:
-        raise UserError(
-            f"Every checkpoint in {checkpoints} is damaged: {', '.join(damaged)}. Restore the"
-            f" files, or delete the folder {checkpoints} to begin again with the first step."
-        )
-    return None
-
-
-def named(checkpoints: Path, name: str) -> Checkpoint | None:
-    """The checkpoint of that name, or None where there is none. Raises UserError where it is
-    damaged."""
-    if name not in _names(checkpoints):
-        return None
-    try:
-        return _read(checkpoints / name)
-    except _Damaged as problem:
-        raise UserError(
-            f"The checkpoint {checkpoints / name} is damaged: {problem}. Name another one, or"
-            " restore the file."
-        ) from problem
-
-
-def _names(checkpoints: Path) -> list[str]:
-    return sorted(p.name for p in checkpoints.glob("step-*") if re.fullmatch(r"step-\d{8}", p.name))
-
-
-class _Damaged(Exception):
-    """A checkpoint that is not what was written."""
-
-
-def _read(folder: Path) -> Checkpoint:
-    """The checkpoint in a folder, whose files have the sizes that they were written with."""
-    try:
-        state = read_object(folder / STATE)
-    except UserError as error:
-        raise _Damaged(
-            f"{STATE} is missing" if not (folder / STATE).exists() else str(error)
-        ) from error
-    numbers: list[Any] = [state.get(key) for key in ("step", "world_size", "zero_stage")]
-    files = state.get("files")
-    if (
-        not all(isinstance(number, int) for number in numbers)
-        or not isinstance(files, dict)
-        or f"step-{numbers[0]:08d}" != folder.name
-    ):
-        raise _Damaged(f"{STATE} is no description of {folder.name}")
-    for name, size in files.items():
-        path = folder / name
-        if not path.is_file():
-            raise _Damaged(f"{name} is missing" if not path.exists() else f"{name} is no file")
-        if path.stat().st_size != size:
-            raise _Damaged(f"{name} has {path.stat().st_size} bytes and was written with {size}")
-    return Checkpoint(folder, *numbers)
+from mpo.training import portable
+from mpo.training.checkpoint_folder import (
+    INCOMPLETE,
+    STATE,
+    Checkpoint,
+    name_of,
+    names,
+    reading,
+    remove_incomplete,
+    remove_old,
+)
 
 
 def save(
@@ -126,11 +47,11 @@ def save(
     Returns None, or on every rank why it could not be written, such as a full disk; older
     checkpoints are then as they were.
     """
-    name = f"step-{step:08d}"
-    incomplete = checkpoints / f"{name}.incomplete"
+    name = name_of(step)
+    incomplete = checkpoints / f"{name}{INCOMPLETE}"
 
     def prepare() -> str | None:
-        _remove(checkpoints.glob("*.incomplete"))
+        remove_incomplete(checkpoints)
         try:
             incomplete.mkdir(parents=True)
         except OSError as error:
@@ -167,13 +88,13 @@ def save(
                 }
                 write_json(incomplete / STATE, state)
                 publish(incomplete, checkpoints / name)
-                _remove_old(checkpoints, step, keep)
+                remove_old(checkpoints, step, keep)
                 return None
             except (OSError, UserError) as error:
                 failure = str(error)
-        _remove([incomplete])
-        names = _names(checkpoints)
-        older = f"The newest one is {names[-1]}." if names else "There is no older one."
+        remove(incomplete)
+        there = names(checkpoints)
+        older = f"The newest one is {there[-1]}." if there else "There is no older one."
         return (
             f"The checkpoint after step {step} could not be written to {checkpoints}: {failure}."
             f" {older}"
@@ -213,28 +134,6 @@ def _is_partly_frozen(engine: deepspeed.DeepSpeedEngine) -> bool:
     return not all(parameter.requires_grad for parameter in engine.module.parameters())
 
 
-def _remove_old(checkpoints: Path, step: int, keep: int) -> None:
-    """Leaves the newest `keep` checkpoints up to `step`. Later ones are damaged: the run went on
-    from before them."""
-    names = _names(checkpoints)
-    done = [name for name in names if name <= f"step-{step:08d}"]
-    gone = [name for name in names if name not in done[-keep:]]
-    _remove(checkpoints / f"{name}{form}" for name in gone for form in ("", PORTABLE))
-
-
-def _remove(paths: Iterable[Path]) -> None:
-    for path in list(paths):
-        remove(path)
-
-
-def remove_all(checkpoints: Path) -> None:
-    """Removes all of them, and their folder if nothing else is in it. A link in its place, to
-    another disk for instance, stays."""
-    _remove(checkpoints.glob("step-*"))
-    with suppress(OSError):
-        checkpoints.rmdir()
-
-
 def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, zero_stage: int) -> int:
     """Restores weights and optimizer state and returns the number of steps done.
 
@@ -243,10 +142,8 @@ def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, zero_stage: 
     """
     world = dist.get_world_size()
     if (checkpoint.world_size, checkpoint.zero_stage) != (world, zero_stage):
-        from mpo.training import portable as convert  # it reads checkpoints itself
-
-        if convert.portable(checkpoint).exists():
-            return convert.load(engine, convert.portable(checkpoint), zero_stage)
+        if checkpoint.portable.exists():
+            return portable.load(engine, checkpoint.portable, zero_stage)
         run = checkpoint.folder.parent.parent
         raise UserError(
             f"{checkpoint.folder} was written by {checkpoint.world_size} rank(s) under"
@@ -262,23 +159,6 @@ def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, zero_stage: 
         if path is None or state is None:
             raise ValueError("DeepSpeed finds nothing in it")
         return int(state["mpo"]["step"])
-
-
-@contextmanager
-def reading(checkpoint: Checkpoint) -> Iterator[None]:
-    """Turns whatever unpickling raises within the block, for files whose sizes are right, into a
-    UserError that names the checkpoint."""
-    try:
-        yield
-    except (UserError, KeyboardInterrupt):
-        raise
-    except Exception as error:
-        lines = str(error).splitlines() or [""]
-        raise UserError(
-            f"The checkpoint {checkpoint.folder} cannot be read ({type(error).__name__}:"
-            f" {lines[0]}). If its files are damaged, delete that folder: the same command takes"
-            " the one before it."
-        ) from error
 
 
 def export(

@@ -17,8 +17,8 @@ from mpo.models.loading import load_model, load_tokenizer
 from mpo.models.pypi import resolve_model
 from mpo.runtime.errors import UserError
 from mpo.runtime.files import new_folder
-from mpo.training import checkpoint as checkpoints
-from mpo.training import reference
+from mpo.training import checkpoint_folder, reference
+from mpo.training.checkpoint_folder import Checkpoint
 from mpo.training.run_folder import OutputFolder
 
 
@@ -46,9 +46,9 @@ def export_checkpoint(
             f"{run} trained all weights; there are no adapters to merge. Leave out --merge."
         )
     found = (
-        checkpoints.newest(folder.checkpoints, log)
+        checkpoint_folder.newest(folder.checkpoints, log)
         if name is None
-        else checkpoints.named(folder.checkpoints, name)
+        else checkpoint_folder.named(folder.checkpoints, name)
     )
     if found is None:
         raise UserError(
@@ -71,7 +71,7 @@ def export_checkpoint(
             f"{model_config.path} is not the model that {run} began with: its"
             f" {' and '.join(changed)} changed, and the checkpoint is of what it was. Restore it."
         )
-    with checkpoints.reading(found):
+    with checkpoint_folder.reading(found):
         state = _weights(found)
     missing, unknown = model.load_state_dict(
         {key: value.to(model.dtype) for key, value in state.items()}, strict=False
@@ -102,7 +102,7 @@ def _changes(theirs: Any, mine: dict[str, Any], parts: Sequence[str]) -> list[st
     ]
 
 
-def _weights(found: checkpoints.Checkpoint) -> dict[str, torch.Tensor]:
+def _weights(found: Checkpoint) -> dict[str, torch.Tensor]:
     """The whole state dict of a checkpoint. DeepSpeed's files are pickles: they are opened because
     the user names them."""
     if found.zero_stage > 0:

@@ -28,15 +28,10 @@ from safetensors.torch import save_file
 
 from mpo.runtime.errors import UserError
 from mpo.runtime.files import new_folder, read_object, write_json
-from mpo.training import checkpoint as checkpoints
+from mpo.training.checkpoint_folder import PORTABLE, STATE, Checkpoint, newest, reading
 
 KINDS = ("fp32", "exp_avg", "exp_avg_sq")
 VALUES = "values.safetensors"
-
-
-def portable(found: checkpoints.Checkpoint) -> Path:
-    """Where the portable form of a checkpoint is, or would be."""
-    return found.folder.with_name(found.folder.name + checkpoints.PORTABLE)
 
 
 def convert(run: Path, log: Callable[[str], None]) -> Path:
@@ -45,21 +40,21 @@ def convert(run: Path, log: Callable[[str], None]) -> Path:
     Raises:
         UserError: there is no checkpoint, or no whole one; or the portable form cannot be written.
     """
-    found = checkpoints.newest(run / "checkpoints", log)
+    found = newest(run / "checkpoints", log)
     if found is None:
         raise UserError(
             f"{run / 'checkpoints'} holds no whole checkpoint. Give the output folder of a run that"
             " was interrupted."
         )
-    with checkpoints.reading(found):
+    with reading(found):
         values = _of_stage_0(found) if found.zero_stage == 0 else _of_partitions(found)
-    with new_folder(portable(found)) as temporary:
+    with new_folder(found.portable) as temporary:
         save_file(
             {name: value.float().contiguous() for name, value in values.items()}, temporary / VALUES
         )
-        write_json(temporary / checkpoints.STATE, {"step": found.step})
+        write_json(temporary / STATE, {"step": found.step})
     log(f"{len(values) // len(KINDS)} parameters after step {found.step}")
-    return portable(found)
+    return found.portable
 
 
 def load(engine: deepspeed.DeepSpeedEngine, folder: Path, zero_stage: int) -> int:
@@ -101,12 +96,12 @@ def _check_portable(folder: Path, shapes: dict[str, torch.Size]) -> int:
     Raises:
         UserError: it is damaged or of another model.
     """
-    name = folder.name.removesuffix(checkpoints.PORTABLE)
+    name = folder.name.removesuffix(PORTABLE)
     again = f"Delete {folder} and run `mpo convert {folder.parent.parent}` again."
     try:
-        step = read_object(folder / checkpoints.STATE).get("step")
+        step = read_object(folder / STATE).get("step")
         if not isinstance(step, int) or f"step-{step:08d}" != name:
-            raise ValueError(f"{checkpoints.STATE} is not of {name}")
+            raise ValueError(f"{STATE} is not of {name}")
         with safe_open(folder / VALUES, "pt") as file:
             sizes = {key: math.prod(file.get_slice(key).get_shape()) for key in file.keys()}
     except (UserError, OSError, SafetensorError, ValueError) as error:
@@ -173,7 +168,7 @@ def _set(
         safe_set_full_optimizer_state(parameter, value, kind)
 
 
-def _of_stage_0(found: checkpoints.Checkpoint) -> dict[str, torch.Tensor]:
+def _of_stage_0(found: Checkpoint) -> dict[str, torch.Tensor]:
     """Stage 0 keeps torch's own state dicts. DeepSpeed's files are pickles: they are opened because
     the user names the run."""
     saved = torch.load(
@@ -193,7 +188,7 @@ def _of_stage_0(found: checkpoints.Checkpoint) -> dict[str, torch.Tensor]:
     return values
 
 
-def _of_partitions(found: checkpoints.Checkpoint) -> dict[str, torch.Tensor]:
+def _of_partitions(found: Checkpoint) -> dict[str, torch.Tensor]:
     """Through DeepSpeed's converter, whose output is one file per parameter and kind."""
     with tempfile.TemporaryDirectory(dir=found.folder.parent, prefix=".converting-") as temporary:
         out = Path(temporary) / "universal"

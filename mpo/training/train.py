@@ -45,7 +45,7 @@ from mpo.runtime.files import write_json
 from mpo.runtime.interruption import Interrupted, Interruption, interruptions
 from mpo.runtime.progress import Progress
 from mpo.runtime.ranks import is_main, launcher_is_gone, on_main, start
-from mpo.training import checkpoint, reference
+from mpo.training import checkpoint, checkpoint_folder, reference
 from mpo.training.cpu_adam import compile_cpu_adam
 from mpo.training.engine import (
     build_engine,
@@ -132,7 +132,7 @@ def _train(config: Config, interruption: Interruption) -> dict[str, Any]:
         on_main(lambda: folder.save_gaps_before(measured_before))
 
     first_step = 0
-    latest = on_main(lambda: checkpoint.newest(folder.checkpoints, progress.log))
+    latest = on_main(lambda: checkpoint_folder.newest(folder.checkpoints, progress.log))
     if latest is not None:
         first_step = checkpoint.load(engine, latest, config.zero.stage)
         progress.log(f"Going on from {latest.folder} ({first_step} of {schedule.steps} steps done)")
@@ -242,7 +242,7 @@ def _finish(
     report.plot(folder.metrics, result, folder.plot)
     write_json(folder.result, result)
     if config.checkpoint.every is None and config.checkpoint.export:
-        checkpoint.remove_all(folder.checkpoints)
+        checkpoint_folder.remove_all(folder.checkpoints)
     report.print_table(result, progress.console)
     progress.log(f"Written to {folder.root}: " + ", ".join(folder.listing()))
 

@@ -26,7 +26,7 @@ import mpo.evaluation.report
 import mpo.training.reference
 import mpo.training.train
 from mpo.config import load_config
-from mpo.training import checkpoint
+from mpo.training import checkpoint, checkpoint_folder
 
 PLACES: dict[str, tuple[Any, str]] = {
     "rows": (mpo.training.train, "prepare"),
@@ -94,7 +94,7 @@ def main(configuration: Path, stops: list[list[str]], overrides: list[str]) -> N
             except (Exception, KeyboardInterrupt) as error:
                 raised = f"{type(error).__name__}: {error}"
         gc.collect()  # the folder's lock goes with the run's object
-        found = checkpoint.newest(out / "checkpoints")
+        found = checkpoint_folder.newest(out / "checkpoints")
         seen = {
             "place": place,
             "how": how,

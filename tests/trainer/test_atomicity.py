@@ -28,7 +28,7 @@ from mpo.models.loading import Scores
 from mpo.models.scoring import Gaps
 from mpo.runtime.errors import UserError
 from mpo.runtime.files import new_folder, remove_incomplete, write_json
-from mpo.training import checkpoint, reference
+from mpo.training import checkpoint, checkpoint_folder, reference
 from mpo.training.run_folder import OutputFolder, read_metrics
 
 KILLED, REFUSED, DONE_ANYWAY, WRONG = 9, 3, 4, 5
@@ -418,12 +418,12 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path, how, keep, one_rank):
             raise UserError("cannot be written")
 
     def check(folder, done):
-        found = checkpoint.newest(folder / "checkpoints", pytest.fail)
+        found = checkpoint_folder.newest(folder / "checkpoints", pytest.fail)
         assert found.step == 3 if done else found.step in (2, 3)
         assert is_whole(found, "third" if found.step == 3 else "second")
         assert how == "killed" or found.step == 3 or not junk(folder)
         assert save(folder, 4, keep, mark="fourth") is None
-        assert checkpoint.newest(folder / "checkpoints", pytest.fail).step == 4
+        assert checkpoint_folder.newest(folder / "checkpoints", pytest.fail).step == 4
         assert len(steps_in(folder)) == keep and not junk(folder)
 
     assert every_end(tmp_path, how, prepare, work, check) >= 10
@@ -434,7 +434,7 @@ def test_an_end_within_deepspeed_leaves_the_older_checkpoint(tmp_path, one_rank,
     assert save(tmp_path, 1) is None
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path, 2, fails=(name, KeyboardInterrupt()))
-    assert checkpoint.newest(tmp_path / "checkpoints", pytest.fail).step == 1
+    assert checkpoint_folder.newest(tmp_path / "checkpoints", pytest.fail).step == 1
     assert steps_in(tmp_path) == ["step-00000001", "step-00000002.incomplete"]
     engine = Engine(fails=(name, OSError(28, "No space left on device")))
     failure = checkpoint.save(engine, tmp_path / "checkpoints", 3, 2, 2)
@@ -475,7 +475,7 @@ def test_a_full_disk_on_one_rank_costs_the_checkpoint_on_all(tmp_path, one_rank,
     }
     said = []
     # the file of the other rank is not there
-    assert checkpoint.newest(tmp_path / "checkpoints", said.append).step == 1
+    assert checkpoint_folder.newest(tmp_path / "checkpoints", said.append).step == 1
     assert "rank1_optim_states.pt is missing" in said[0]
 
 
@@ -487,7 +487,7 @@ def test_a_damaged_later_checkpoint_does_not_push_out_the_new_one(tmp_path, one_
     (tmp_path / "checkpoints" / "step-00000009.portable").mkdir()
     said = []
     assert (
-        checkpoint.newest(tmp_path / "checkpoints", said.append).step == 2
+        checkpoint_folder.newest(tmp_path / "checkpoints", said.append).step == 2
         and "model_states.pt has 4 bytes" in said[0]
     )
     assert save(tmp_path, 3, keep=1) is None
@@ -521,5 +521,5 @@ def test_two_real_ranks_of_which_one_has_a_full_disk(project, stage):  # noqa: F
     assert len(read_metrics(out / "metrics.jsonl")) == 60 and not list(
         (out / "checkpoints").glob("*.incomplete")
     )
-    found = checkpoint.newest(out / "checkpoints", pytest.fail)
+    found = checkpoint_folder.newest(out / "checkpoints", pytest.fail)
     assert found is None or found.step < 60

@@ -17,7 +17,7 @@ from mpo.models.loading import load_model
 from mpo.models.pypi import resolve_model
 from mpo.runtime.errors import UserError
 from mpo.runtime.files import write_json
-from mpo.training import checkpoint, export, reference
+from mpo.training import checkpoint_folder, export, reference
 from mpo.training.engine import deepspeed_settings
 from mpo.training.portable import convert
 from mpo.training.run_folder import OutputFolder
@@ -283,7 +283,7 @@ def test_checkpoints_and_exports(folder, tmp_path):
         UserError,
         match=r"Every checkpoint in .* is damaged: step-00000004 \(state.json is missing\)",
     ):
-        checkpoint.newest(tmp_path / "checkpoints")
+        checkpoint_folder.newest(tmp_path / "checkpoints")
 
 
 @pytest.mark.parametrize("adapters", [False, True], ids=["all weights", "adapters"])
@@ -294,9 +294,9 @@ def test_an_export_wants_every_trained_weight_and_no_other(folder, tmp_path, mon
     config = load_config(folder / "run.yaml", options)
     write_json(tmp_path / "config.json", {"config": config.model_dump(mode="json")})
     monkeypatch.setattr(
-        export.checkpoints,
+        checkpoint_folder,
         "newest",
-        lambda *_: checkpoint.Checkpoint(tmp_path / "step-00000004", 4, 1, 2),
+        lambda *_: checkpoint_folder.Checkpoint(tmp_path / "step-00000004", 4, 1, 2),
     )
     trained = {
         name: p.detach()

@@ -25,7 +25,7 @@ from mpo.models.loading import load_model, load_tokenizer
 from mpo.runtime.errors import UserError
 from mpo.runtime.files import write_json
 from mpo.runtime.progress import Progress
-from mpo.training import checkpoint, export
+from mpo.training import checkpoint_folder, export
 from mpo.training.reference import model_identity
 
 VOCABULARIES = ("model.embed_tokens.weight", "lm_head.weight")
@@ -364,7 +364,7 @@ def test_a_checkpoint_is_exported_with_the_tokens_it_was_trained_on(
         tmp_path / "run" / "config.json",
         {"config": now.model_dump(mode="json"), "rows": "", "model": noted},
     )
-    monkeypatch.setattr(checkpoint, "newest", lambda *_: "a checkpoint, which is not read")
+    monkeypatch.setattr(checkpoint_folder, "newest", lambda *_: "a checkpoint, which is not read")
     with pytest.raises(
         UserError, match=f"is not the model that .* began with: its .*{changed} changed.*Restore it"
     ):

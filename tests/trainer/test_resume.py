@@ -24,7 +24,7 @@ from test_train import (
 )
 from tiny import apart, mpo_command, mpo_process
 
-from mpo.training import checkpoint
+from mpo.training import checkpoint_folder
 from mpo.training.run_folder import read_metrics
 
 OPTIONS = ["zero.stage=2", "train.epochs=16", "checkpoint.every=2", "checkpoint.keep=2"]
@@ -221,11 +221,11 @@ def test_half_written_checkpoints_are_passed_over(project, whole):  # noqa: F811
     out = project / "half"
     code, _ = interrupt(project, out, 9, signal.SIGKILL, *OPTIONS)
     assert code == -signal.SIGKILL
-    newest = checkpoint.newest(out / "checkpoints")
+    newest = checkpoint_folder.newest(out / "checkpoints")
     shutil.copytree(newest.folder, out / "checkpoints" / "step-00000099.incomplete")
     shutil.copytree(newest.folder, out / "checkpoints" / "step-00000098")
     (out / "checkpoints" / "step-00000098" / "state.json").unlink()
-    assert checkpoint.newest(out / "checkpoints") == newest
+    assert checkpoint_folder.newest(out / "checkpoints") == newest
     shutil.rmtree(out / "checkpoints" / "step-00000098")
     run(project, "half", *OPTIONS)
     same(out, whole)
