@@ -89,10 +89,6 @@ PENDING = {
     ("mpo.data.inspection", "mpo.models.inputs"),
     ("mpo.evaluation.report", "mpo.training.curves"),
     ("mpo.evaluation.report", "mpo.training.run_folder"),
-    ("mpo.runtime.progress", "mpo.config"),
-    ("mpo.runtime.progress", "mpo.data.examples"),
-    ("mpo.runtime.progress", "mpo.data.sources"),
-    ("mpo.runtime.progress", "mpo.models.packing"),
     ("mpo.training.train", "mpo.evaluation.report"),
 }
 """Arrows of today that go as their files are mended."""

@@ -18,7 +18,7 @@ from mpo.evaluation.report import distinct_names
 from mpo.models import lora
 from mpo.models.inputs import Prepared, check_ids, check_positions
 from mpo.models.loading import bind_mpo_forward, check_model, load_model, load_tokenizer
-from mpo.models.scoring import Gaps, distinct_sequences, measure_gaps, sign_accuracy
+from mpo.models.scoring import Measurement, distinct_sequences, measure_gaps, sign_accuracy
 from mpo.runtime.errors import UserError
 from mpo.runtime.progress import Progress
 from mpo.runtime.ranks import start
@@ -44,7 +44,7 @@ def compare_models(
     device = start()
     settings = {path: _settings_of(path, prepared.model) for path in models}
     examples = read_by_each(prepared.data, prepared.measured_rows, settings.values(), progress.log)
-    measured: dict[str, Gaps] = {}
+    measured: dict[str, Measurement] = {}
     names = dict(zip(settings, distinct_names(list(settings)), strict=True))
     for path, model_config in settings.items():
         model = cast(torch.nn.Module, bind_mpo_forward(load_model(model_config), config.loss)).to(
@@ -103,7 +103,7 @@ def read_by_each(
 
 
 def summarise(
-    examples: Sequence[Example], measured: dict[str, Gaps], beta: float
+    examples: Sequence[Example], measured: dict[str, Measurement], beta: float
 ) -> dict[str, Any]:
     """Per model, language and over all rows (`all`), in nats per token of the model itself:
 
@@ -116,7 +116,7 @@ def summarise(
     languages = sorted({e.language for e in examples})
     anchor = next(iter(measured.values())).dominant
 
-    def row(gaps: Gaps, places: list[int]) -> dict[str, Any]:
+    def row(gaps: Measurement, places: list[int]) -> dict[str, Any]:
         target, distance = gaps.target[places], (beta * gaps.target[places] - anchor[places]).abs()
         return {
             "n": len(places),

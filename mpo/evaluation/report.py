@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mpo.data.examples import Example
-from mpo.models.scoring import Gaps, sign_accuracy
+from mpo.models.scoring import Measurement, sign_accuracy
 from mpo.runtime.errors import UserError
 from mpo.runtime.files import read_object
 from mpo.runtime.terminal import show_table
@@ -21,7 +21,7 @@ from mpo.training.run_folder import OutputFolder, read_metrics
 
 
 def summarise(
-    examples: Sequence[Example], before: Gaps, after: Gaps, beta: float
+    examples: Sequence[Example], before: Measurement, after: Measurement, beta: float
 ) -> dict[str, Any]:
     """The result of a run on the measured rows.
 

@@ -5,18 +5,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import deepspeed.comm as dist
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from mpo.data.examples import Example, TokenizedResponse
 from mpo.models.attention import shares_prompts_of
 from mpo.models.loading import Scores
 from mpo.models.packing import Pool, pack_for_scoring
+from mpo.runtime.files import new_folder
 
 TOKENS_PER_BATCH = 4096
 """Packed tokens of one forward pass without gradients. It bounds memory; the scores do not depend
 on the number of ranks."""
+MEASURED = "gaps.safetensors"
+"""The file of a measurement that is kept."""
 
 
 def score_sequences(
@@ -59,12 +65,36 @@ def score_sequences(
 
 
 @dataclass(frozen=True)
-class Gaps:
-    """Reward gaps of R examples, and the pooled hidden states of their dominant sequences."""
+class Measurement:
+    """What a model makes of R measured examples: their reward gaps, and the pooled hidden states of
+    their dominant sequences."""
 
     target: torch.Tensor  # (R,) float32
     dominant: torch.Tensor  # (R,) float32
     pooled: torch.Tensor  # (R, 2, D) float32: dominant chosen, dominant rejected
+
+    def save(self, folder: Path) -> None:
+        """Keeps it in a folder of its own. Raises UserError where that cannot be written."""
+        with new_folder(folder) as temporary:
+            save_file(
+                {name: value.contiguous() for name, value in vars(self).items()},
+                temporary / MEASURED,
+            )
+
+    @classmethod
+    def load(cls, folder: Path, rows: int) -> Measurement | None:
+        """The kept measurement of so many examples, or None where there is none that is whole."""
+        try:
+            kept = cls(**load_file(folder / MEASURED))
+        except (OSError, SafetensorError, ValueError, TypeError):
+            return None
+        fits = (
+            kept.target.shape == kept.dominant.shape == (rows,)
+            and kept.pooled.ndim == 3
+            and kept.pooled.shape[:2] == (rows, 2)
+        )
+        is_finite = all(bool(torch.isfinite(value).all()) for value in vars(kept).values())
+        return kept if fits and is_finite else None
 
 
 def sign_accuracy(gaps: torch.Tensor) -> float:
@@ -79,7 +109,7 @@ def measure_gaps(
     pool: Pool,
     device: torch.device,
     advance: Callable[[int], None] = lambda count: None,
-) -> Gaps:
+) -> Measurement:
     """Reward gap of the target and of the dominant pair of each example. Sequences that examples
     share are scored once."""
     unique = distinct_sequences(examples)
@@ -90,7 +120,7 @@ def measure_gaps(
         return scores.mean_logp[[place[getattr(example, name)] for example in examples]]
 
     dominant_rows = [[place[e.dominant_chosen], place[e.dominant_rejected]] for e in examples]
-    return Gaps(
+    return Measurement(
         target=logps("target_chosen") - logps("target_rejected"),
         dominant=logps("dominant_chosen") - logps("dominant_rejected"),
         pooled=scores.pooled[torch.tensor(dominant_rows)],

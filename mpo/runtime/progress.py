@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
@@ -16,14 +15,6 @@ from rich.table import Column
 from rich.text import Text
 
 from mpo.runtime.terminal import console, moves
-
-# for annotations only: a command that trains nothing need not wait seconds for the libraries behind
-# them
-if TYPE_CHECKING:
-    from mpo.config import Config
-    from mpo.data.examples import Example
-    from mpo.data.sources import BadRow
-    from mpo.models.packing import Schedule
 
 SECONDS_BETWEEN_LINES = 10
 """In a log a long task prints a line this often at most."""
@@ -43,36 +34,6 @@ class Progress:
     def log(self, line: str) -> None:
         """Prints a line."""
         self.console.print(line, soft_wrap=True, markup=False)
-
-    def header(
-        self,
-        config: Config,
-        examples: Sequence[Example],
-        measured: Sequence[Example],
-        dropped: Sequence[BadRow],
-        schedule: Schedule,
-        world: int,
-    ) -> None:
-        """The run in a few lines: model, rows, dropped rows, batch arithmetic."""
-        train = config.train
-        dominant = len({(e.dominant_chosen, e.dominant_rejected) for e in examples})
-        self.log(
-            f"Model     {config.model.path} ({config.model.dtype}), ZeRO-{config.zero.stage},"
-            f" {world} rank(s)"
-        )
-        self.log(f"Training  {_by_language(examples)}, sharing {dominant} dominant pairs")
-        self.log(f"Measured  {_by_language(measured)}")
-        if dropped:
-            reasons = ", ".join(
-                f"{n} {reason}" for reason, n in Counter(b.reason for b in dropped).most_common()
-            )
-            self.log(f"Dropped   {len(dropped)} rows ({reasons}); see dropped_rows.jsonl")
-        self.log(
-            f"Steps     {schedule.steps} of {train.pairs_per_step} pairs (micro-batches of"
-            f" {train.pairs_per_micro_batch}), learning rate {train.learning_rate:g}"
-            f" {train.schedule}, beta {config.loss.beta:g}, retention weight"
-            f" {config.loss.retention_weight:g}"
-        )
 
     @contextmanager
     def task(
@@ -199,12 +160,4 @@ def _shortened(name: str, room: int) -> str:
         set_cell_size(name, room // 2).rstrip()
         + "…"
         + set_cell_size(tail, (room - 1) - room // 2).rstrip()[::-1]
-    )
-
-
-def _by_language(examples: Sequence[Example]) -> str:
-    counts = Counter(e.language for e in examples)
-    return (
-        f"{len(examples)} rows"
-        f" ({', '.join(f'{language} {n}' for language, n in sorted(counts.items()))})"
     )

@@ -1,6 +1,7 @@
-"""The folder of one run: what lies where, and whose it is.
+"""The folder of one run: what lies where, and whose it is. It is read without torch.
 
-config.json           the configuration, and digests of the rows and the model: what makes it this run; and what it began on
+config.json           the configuration, and digests of the rows and the model: what makes it this
+                      run; and what it began on
 metrics.jsonl         one line a logged step
 dropped_rows.jsonl    rows left out, with reasons (only with data.on_bad_row=drop)
 reference/            the reference store; .reference.lock is held while it is built
@@ -17,24 +18,18 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import deepspeed
-import torch
-import transformers
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from mpo.config import Config
 from mpo.data.sources import BadRow
-from mpo.models.scoring import Gaps
 from mpo.runtime.errors import UserError
 from mpo.runtime.files import (
     Claim,
     new_file,
-    new_folder,
     read_object,
     remove_incomplete,
     to_json,
@@ -75,7 +70,12 @@ class OutputFolder:
         self._unwritten: list[str] = []
 
     def open(
-        self, config: Config, rows: str, model: dict[str, Any], may_be_finished: bool = False
+        self,
+        config: Config,
+        rows: str,
+        model: dict[str, Any],
+        threads: int,
+        may_be_finished: bool = False,
     ) -> bool:
         """Claims the folder for this run, until this process ends. Returns whether it holds an
         interrupted run of the same configuration.
@@ -84,6 +84,7 @@ class OutputFolder:
             config: with its data.date settled.
             rows: digest of the rows, `reference.rows_digest`.
             model: digests of the model, `reference.model_identity`.
+            threads: CPU threads of this process.
         Raises:
             UserError: the folder holds another run, a finished one (unless it may), or files that
                 are no run's or are damaged; it cannot be written to; or another process is at work
@@ -94,7 +95,7 @@ class OutputFolder:
             "config": config.model_dump(mode="json"),
             "rows": rows,
             "model": model,
-            "threads": torch.get_num_threads(),
+            "threads": threads,
             "versions": _versions(),
         }
         another = (
@@ -127,11 +128,11 @@ class OutputFolder:
             )
         return True
 
-    def other_threads(self) -> int | None:
+    def other_threads(self, threads: int) -> int | None:
         """How many CPU threads the run began with, where this process has another number of them; a
         CPU's sums depend on it."""
         began_with = self.read().get("threads")
-        return None if began_with == torch.get_num_threads() else began_with
+        return None if began_with == threads else began_with
 
     def other_versions(self) -> list[str]:
         """Libraries that the run began with in another version than they have now."""
@@ -250,31 +251,6 @@ class OutputFolder:
             " curves will lack them."
         )
 
-    def save_gaps_before(self, gaps: Gaps) -> None:
-        """Keeps the gaps before training, which need not be measured again."""
-        with new_folder(self.before) as temporary:
-            save_file(
-                {k: v.contiguous() for k, v in vars(gaps).items()}, temporary / "gaps.safetensors"
-            )
-
-    def load_gaps_before(self, rows: int) -> Gaps | None:
-        """The kept gaps of so many measured rows, or None where there are none that are whole: then
-        they are measured again."""
-        try:
-            gaps = Gaps(**load_file(self.before / "gaps.safetensors"))
-        except (OSError, SafetensorError, ValueError, TypeError):
-            return None
-        fits = (
-            gaps.target.shape == gaps.dominant.shape == (rows,)
-            and gaps.pooled.ndim == 3
-            and gaps.pooled.shape[:2] == (rows, 2)
-        )
-        return (
-            gaps
-            if fits and all(bool(torch.isfinite(v).all()) for v in vars(gaps).values())
-            else None
-        )
-
     def listing(self) -> list[str]:
         """Names of what the run left, for people."""
         return [
@@ -323,7 +299,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _versions() -> dict[str, str]:
     """Versions of what computes. They are no part of a run's identity, but of the last bits of its
     numbers."""
-    return {module.__name__: str(module.__version__) for module in (torch, transformers, deepspeed)}
+    return {package: version(package) for package in ("torch", "transformers", "deepspeed")}
 
 
 def _identity(run: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -39,7 +40,7 @@ from mpo.models.packing import (
     order_of_rows,
     pack,
 )
-from mpo.models.scoring import distinct_sequences, measure_gaps
+from mpo.models.scoring import Measurement, distinct_sequences, measure_gaps
 from mpo.runtime.errors import UserError
 from mpo.runtime.files import write_json
 from mpo.runtime.interruption import Interrupted, Interruption, interruptions
@@ -96,14 +97,15 @@ def _train(config: Config, interruption: Interruption) -> dict[str, Any]:
     )
     folder = OutputFolder(Path(config.output_dir))
     identity = on_main(lambda: reference.model_identity(prepared.model, tokenizer))
-    on_main(lambda: folder.open(config, reference.rows_digest(examples, measured), identity))
+    digest, threads = reference.rows_digest(examples, measured), torch.get_num_threads()
+    on_main(lambda: folder.open(config, digest, identity, threads))
     if dropped:
         on_main(lambda: folder.write_dropped(dropped))
-    if (threads := on_main(folder.other_threads)) is not None:
+    if (began_with := on_main(lambda: folder.other_threads(threads))) is not None:
         progress.log(
-            f"WARNING: This run began with {threads} CPU thread(s) a rank and goes on with"
-            f" {torch.get_num_threads()}, which changes the last bits of a CPU's sums. Set"
-            f" OMP_NUM_THREADS={threads} to go on bit for bit."
+            f"WARNING: This run began with {began_with} CPU thread(s) a rank and goes on with"
+            f" {threads}, which changes the last bits of a CPU's sums. Set"
+            f" OMP_NUM_THREADS={began_with} to go on bit for bit."
         )
     if versions := on_main(folder.other_versions):
         progress.log(
@@ -112,7 +114,7 @@ def _train(config: Config, interruption: Interruption) -> dict[str, Any]:
         )
 
     schedule = schedule_of(config, len(examples))
-    progress.header(config, examples, measured, dropped, schedule, dist.get_world_size())
+    _show_header(config, prepared, schedule, progress)
     if config.zero.offload_optimizer:
         compile_cpu_adam(progress.log)
     # from_pretrained looks for it
@@ -122,14 +124,14 @@ def _train(config: Config, interruption: Interruption) -> dict[str, Any]:
     del keep_alive
 
     values = _open_reference(engine, prepared, identity, config, folder, device, progress)
-    before = on_main(lambda: folder.load_gaps_before(len(measured)))
+    before = on_main(lambda: Measurement.load(folder.before, len(measured)))
     if before is None:
         with progress.task("Gaps before training", len(distinct_sequences(measured))) as advance:
             before = measure_gaps(
                 engine, measured, pool=config.loss.pool, device=device, advance=advance
             )
         measured_before = before
-        on_main(lambda: folder.save_gaps_before(measured_before))
+        on_main(lambda: measured_before.save(folder.before))
 
     first_step = 0
     latest = on_main(lambda: checkpoint_folder.newest(folder.checkpoints, progress.log))
@@ -224,6 +226,37 @@ def _train(config: Config, interruption: Interruption) -> dict[str, Any]:
     return result
 
 
+def _show_header(
+    config: Config, prepared: Prepared, schedule: Schedule, progress: Progress
+) -> None:
+    """The run in a few lines: model, rows, dropped rows, batch arithmetic."""
+    train, examples, dropped = config.train, prepared.examples, prepared.dropped
+    dominant = len({(e.dominant_chosen, e.dominant_rejected) for e in examples})
+    progress.log(
+        f"Model     {config.model.path} ({config.model.dtype}), ZeRO-{config.zero.stage},"
+        f" {dist.get_world_size()} rank(s)"
+    )
+    progress.log(f"Training  {_by_language(examples)}, sharing {dominant} dominant pairs")
+    progress.log(f"Measured  {_by_language(prepared.measured)}")
+    if dropped:
+        reasons = ", ".join(
+            f"{n} {reason}" for reason, n in Counter(b.reason for b in dropped).most_common()
+        )
+        progress.log(f"Dropped   {len(dropped)} rows ({reasons}); see dropped_rows.jsonl")
+    progress.log(
+        f"Steps     {schedule.steps} of {train.pairs_per_step} pairs (micro-batches of"
+        f" {train.pairs_per_micro_batch}), learning rate {train.learning_rate:g}"
+        f" {train.schedule}, beta {config.loss.beta:g}, retention weight"
+        f" {config.loss.retention_weight:g}"
+    )
+
+
+def _by_language(examples: Sequence[Example]) -> str:
+    counts = Counter(e.language for e in examples)
+    languages = ", ".join(f"{language} {n}" for language, n in sorted(counts.items()))
+    return f"{len(examples)} rows ({languages})"
+
+
 def seed_step(seed: int, step: int) -> None:
     """Makes what a step draws (dropout) a function of seed, step and rank, so that a run that goes
     on draws what it would have drawn."""
@@ -268,7 +301,8 @@ def precompute(config: Config) -> Path:
     identity = on_main(lambda: reference.model_identity(prepared.model, prepared.tokenizer))
     if config.reference.store is None:  # else nothing is written there
         rows = reference.rows_digest(prepared.examples, prepared.measured)
-        on_main(lambda: folder.open(config, rows, identity, may_be_finished=True))
+        threads = torch.get_num_threads()
+        on_main(lambda: folder.open(config, rows, identity, threads, may_be_finished=True))
     keep_alive = HfDeepSpeedConfig(settings) if config.zero.stage == 3 else None
     model = bind_mpo_forward(
         load_model(prepared.model.model_copy(update={"lora": None})), config.loss

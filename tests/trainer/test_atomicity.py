@@ -25,7 +25,7 @@ from tiny import native_rows, save_model, write_rows
 
 from mpo.config import load_config
 from mpo.models.loading import Scores
-from mpo.models.scoring import Gaps
+from mpo.models.scoring import Measurement
 from mpo.runtime.errors import UserError
 from mpo.runtime.files import new_folder, remove_incomplete, write_json
 from mpo.training import checkpoint, checkpoint_folder, reference
@@ -257,31 +257,29 @@ def config(tmp_path_factory):
 def test_a_run_that_never_got_to_begin_is_begun_again(tmp_path, how, config):
     def check(folder, done):
         run = OutputFolder(folder / "run")
-        assert run.open(config, "rows", {}) in ([True] if done else [True, False])
+        assert run.open(config, "rows", {}, 1) in ([True] if done else [True, False])
         assert run.read()["rows"] == "rows" and not junk(folder)
 
     every_end(
         tmp_path,
         how,
         lambda f: None,
-        lambda f: OutputFolder(f / "run").open(config, "rows", {}),
+        lambda f: OutputFolder(f / "run").open(config, "rows", {}, 1),
         check,
     )
 
 
 @both
 def test_gaps_before_are_whole_or_measured_again(tmp_path, how):
-    gaps = Gaps(torch.arange(2.0), torch.ones(2), torch.ones(2, 2, 3))
+    gaps = Measurement(torch.arange(2.0), torch.ones(2), torch.ones(2, 2, 3))
 
     def check(folder, done):
-        found = OutputFolder(folder).load_gaps_before(2)
+        found = Measurement.load(folder / "gaps_before", 2)
         assert (
             found is not None if done else found is None or torch.equal(found.target, gaps.target)
         )
 
-    every_end(
-        tmp_path, how, lambda f: None, lambda f: OutputFolder(f).save_gaps_before(gaps), check
-    )
+    every_end(tmp_path, how, lambda f: None, lambda f: gaps.save(f / "gaps_before"), check)
 
 
 def row(step):
@@ -312,7 +310,7 @@ def lines_from(folder, step):
 @both
 def test_metrics_are_cut_in_one_piece(tmp_path, how, config):
     def prepare(folder):
-        OutputFolder(folder).open(config, "rows", {})
+        OutputFolder(folder).open(config, "rows", {}, 1)
         lines(folder, 5)
 
     def check(folder, done):

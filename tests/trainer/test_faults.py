@@ -42,7 +42,9 @@ def begin(folder, *overrides):
     config = load_config(folder / "run.yaml", list(overrides))
     deepspeed_settings(config)
     prepared = prepare(config, lambda line: None)
-    return OutputFolder(folder / "run").open(config, reference.rows_digest(prepared.examples), {})
+    return OutputFolder(folder / "run").open(
+        config, reference.rows_digest(prepared.examples), {}, 1
+    )
 
 
 def rows_file(folder, change, **options):
@@ -229,22 +231,22 @@ def test_output_folders(folder, tmp_path):
     with pytest.raises(
         UserError, match=r"is not empty and holds no MPO run. Choose another output_dir"
     ):
-        OutputFolder(tmp_path).open(config, "rows", {})
+        OutputFolder(tmp_path).open(config, "rows", {}, 1)
     out = OutputFolder(tmp_path / "run")
-    assert not out.open(config, "rows", {}) and out.open(config, "rows", {})
+    assert not out.open(config, "rows", {}, 1) and out.open(config, "rows", {}, 1)
     with pytest.raises(
         UserError, match="holds another run: the training or the measured rows differ"
     ):
-        out.open(config, "other rows", {})
+        out.open(config, "other rows", {}, 1)
     with pytest.raises(UserError, match=r"holds another run: loss.beta is 1.0 there and 2.0 here"):
-        out.open(load_config(folder / "run.yaml", ["loss.beta=2"]), "rows", {})
+        out.open(load_config(folder / "run.yaml", ["loss.beta=2"]), "rows", {}, 1)
     with pytest.raises(
         UserError, match=r"Another process \(pid \d+ on .*\) is at work in output_dir"
     ):
-        OutputFolder(tmp_path / "run").open(config, "rows", {})
+        OutputFolder(tmp_path / "run").open(config, "rows", {}, 1)
     out.config.write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
-        out.open(config, "rows", {})
+        out.open(config, "rows", {}, 1)
 
 
 def test_ranks_that_cannot_meet():

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from mpo.data.examples import Example, TokenizedResponse
 from mpo.evaluation import gaps, report
-from mpo.models.scoring import Gaps
+from mpo.models.scoring import Measurement
 
 BETA = 2.0
 ANY = TokenizedResponse((1, 2), 1)
@@ -19,12 +19,12 @@ EXAMPLES = [
     Example(f"rows:{i}", language, ANY, ANY, ANY, ANY)
     for i, language in enumerate(("sw", "zh", "sw", "zh"))
 ]
-BEFORE = Gaps(
+BEFORE = Measurement(
     target=torch.tensor([0.5, -0.25, 0.0, 1.0]),  # a gap of exactly 0 is no right order
     dominant=torch.tensor([1.0, 0.5, 0.75, 1.5]),  # |2 * target - dominant| = 0, 1, 0.75, 0.5
     pooled=torch.full((4, 2, 3), 2.0),
 )
-AFTER = Gaps(
+AFTER = Measurement(
     # against the dominant gap *before*: 1, 0.5, 0.25, 3.5
     target=torch.tensor([1.0, 0.5, 0.5, -1.0]),
     dominant=torch.tensor([1.5, 0.25, 0.5, 2.0]),
@@ -160,7 +160,7 @@ def test_each_quantity_has_the_interval_of_its_own_rows():
     """Distances are far from the gaps here, so that no interval can be taken for another."""
     target, anchor = values_of("normal", 40), values_of("normal", 40) * 5
     examples = [EXAMPLES[0]] * 40
-    measured = Gaps(target, anchor, torch.zeros(40, 2, 1))
+    measured = Measurement(target, anchor, torch.zeros(40, 2, 1))
     row = gaps.summarise(examples, {"one": measured}, BETA)["models"]["one"]["all"]
     assert row["target_gap_interval"] == gaps.bootstrap_interval(target)
     assert row["distance_interval"] == gaps.bootstrap_interval((BETA * target - anchor).abs())

@@ -75,7 +75,7 @@ def begin(project, *overrides):
     folder = OutputFolder(Path(config.output_dir))
     model = reference.model_identity(prepared.model, prepared.tokenizer)
     return (
-        folder.open(config, reference.rows_digest(prepared.examples, prepared.measured), model),
+        folder.open(config, reference.rows_digest(prepared.examples, prepared.measured), model, 1),
         prepared,
     )
 
@@ -227,7 +227,7 @@ def test_every_field_is_part_of_a_run_or_known_not_to_be(project, tmp_path):
         project / "run.yaml",
         ["model.lora.rank=4", "data.date=2026-03-02", f"output_dir={tmp_path / 'run'}"],
     )
-    OutputFolder(tmp_path / "run").open(config, "rows", {"weights": "a"})
+    OutputFolder(tmp_path / "run").open(config, "rows", {"weights": "a"}, 1)
     plain = config.model_dump(mode="json")
     fields = dict(leaves(plain))
     assert fields.keys() >= FREE - {"zero.deepspeed"} and len(fields) > 45
@@ -238,7 +238,7 @@ def test_every_field_is_part_of_a_run_or_known_not_to_be(project, tmp_path):
         object.__setattr__(mine, "data", config.data)
         folder = OutputFolder(tmp_path / "run")
         try:
-            assert folder.open(mine, "rows", {"weights": "a"}) and field in FREE, field
+            assert folder.open(mine, "rows", {"weights": "a"}, 1) and field in FREE, field
         except UserError as error:
             assert (
                 field not in FREE
@@ -264,9 +264,9 @@ def test_every_field_is_part_of_a_run_or_known_not_to_be(project, tmp_path):
 def test_other_rows_or_another_model_are_another_run(project, tmp_path, rows, model, message):
     """Whatever the reference: with reference.mode=live no store would notice."""
     config = load_config(project / "run.yaml", ["data.date=2026-03-02"])
-    OutputFolder(tmp_path / "run").open(config, "rows", {"weights": "a"})
+    OutputFolder(tmp_path / "run").open(config, "rows", {"weights": "a"}, 1)
     with pytest.raises(UserError, match=f"holds another run: {message}"):
-        OutputFolder(tmp_path / "run").open(config, rows, model)
+        OutputFolder(tmp_path / "run").open(config, rows, model, 1)
 
 
 def test_a_moved_project_goes_on(project, tmp_path, clock, monkeypatch):
