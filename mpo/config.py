@@ -109,7 +109,7 @@ class ModelConfig(Section):
     trust_remote_code: bool = False
     """Run code that comes with the model. Off unless asked for by name."""
     lora: LoraConfig | None = None
-    """None: all weights are trained. A field of it turns adapters on, e.g. model.lora.rank=16."""
+    """null: all weights are trained. A field of it turns adapters on, e.g. model.lora.rank=16."""
     quantize: Literal["nf4", "int8"] | None = None
     """Load the frozen weights in 4 or 8 bits through bitsandbytes; needs `lora`. Works on a CPU
     too, slowly."""
@@ -132,7 +132,7 @@ class DataConfig(Section):
     """Files of held-out rows for the before/after table. Empty: `eval_rows_per_language` training
     rows are measured instead."""
     eval_rows_per_language: int | None = Field(default=None, ge=1, le=LARGEST)
-    """At most this many rows of each language are measured, evenly spaced over the file. None: all
+    """At most this many rows of each language are measured, evenly spaced over the file. null: all
     rows of `eval`."""
     languages: Languages = ("zh", "ja", "ko", "ar", "bn", "sw")
     """Target languages that language detection chooses from, for files that do not state the
@@ -145,7 +145,7 @@ class DataConfig(Section):
     """Tokens kept of one prompt + response; the response is cut at the end. At least one of its
     tokens must remain."""
     date: datetime | None = None
-    """Date that a chat template prints which prints today's. None: that of the run's first start,
+    """Date that a chat template prints which prints today's. null: that of the run's first start,
     which its folder keeps, or that of the `reference.store` that it shares."""
     on_bad_row: Literal["error", "drop"] = "error"
     """`error` refuses the run and lists bad rows with place and reason; `drop` leaves bad rows out
@@ -182,7 +182,7 @@ class LossConfig(Section):
     """`linear`: loss from hidden states, the logits never exist as a whole. `logits`: the head
     makes all scored rows' logits first."""
     chunk_bytes: int | None = Field(default=None, ge=1, lt=2**63)
-    """Byte budget of one chunk of logits under `linear`. None: the kernel's default."""
+    """Byte budget of one chunk of logits under `linear`. null: the kernel's default."""
 
 
 class ReferenceConfig(Section):
@@ -192,7 +192,7 @@ class ReferenceConfig(Section):
     """`stored`: computed once and kept. `live`: computed in every step with the adapters off; needs
     model.lora."""
     store: Annotated[str, in_a_file(_folder_of_its_own)] | None = None
-    """Folder of the store, which any number of runs may share. None: `<output_dir>/reference`."""
+    """Folder of the store, which any number of runs may share. null: `<output_dir>/reference`."""
 
 
 class TrainConfig(Section):
@@ -269,7 +269,7 @@ class CheckpointConfig(Section):
     """What is written while training, to go on after an interruption."""
 
     every: int | None = Field(default=None, ge=1, le=LARGEST)
-    """Steps between checkpoints. None: only on SIGTERM or Ctrl-C, and after the last step until the
+    """Steps between checkpoints. null: only on SIGTERM or Ctrl-C, and after the last step until the
     model is exported."""
     keep: int = Field(default=2, ge=1, le=LARGEST)
     """Newest checkpoints kept."""
@@ -290,7 +290,7 @@ class TrackConfig(Section):
     project: str = "mpo"
     """Project name at W&B and Comet."""
     run_name: str | None = None
-    """Name of the run there. None: the output folder's name."""
+    """Name of the run there. null: the output folder's name."""
 
 
 class Config(Section):

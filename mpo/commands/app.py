@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from mpo.commands import data, evaluation, training
+from mpo.commands import data, evaluation, reference, training
 from mpo.commands.shared import is_main, note, print_to_stderr
 from mpo.runtime.errors import Status, UserError, installed, mendable, unexpected
 from mpo.runtime.interruption import SENTENCE, Interrupted, requested
@@ -26,6 +26,7 @@ PANELS = {
     ),
     "Evaluation": (evaluation.gaps,),
     "Data": (data.validate,),
+    "Reference": (reference.recipes, reference.fields),
 }
 """The commands as `mpo --help` groups them; the name of each is that of its function."""
 
@@ -62,7 +63,10 @@ def options(
     ] = False,
 ) -> None:
     """Multilingual reward gap optimization: makes a language model as safe in its weaker languages
-    as in its dominant one."""
+    as in its dominant one.
+
+    Begin with: `mpo train demo`
+    """
     if local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
 

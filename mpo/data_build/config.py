@@ -75,7 +75,7 @@ class ServerConfig(Section):
     """Further attempts after a 429, a 5xx, a timeout or a broken answer, 0.5, 1, 2, 4 ... seconds
     apart, or what Retry-After says."""
     max_tokens: int | None = Field(default=None, ge=1, le=LARGEST)
-    """Tokens of one reply. None: the server's own limit. A reply that meets either drops its rows
+    """Tokens of one reply. null: the server's own limit. A reply that meets either drops its rows
     as `truncated`."""
     prompt: str = PROMPT
     """The request, with {source} and {target} for the languages and {text} for the text."""
@@ -162,7 +162,7 @@ class FiltersConfig(Section):
     """Least share of a text's letters that are of its language's script. 0: not looked at."""
     detect_from: int | None = Field(default=40, ge=1, le=LARGEST)
     """A text with at least so many letters must also read as its language, where script alone does
-    not tell. None: not looked at."""
+    not tell. null: not looked at."""
     min_length_ratio: float = Field(default=0.33, ge=0)
     """Least weighted length of a translation over that of its source. Weights: Han character 3,
     kana or Hangul 2, combining mark 0, white space 0, any other character 1; 10 is added to both
