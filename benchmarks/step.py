@@ -158,13 +158,11 @@ def published(model: Any, reference: Any, examples: Sequence[Any]) -> Callable[[
     def gradients(parts: _Parts) -> float:
         total = 0.0
         for e in examples:
-            target, _ = _gap_and_states(model, [e.target_chosen, e.target_rejected])
-            _, pooled = _gap_and_states(model, [e.dominant_chosen, e.dominant_rejected])
+            target, _ = _gap_and_states(model, e.target)
+            _, pooled = _gap_and_states(model, e.dominant)
             parts.mark("forward")
             with torch.no_grad():
-                dominant, kept = _gap_and_states(
-                    reference, [e.dominant_chosen, e.dominant_rejected]
-                )
+                dominant, kept = _gap_and_states(reference, e.dominant)
             parts.mark("reference forward")
             l1 = (target - dominant) ** 2
             ((l1 + (pooled - kept).square().mean()) / len(examples)).backward()
@@ -219,8 +217,8 @@ def exact_gradient(model: Any, examples: Sequence[Any]) -> list[torch.Tensor]:
     network = model.double()
     for e in examples:
         with torch.no_grad():
-            dominant, _ = _gap_and_states(network, [e.dominant_chosen, e.dominant_rejected])
-        target, _ = _gap_and_states(network, [e.target_chosen, e.target_rejected])
+            dominant, _ = _gap_and_states(network, e.dominant)
+        target, _ = _gap_and_states(network, e.target)
         ((target - dominant) ** 2 / len(examples)).backward()
     return [p.grad.float() for p in network.parameters()]
 
@@ -243,7 +241,9 @@ def sides_of(
 
     model = load("sdpa").train()
     padded = [
-        len(pair) * max(len(s.input_ids) for s in pair) for e in examples for pair in _pairs(e)
+        len(pair) * max(len(s.input_ids) for s in pair)
+        for e in examples
+        for pair in (e.target, e.dominant)
     ]
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
     yield Side(
@@ -254,13 +254,6 @@ def sides_of(
     for name, config in settings.items():
         gradients, tokens = ours(model, examples, config)
         yield Side(name, model, optimizer, gradients, tokens)
-
-
-def _pairs(example: Any) -> list[list[Any]]:
-    return [
-        [example.target_chosen, example.target_rejected],
-        [example.dominant_chosen, example.dominant_rejected],
-    ]
 
 
 def compare(
@@ -328,8 +321,8 @@ def main(quick: Quick = False, threads: Threads = 2, out: Out = None, repetition
         for name, more in list(SETTINGS.items())[1 if quick else 0 :]
     }
     prepared = prepare(next(iter(settings.values())), console.print)
-    first = prepared.examples[0].dominant_chosen
-    examples = [e for e in prepared.examples if e.dominant_chosen == first][: 2 if quick else ROWS]
+    first = prepared.examples[0].dominant.chosen
+    examples = [e for e in prepared.examples if e.dominant.chosen == first][: 2 if quick else ROWS]
 
     def small(attention: str) -> Any:
         return AutoModelForCausalLM.from_pretrained(

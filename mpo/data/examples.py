@@ -13,7 +13,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -35,25 +35,34 @@ class TokenizedResponse:
     response_start: int
 
 
+class Answers(NamedTuple):
+    """A prompt with its safe and its unsafe answer, as tokens. Iterates as chosen, rejected."""
+
+    chosen: TokenizedResponse
+    rejected: TokenizedResponse
+
+
 @dataclass(frozen=True)
 class Example:
-    """One training example: a target pair and its dominant pair."""
+    """One training example: a row, and both of its pairs as tokens."""
 
-    source: str
-    language: str
-    target_chosen: TokenizedResponse
-    target_rejected: TokenizedResponse
-    dominant_chosen: TokenizedResponse
-    dominant_rejected: TokenizedResponse
+    row: Row
+    dominant: Answers
+    target: Answers
+
+    @property
+    def source(self) -> str:
+        """Where the row came from, for messages."""
+        return self.row.source
+
+    @property
+    def language(self) -> str:
+        """Of the target pair."""
+        return self.row.language
 
     def sequences(self) -> tuple[TokenizedResponse, ...]:
-        """All four."""
-        return (
-            self.target_chosen,
-            self.target_rejected,
-            self.dominant_chosen,
-            self.dominant_rejected,
-        )
+        """All four: target chosen, target rejected, dominant chosen, dominant rejected."""
+        return (*self.target, *self.dominant)
 
 
 def tokenize_rows(
@@ -81,14 +90,8 @@ def tokenize_rows(
     bad: list[BadRow] = []
     for row in rows:
         try:
-            examples.append(
-                Example(
-                    row.source,
-                    row.language,
-                    *encoder.encode_pair(row.target, "target"),
-                    *encoder.encode_pair(row.dominant, "dominant"),
-                )
-            )
+            target = encoder.encode_pair(row.target, "target")
+            examples.append(Example(row, encoder.encode_pair(row.dominant, "dominant"), target))
         except _Unusable as problem:
             bad.append(BadRow(row.source, problem.reason, problem.detail))
     if bad and not examples and {row.reason for row in bad} == {NOT_PREFIX_STABLE}:
@@ -119,16 +122,14 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     }
 
 
-def remarks(
-    row: Row, example: Example, tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[str, str]]:
+def remarks(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, str]]:
     """(reason, detail) of what chat template and tokenizer made of the texts, where what is trained
     on is not what was written."""
     special = special_ids(tokenizer)
-    sides = (("dominant", row.dominant, (example.dominant_chosen, example.dominant_rejected)),)
-    for side, pair, sequences in (
-        *sides,
-        ("target", row.target, (example.target_chosen, example.target_rejected)),
+    row = example.row
+    for side, pair, answers in (
+        ("dominant", row.dominant, example.dominant),
+        ("target", row.target, example.target),
     ):
         for text in texts_of(pair):
             held = [
@@ -144,7 +145,7 @@ def remarks(
                         " reads as a control token"
                     ),
                 )
-        prompt = _bare(decode(sequences[0].input_ids[: sequences[0].response_start], tokenizer))
+        prompt = _bare(decode_view(answers.chosen, tokenizer)[0])
         for message in pair.prompt:
             if _bare(message.content) not in prompt:
                 yield (
@@ -154,11 +155,11 @@ def remarks(
                         " as it was written"
                     ),
                 )
-        for kind, sequence in zip(("chosen", "rejected"), sequences, strict=True):
-            answer, scored = (
-                _bare(getattr(pair, kind)),
-                _bare(decode(sequence.input_ids[sequence.response_start :], tokenizer)),
-            )
+        for kind, written, response in (
+            ("chosen", pair.chosen, answers.chosen),
+            ("rejected", pair.rejected, answers.rejected),
+        ):
+            answer, scored = _bare(written), _bare(decode_view(response, tokenizer)[1])
             # data.max_length may cut through a letter, or between a letter and its marks
             beginning = scored.split("\ufffd")[0][:-4]
             if not scored.startswith(answer) and not answer.startswith(beginning):
@@ -223,24 +224,24 @@ class _Encoder:
         self._tokenizer, self._max_length = tokenizer, config.max_length
         self._template = dated(tokenizer.get_chat_template(), config.date or datetime.now())
         self._special = special_ids(tokenizer)
-        self._done: dict[Pair, tuple[TokenizedResponse, TokenizedResponse]] = {}
+        self._done: dict[Pair, Answers] = {}
 
-    def encode_pair(self, pair: Pair, side: str) -> tuple[TokenizedResponse, TokenizedResponse]:
+    def encode_pair(self, pair: Pair, side: str) -> Answers:
         if pair not in self._done:
             frame = self._frame_of(pair)
-            self._done[pair] = (
+            self._done[pair] = Answers(
                 self._encode(pair, "chosen", side, frame),
                 self._encode(pair, "rejected", side, frame),
             )
-        chosen, rejected = self._done[pair]
-        if chosen == rejected:
-            count = len(chosen.input_ids) - chosen.response_start
+        answers = self._done[pair]
+        if answers.chosen == answers.rejected:
+            count = len(answers.chosen.input_ids) - answers.chosen.response_start
             raise _Unusable(
                 "chosen_equals_rejected",
                 f"the {side} pair has no gap: both answers are the same {count} tokens after the"
                 f" chat template and data.max_length {self._max_length}",
             )
-        return chosen, rejected
+        return answers
 
     def _frame_of(self, pair: Pair) -> _Frame:
         conversation = pair.conversation()

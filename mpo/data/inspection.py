@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mpo.config import Config
 from mpo.data.detection import LanguageDetector, clearly_in_another, told_apart
-from mpo.data.examples import Example, decode_view, remarks
+from mpo.data.examples import Answers, Example, decode_view, remarks
 from mpo.data.sources import Pair, Row, texts_of
 from mpo.languages import is_known, script_share, scripts_of
 from mpo.models.inputs import Prepared
@@ -34,26 +34,23 @@ def examine(config: Config, prepared: Prepared) -> dict[str, Any]:
     detail}]), `views`.
     """
     examples = prepared.examples
-    pairs = [
-        *zip(prepared.rows, examples, strict=True),
-        *zip(prepared.held_out_rows, prepared.held_out, strict=True),
-    ]
+    every = [*examples, *prepared.held_out]
     return {
         "languages": _of_each_language(examples, config.data.max_length),
         "held_out": _of_each_language(prepared.held_out, config.data.max_length),
-        "dominant_pairs": len({(e.dominant_chosen, e.dominant_rejected) for e in examples}),
+        "dominant_pairs": len({e.dominant for e in examples}),
         "dropped": dict(Counter(row.reason for row in prepared.dropped).most_common()),
         "suspicious": (
             [
-                {"source": row.source, "reason": reason, "detail": detail}
-                for row, example in pairs
+                {"source": example.source, "reason": reason, "detail": detail}
+                for example in every
                 for reason, detail in (
-                    *_suspicions(row, example, config),
-                    *remarks(row, example, prepared.tokenizer),
+                    *_suspicions(example, config),
+                    *remarks(example, prepared.tokenizer),
                 )
             ]
-            + _repeated(prepared.rows, prepared.held_out_rows)
-            + _unknown_languages([row for row, _ in pairs])
+            + _repeated([e.row for e in examples], [e.row for e in prepared.held_out])
+            + _unknown_languages([e.row for e in every])
         ),
         "views": [_view(e, prepared.tokenizer) for e in _first_of_each_language(examples)],
     }
@@ -135,7 +132,8 @@ def show(report: dict[str, Any], console: Console) -> None:
             console.print(scored, style="reverse", markup=False, highlight=False, soft_wrap=True)
 
 
-def _suspicions(row: Row, example: Example, config: Config) -> Iterator[tuple[str, str]]:
+def _suspicions(example: Example, config: Config) -> Iterator[tuple[str, str]]:
+    row = example.row
     for side, pair in (("dominant", row.dominant), ("target", row.target)):
         for place, text in _texts(pair):
             if html.unescape(text) != text:
@@ -166,11 +164,9 @@ def _suspicions(row: Row, example: Example, config: Config) -> Iterator[tuple[st
                 == dominant
             ):
                 yield "untranslated", f"the target {place} reads as {dominant}"
-    for kind in ("chosen", "rejected"):
-        mine, theirs = getattr(example, f"target_{kind}"), getattr(example, f"dominant_{kind}")
-        ratio = (len(mine.input_ids) - mine.response_start) / (
-            len(theirs.input_ids) - theirs.response_start
-        )
+    for kind, *answers in zip(Answers._fields, example.target, example.dominant, strict=True):
+        target, other = (len(answer.input_ids) - answer.response_start for answer in answers)
+        ratio = target / other
         if not SHORTEST <= ratio <= LONGEST:
             yield (
                 "length_ratio",
@@ -233,8 +229,8 @@ def _of_each_language(examples: Sequence[Example], limit: int) -> dict[str, Any]
 
 
 def _lengths(examples: Sequence[Example], limit: int) -> dict[str, Any]:
-    targets = [s for e in examples for s in (e.target_chosen, e.target_rejected)]
-    dominants = [s for e in examples for s in (e.dominant_chosen, e.dominant_rejected)]
+    targets = [s for e in examples for s in e.target]
+    dominants = [s for e in examples for s in e.dominant]
     return {
         "rows": len(examples),
         "target": _percentiles([len(s.input_ids) for s in targets]),
@@ -262,6 +258,6 @@ def _view(example: Example, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any
     return {
         "source": example.source,
         "language": example.language,
-        "chosen": decode_view(example.target_chosen, tokenizer),
-        "rejected": decode_view(example.target_rejected, tokenizer),
+        "chosen": decode_view(example.target.chosen, tokenizer),
+        "rejected": decode_view(example.target.rejected, tokenizer),
     }

@@ -43,7 +43,9 @@ def compare_models(
     """
     device = start()
     settings = {path: _settings_of(path, prepared.model) for path in models}
-    examples = read_by_each(prepared.data, prepared.measured_rows, settings.values(), progress.log)
+    examples = read_by_each(
+        prepared.data, [e.row for e in prepared.measured], settings.values(), progress.log
+    )
     measured: dict[str, Measurement] = {}
     names = dict(zip(settings, distinct_names(list(settings)), strict=True))
     for path, model_config in settings.items():

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from mpo.config import Config, DataConfig, ModelConfig
 from mpo.data.examples import Example, remarks, tokenize_rows
 from mpo.data.run_date import with_date
-from mpo.data.sources import LOOKED_AT, BadRow, Row, load_rows
+from mpo.data.sources import LOOKED_AT, BadRow, load_rows
 from mpo.models import lora
 from mpo.models.loading import check_model, load_tokenizer, positions_of, refuse_foreign_ids
 from mpo.models.pypi import resolve_model
@@ -28,18 +28,13 @@ class Prepared:
     data: DataConfig
     """With the date that a chat template may print."""
     tokenizer: PreTrainedTokenizerBase
-    rows: list[Row]
-    """Training rows as text: rows[i] is examples[i]."""
     examples: list[Example]
-    """Training rows, tokenised."""
-    held_out_rows: list[Row]
-    """All rows of data.eval, as text: held_out_rows[i] is held_out[i]."""
+    """Training rows."""
     held_out: list[Example]
+    """All rows of data.eval."""
     measured: list[Example]
     """Rows whose gaps are reported: held-out ones where data.eval names files, else training
     rows."""
-    measured_rows: list[Row]
-    """The same rows as text, for models that read other tokens."""
     dropped: list[BadRow]
 
 
@@ -61,26 +56,16 @@ def prepare(config: Config, log: Callable[[str], None]) -> Prepared:
         )
     check_model(model)
     tokenizer = load_tokenizer(model)
-    rows, examples, dropped = _read(config.data.train, tokenizer, config, config.data.weights)
-    held_out_rows, held_out, dropped_too = (
-        _read(config.data.eval, tokenizer, config) if config.data.eval else ([], [], [])
+    examples, dropped = _read(config.data.train, tokenizer, config, config.data.weights)
+    held_out, dropped_too = (
+        _read(config.data.eval, tokenizer, config) if config.data.eval else ([], [])
     )
-    texts = {row.source: row for row in [*rows, *held_out_rows]}
     measured = _evenly_spaced(held_out or examples, config.data.eval_rows_per_language)
-    _say_what_differs([*rows, *held_out_rows], [*examples, *held_out], tokenizer, log)
+    _say_what_differs([*examples, *held_out], tokenizer, log)
     check_ids([*examples, *held_out], model)
     check_positions([*examples, *held_out], model)
     return Prepared(
-        model,
-        config.data,
-        tokenizer,
-        rows,
-        examples,
-        held_out_rows,
-        held_out,
-        measured,
-        [texts[e.source] for e in measured],
-        dropped + dropped_too,
+        model, config.data, tokenizer, examples, held_out, measured, dropped + dropped_too
     )
 
 
@@ -114,15 +99,13 @@ def _read(
     tokenizer: PreTrainedTokenizerBase,
     config: Config,
     weights: Sequence[float] = (),
-) -> tuple[list[Row], list[Example], list[BadRow]]:
+) -> tuple[list[Example], list[BadRow]]:
     rows, unreadable = load_rows(files, config.data, weights)
     examples, untokenizable = tokenize_rows(rows, tokenizer, config.data)
-    unusable = {row.source for row in untokenizable}
-    return [row for row in rows if row.source not in unusable], examples, unreadable + untokenizable
+    return examples, unreadable + untokenizable
 
 
 def _say_what_differs(
-    rows: Sequence[Row],
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
     log: Callable[[str], None],
@@ -130,14 +113,14 @@ def _say_what_differs(
     """Counts, in some rows, control tokens in texts and texts that the template leaves out: a model
     trains on those without a word."""
     looked_at = (
-        [i * len(rows) // LOOKED_AT for i in range(LOOKED_AT)]
-        if len(rows) > LOOKED_AT
-        else range(len(rows))
+        [examples[i * len(examples) // LOOKED_AT] for i in range(LOOKED_AT)]
+        if len(examples) > LOOKED_AT
+        else examples
     )
     reasons = Counter(
         reason
-        for i in looked_at
-        for reason in {reason for reason, _ in remarks(rows[i], examples[i], tokenizer)}
+        for example in looked_at
+        for reason in {reason for reason, _ in remarks(example, tokenizer)}
     )
     if reasons:
         counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())

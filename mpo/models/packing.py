@@ -202,8 +202,8 @@ class MicroBatch:
         """In the order of the row: target chosen, target rejected, dominant."""
         examples = self.examples
         return (
-            [e.target_chosen for e in examples]
-            + [e.target_rejected for e in examples]
+            [e.target.chosen for e in examples]
+            + [e.target.rejected for e in examples]
             + [sequence for sequence, _ in self.dominant]
         )
 
@@ -224,7 +224,7 @@ def in_micro_batches(
     """
     weights: dict[TokenizedResponse, float] = {}
     for example in examples:
-        for sequence in (example.dominant_chosen, example.dominant_rejected):
+        for sequence in example.dominant:
             weights[sequence] = weights.get(sequence, 0.0) + 0.5
     chunks = (
         [examples[i : i + pairs] for i in range(0, len(examples), pairs)]
@@ -233,9 +233,7 @@ def in_micro_batches(
     )
     parts: list[MicroBatch] = []
     for chunk in chunks:
-        new = dict.fromkeys(
-            s for e in chunk for s in (e.dominant_chosen, e.dominant_rejected) if s in weights
-        )
+        new = dict.fromkeys(s for e in chunk for s in e.dominant if s in weights)
         dominant = tuple((sequence, weights.pop(sequence)) for sequence in new)
         if tokens is None:
             parts.append(MicroBatch(tuple(chunk), dominant))
@@ -281,7 +279,7 @@ def order_of_rows(
         return shuffled(list(range(len(examples))))
     groups: dict[tuple, list[int]] = {}
     for index, example in enumerate(examples):
-        groups.setdefault((example.dominant_chosen, example.dominant_rejected), []).append(index)
+        groups.setdefault(example.dominant, []).append(index)
     return [index for group in shuffled(list(groups.values())) for index in shuffled(group)]
 
 

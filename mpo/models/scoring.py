@@ -116,31 +116,20 @@ def measure_gaps(
     place = {sequence: i for i, sequence in enumerate(unique)}
     scores = score_sequences(engine, unique, pool=pool, device=device, advance=advance)
 
-    def logps(name: str) -> torch.Tensor:
-        return scores.mean_logp[[place[getattr(example, name)] for example in examples]]
+    def gap(pairs: torch.Tensor) -> torch.Tensor:
+        chosen, rejected = scores.mean_logp[pairs].unbind(1)
+        return chosen - rejected
 
-    dominant_rows = [[place[e.dominant_chosen], place[e.dominant_rejected]] for e in examples]
-    return Measurement(
-        target=logps("target_chosen") - logps("target_rejected"),
-        dominant=logps("dominant_chosen") - logps("dominant_rejected"),
-        pooled=scores.pooled[torch.tensor(dominant_rows)],
+    target, dominant = (
+        torch.tensor([[place[sequence] for sequence in pair] for pair in pairs])
+        for pairs in ([e.target for e in examples], [e.dominant for e in examples])
     )
+    return Measurement(target=gap(target), dominant=gap(dominant), pooled=scores.pooled[dominant])
 
 
 def distinct_sequences(examples: Sequence[Example]) -> list[TokenizedResponse]:
     """All sequences of the examples, each once, in order of appearance."""
-    return list(
-        dict.fromkeys(
-            sequence
-            for e in examples
-            for sequence in (
-                e.target_chosen,
-                e.target_rejected,
-                e.dominant_chosen,
-                e.dominant_rejected,
-            )
-        )
-    )
+    return list(dict.fromkeys(sequence for e in examples for sequence in e.sequences()))
 
 
 def _batches(sequences: Sequence[TokenizedResponse]) -> list[list[int]]:

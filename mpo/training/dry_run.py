@@ -45,9 +45,7 @@ def describe(config: Config) -> dict[str, Any]:
         "pairs_per_step": config.train.pairs_per_step,
         "micro_batches_per_step_one_rank": math.ceil(len(tokens) / len(steps)),
         "tokens_per_micro_batch": {"mean": round(sum(tokens) / len(tokens)), "max": max(tokens)},
-        "reference_sequences": len(
-            {s for e in examples for s in (e.dominant_chosen, e.dominant_rejected)}
-        ),
+        "reference_sequences": len({s for e in examples for s in e.dominant}),
         "size": size._asdict(),
         "zero_stage": config.zero.stage,
         "dtype": config.model.dtype,

@@ -64,7 +64,7 @@ class ReferenceStore:
 
     def gap(self, example: Example) -> float:
         """RG of the example's dominant pair under the reference: the constant of L1."""
-        chosen, rejected = self.rows[example.dominant_chosen], self.rows[example.dominant_rejected]
+        chosen, rejected = (self.rows[sequence] for sequence in example.dominant)
         return float(self.scores.mean_logp[chosen] - self.scores.mean_logp[rejected])
 
     def of(self, sequences: Sequence[TokenizedResponse]) -> ReferenceStore:
@@ -79,9 +79,7 @@ class ReferenceStore:
 
 def dominant_sequences(examples: Sequence[Example]) -> list[TokenizedResponse]:
     """The distinct dominant sequences of the examples, in order of appearance."""
-    return list(
-        dict.fromkeys(s for e in examples for s in (e.dominant_chosen, e.dominant_rejected))
-    )
+    return list(dict.fromkeys(s for e in examples for s in e.dominant))
 
 
 def identity(model: dict[str, Any], examples: Sequence[Example], pool: Pool) -> dict[str, Any]:
@@ -137,21 +135,7 @@ def rows_digest(*groups: Sequence[Example]) -> str:
     in order, group by group."""
     places: dict[TokenizedResponse, int] = {}
     listed = [
-        [
-            [
-                e.language,
-                *(
-                    places.setdefault(s, len(places))
-                    for s in (
-                        e.target_chosen,
-                        e.target_rejected,
-                        e.dominant_chosen,
-                        e.dominant_rejected,
-                    )
-                ),
-            ]
-            for e in group
-        ]
+        [[e.language, *(places.setdefault(s, len(places)) for s in e.sequences())] for e in group]
         for group in groups
     ]
     return _sha256(json.dumps([listed, digest(list(places))], allow_nan=False))
@@ -262,11 +246,7 @@ def build(
     ].tolist()
     if bad:
         on_main(parts.remove)
-        names = [
-            e.source
-            for e in examples
-            if {e.dominant_chosen, e.dominant_rejected} & {sequences[i] for i in bad}
-        ]
+        names = [e.source for e in examples if set(e.dominant) & {sequences[i] for i in bad}]
         raise UserError(
             f"The model gives non-finite log-probabilities or hidden states for {len(bad)} dominant"
             f" sequence(s), e.g. in {names[0]}. Check the model's weights, or train with"

@@ -231,7 +231,7 @@ def _show_header(
 ) -> None:
     """The run in a few lines: model, rows, dropped rows, batch arithmetic."""
     train, examples, dropped = config.train, prepared.examples, prepared.dropped
-    dominant = len({(e.dominant_chosen, e.dominant_rejected) for e in examples})
+    dominant = len({e.dominant for e in examples})
     progress.log(
         f"Model     {config.model.path} ({config.model.dtype}), ZeRO-{config.zero.stage},"
         f" {dist.get_world_size()} rank(s)"
@@ -393,8 +393,7 @@ def make_batch(part: MicroBatch, reference: Reference, config: Config) -> MPOBat
     filler pair of weight 0."""
     sequences = part.sequences() if part.examples else [FILLER, FILLER, *part.sequences()]
     store = reference.of(
-        [s for e in part.examples for s in (e.dominant_chosen, e.dominant_rejected)]
-        + [s for s, _ in part.dominant]
+        [s for e in part.examples for s in e.dominant] + [s for s, _ in part.dominant]
     )
     scored = len(sequences) - len(part.dominant)
     return MPOBatch(

@@ -9,7 +9,8 @@ transformers = pytest.importorskip("transformers")
 from benchmarks import step  # noqa: E402
 from benchmarks.output import Machine  # noqa: E402
 from mpo.config import load_config  # noqa: E402
-from mpo.data.examples import Example, TokenizedResponse  # noqa: E402
+from mpo.data.examples import Answers, Example, TokenizedResponse  # noqa: E402
+from mpo.data.sources import Pair, Row  # noqa: E402
 
 VOCAB = 61
 SETTINGS = {
@@ -41,11 +42,11 @@ def examples():
         ids = [
             torch.randint(2, VOCAB, (n,), generator=generator).tolist() for n in (prompt, *lengths)
         ]
-        return [TokenizedResponse((*ids[0], *response), prompt) for response in ids[1:]]
+        return Answers(*(TokenizedResponse((*ids[0], *response), prompt) for response in ids[1:]))
 
-    dominant = pair(4, 5, 3)
+    dominant, no_text = pair(4, 5, 3), Pair(prompt=(), chosen="", rejected="")
     return [
-        Example(str(i), language, *pair(3 + i, 4 + i, 6 - i), *dominant)
+        Example(Row(str(i), language, no_text, no_text), dominant, pair(3 + i, 4 + i, 6 - i))
         for i, language in enumerate(("sw", "zh", "ar"))
     ]
 
@@ -83,14 +84,7 @@ def test_a_wrong_gradient_is_marked(settings, monkeypatch):
 
     def wrong(model, rows, config):
         swapped = [
-            Example(
-                e.source,
-                e.language,
-                e.target_chosen,
-                e.dominant_rejected,
-                e.dominant_chosen,
-                e.dominant_rejected,
-            )
+            Example(e.row, e.dominant, e.target._replace(rejected=e.dominant.rejected))
             for e in rows
         ]
         return right(model, swapped if config is settings["all"] else rows, config)

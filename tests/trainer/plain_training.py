@@ -68,11 +68,7 @@ def train_plainly(
         return logps.mean(), output.hidden_states[-1][0, start:].mean(0)
 
     with torch.no_grad():
-        reference = {
-            s: mean_logp_and_pool(s)
-            for e in examples
-            for s in (e.dominant_chosen, e.dominant_rejected)
-        }
+        reference = {s: mean_logp_and_pool(s) for e in examples for s in e.dominant}
     options: dict[str, Any] = {
         "betas": config.train.adam_betas,
         "weight_decay": config.train.weight_decay,
@@ -85,10 +81,10 @@ def train_plainly(
         l1 = l2 = torch.zeros(())
         for row in rows:
             gap = (
-                mean_logp_and_pool(row.target_chosen)[0]
-                - mean_logp_and_pool(row.target_rejected)[0]
+                mean_logp_and_pool(row.target.chosen)[0]
+                - mean_logp_and_pool(row.target.rejected)[0]
             )
-            dominant = (row.dominant_chosen, row.dominant_rejected)
+            dominant = row.dominant
             l1 = l1 + (
                 config.loss.beta * gap - (reference[dominant[0]][0] - reference[dominant[1]][0])
             ).square() / len(rows)

@@ -21,7 +21,7 @@ import yaml
 from conftest import make_tokenizer
 from test_resume import begin
 from test_train import project  # noqa: F401  (a fixture)
-from tiny import native_rows, save_model, write_rows
+from tiny import example_of, native_rows, save_model, write_rows
 
 from mpo.config import load_config
 from mpo.models.loading import Scores
@@ -179,9 +179,9 @@ def test_a_folder_is_the_old_one_or_the_new_one_never_a_part(tmp_path, how, ther
 
 
 def example(i):
-    from mpo.data.examples import Example, TokenizedResponse
+    from mpo.data.examples import TokenizedResponse
 
-    return Example(
+    return example_of(
         f"rows:{i}", "sw", *(TokenizedResponse((1, 2, 3 + i, 4 + k), 2) for k in range(4))
     )
 

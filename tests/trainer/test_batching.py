@@ -9,9 +9,10 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tiny import example_of
 
 from mpo.config import Config, TrainConfig
-from mpo.data.examples import Example, TokenizedResponse
+from mpo.data.examples import TokenizedResponse
 from mpo.models.loading import Scores
 from mpo.models.packing import (
     MicroBatch,
@@ -108,7 +109,7 @@ def examples_of(rows):
         )
 
     return [
-        Example(
+        example_of(
             str(i),
             "sw",
             response(1000 * i, 2, 1 + i % 4),
@@ -155,7 +156,7 @@ def test_every_pair_once_and_every_rank_as_many_micro_batches(
             mine = [examples[p % rows] for p in schedule.share(step, rank, world)]
             want: dict = {}
             for row in mine:
-                for sequence in (row.dominant_chosen, row.dominant_rejected):
+                for sequence in row.dominant:
                     want[sequence] = want.get(sequence, 0) + 0.5
             found = [item for part in parts for item in part.dominant]
             assert dict(found) == want and len(found) == len(want)
@@ -293,9 +294,7 @@ def test_max_steps_overrides_epochs():
 
 @pytest.mark.parametrize("grouped", [False, True])
 def test_order_is_a_function_of_seed_and_epoch(grouped):
-    examples = [
-        SimpleNamespace(dominant_chosen=i // 3, dominant_rejected=-(i // 3)) for i in range(30)
-    ]
+    examples = [SimpleNamespace(dominant=(i // 3, -(i // 3))) for i in range(30)]
     order = order_of_rows(examples, 1, 7, grouped)
     assert sorted(order) == list(range(30)) and order == order_of_rows(examples, 1, 7, grouped)
     assert order != order_of_rows(examples, 2, 7, grouped) and order != order_of_rows(

@@ -275,7 +275,7 @@ def test_every_model_reads_the_date_of_the_run(folders, tmp_path, monkeypatch):
     )
     texts = [
         load_tokenizer(ModelConfig(path=str(folders / "a"))).decode(
-            examples[0].target_chosen.input_ids
+            examples[0].target.chosen.input_ids
         )
         for examples in seen
     ]
@@ -304,7 +304,7 @@ def test_rows_that_one_model_cannot_read_are_measured_of_none(folders, monkeypat
     """A row whose answer does not fit the longer tokens of one template is left out for both, or
     refused with the model's name."""
     config = load_config(folders / "run.yaml")
-    rows = prepare(config, lambda line: None).measured_rows
+    rows = [e.row for e in prepare(config, lambda line: None).measured]
     long = max(rows, key=lambda row: len(row.target.prompt[-1].content))
     lengths = [
         max(s.response_start for s in e.sequences())

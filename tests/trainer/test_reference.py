@@ -1,6 +1,5 @@
 """The reference store on disk, the step-0 self-check, and scoring."""
 
-import dataclasses
 import errno
 import json
 import os
@@ -13,10 +12,10 @@ import torch
 from conftest import TEMPLATES, make_tokenizer
 from safetensors.torch import load_file, save_file
 from test_train import project, run  # noqa: F401  (project is a fixture)
-from tiny import build_model, save_model
+from tiny import build_model, example_of, save_model
 
 from mpo.config import ModelConfig
-from mpo.data.examples import Example, TokenizedResponse
+from mpo.data.examples import TokenizedResponse
 from mpo.models.loading import Scores, load_tokenizer
 from mpo.runtime import files
 from mpo.runtime.errors import UserError
@@ -26,7 +25,7 @@ from mpo.training import reference
 
 def example(i=0):
     responses = [TokenizedResponse((1, 2, 3 + i, 4 + k), 2) for k in range(4)]
-    return Example(f"rows:{i}", "sw", *responses)
+    return example_of(f"rows:{i}", "sw", *responses)
 
 
 def store_of(examples):
@@ -45,7 +44,7 @@ def test_round_trip(tmp_path):
     loaded = reference.load(tmp_path / "reference", manifest, examples)
     assert loaded.gap(examples[1]) == store.gap(examples[1]) == -1.0
     assert torch.equal(
-        loaded.pooled(examples[1].dominant_rejected), store.pooled(examples[1].dominant_rejected)
+        loaded.pooled(examples[1].dominant.rejected), store.pooled(examples[1].dominant.rejected)
     )
 
 
@@ -78,7 +77,7 @@ def test_an_interrupted_save_leaves_no_store(tmp_path, monkeypatch):
 
 def rows_of_four():
     return [
-        Example(f"rows:{i}", "sw", *(TokenizedResponse((1, 2, 10 * i + k), 2) for k in range(4)))
+        example_of(f"rows:{i}", "sw", *(TokenizedResponse((1, 2, 10 * i + k), 2) for k in range(4)))
         for i in range(4)
     ]
 
@@ -434,8 +433,13 @@ def test_the_identity_of_a_store_tells_settings_sequences_and_pooling(model_fold
         assert {name for name in plain if plain[name] != other[name]} == {key}
 
 
-def _changed(e, **changes):
-    return dataclasses.replace(e, **changes)
+def _changed(e, source="rows:0", language="sw", **answers):
+    """The example with other answers: `target_chosen`, `target_rejected`, ..."""
+    four = dict(zip(FOUR, e.sequences(), strict=True)) | answers
+    return example_of(source, language, *four.values())
+
+
+FOUR = ("target_chosen", "target_rejected", "dominant_chosen", "dominant_rejected")
 
 
 def test_each_part_of_the_rows_digest():
@@ -445,7 +449,7 @@ def test_each_part_of_the_rows_digest():
     assert base == reference.rows_digest(
         [example(0), example(1)], [_changed(one, source="elsewhere:7")]
     )  # a place is no content
-    other_start = TokenizedResponse(one.target_chosen.input_ids, 1)
+    other_start = TokenizedResponse(one.target.chosen.input_ids, 1)
     others = {
         "order": ([two, one], [one]),
         "a row twice": ([one, two, two], [one]),
@@ -456,14 +460,14 @@ def test_each_part_of_the_rows_digest():
         "language": ([_changed(one, language="zh"), two], [one]),
         "answers swapped": (
             [
-                _changed(one, target_chosen=one.target_rejected, target_rejected=one.target_chosen),
+                _changed(one, target_chosen=one.target.rejected, target_rejected=one.target.chosen),
                 two,
             ],
             [one],
         ),
         "sides swapped": (
             [
-                _changed(one, target_chosen=one.dominant_chosen, dominant_chosen=one.target_chosen),
+                _changed(one, target_chosen=one.dominant.chosen, dominant_chosen=one.target.chosen),
                 two,
             ],
             [one],
@@ -474,7 +478,7 @@ def test_each_part_of_the_rows_digest():
                 [_changed(one, **{name: TokenizedResponse((9, 9, 9), 2)}), two],
                 [one],
             )
-            for name in ("target_chosen", "target_rejected", "dominant_chosen", "dominant_rejected")
+            for name in FOUR
         },
     }
     digests = {name: reference.rows_digest(*groups) for name, groups in others.items()}

@@ -8,15 +8,16 @@ import numpy
 import pytest
 import torch
 from rich.console import Console
+from tiny import example_of
 
-from mpo.data.examples import Example, TokenizedResponse
+from mpo.data.examples import TokenizedResponse
 from mpo.evaluation import gaps, report
 from mpo.models.scoring import Measurement
 
 BETA = 2.0
 ANY = TokenizedResponse((1, 2), 1)
 EXAMPLES = [
-    Example(f"rows:{i}", language, ANY, ANY, ANY, ANY)
+    example_of(f"rows:{i}", language, ANY, ANY, ANY, ANY)
     for i, language in enumerate(("sw", "zh", "sw", "zh"))
 ]
 BEFORE = Measurement(

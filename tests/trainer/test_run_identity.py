@@ -85,7 +85,7 @@ def test_a_run_of_yesterday_goes_on_today(project, tmp_path, clock):
     goes_on, yesterday = begin(project, out)
     assert not goes_on
     assert "Today is 02 March 2026." in yesterday.tokenizer.decode(
-        yesterday.examples[0].target_chosen.input_ids
+        yesterday.examples[0].target.chosen.input_ids
     )
     clock.now_is = TUESDAY
     goes_on, today = begin(project, out)
@@ -100,7 +100,7 @@ def test_a_run_of_yesterday_goes_on_today(project, tmp_path, clock):
 def test_a_date_may_be_given(project, tmp_path, clock):
     _, given = begin(project, f"output_dir={tmp_path / 'run'}", "data.date=2026-03-03")
     assert "Today is 03 March 2026." in given.tokenizer.decode(
-        given.examples[0].target_chosen.input_ids
+        given.examples[0].target.chosen.input_ids
     )
     clock.now_is = datetime(2030, 1, 1)
     assert begin(project, f"output_dir={tmp_path / 'run'}")[1].examples == given.examples

@@ -49,7 +49,7 @@ def test_the_response_and_its_end_of_turn_are_scored(template, prompt, scored):
     tokenizer = make_tokenizer(template)
     (example,), bad = tokenize_rows([row()], tokenizer, config())
     assert not bad
-    assert decode_view(example.target_chosen, tokenizer) == (prompt, scored)
+    assert decode_view(example.target.chosen, tokenizer) == (prompt, scored)
 
 
 PIECES = st.one_of(
@@ -137,7 +137,7 @@ def test_scored_is_the_answer_and_its_end_of_turn_and_nothing_else(template, kin
                 "answer_rewritten" if rewritten else "answer_joined_with_template"
             ] and (joined or rewritten)
             return
-        prompt, scored = decode_view(examples[0].target_chosen, tokenizer)
+        prompt, scored = decode_view(examples[0].target.chosen, tokenizer)
         # The space before an answer is in its first token, as the model writes it, where the
         # tokenizer has such a token.
         space = (
@@ -176,7 +176,7 @@ def test_an_answer_that_cannot_be_told_from_the_template_is_a_bad_row_with_its_p
     assert len(examples) == 1 and [b.reason for b in bad] == ["answer_joined_with_template"]
     one = row(chosen="\nno thanks")  # "assistant", "\n", "\n", "no": told apart
     assert (
-        decode_view(tokenize_rows([one], tokenizer, config())[0][0].target_chosen, tokenizer)[1]
+        decode_view(tokenize_rows([one], tokenizer, config())[0][0].target.chosen, tokenizer)[1]
         == "\nno thanks<|im_end|>"
     )
 
@@ -188,7 +188,7 @@ def test_a_prompt_has_the_tokens_that_the_model_is_asked_with():
     asked = tokenizer.apply_chat_template(
         [{"role": "user", "content": "hello"}], add_generation_prompt=True
     )["input_ids"]
-    response = example.target_chosen
+    response = example.target.chosen
     assert list(response.input_ids[: response.response_start]) == asked
     assert tokenizer.decode(response.input_ids[response.response_start :]) == "no thanks<|eot|>"
 
@@ -236,9 +236,9 @@ def test_answers_that_are_equal_as_tokens_are_a_bad_row(template, chosen, reject
 def test_truncation_cuts_the_response_and_keeps_at_least_one_token():
     tokenizer = make_tokenizer()
     (whole,), _ = tokenize_rows([row()], tokenizer, config())
-    start = whole.target_chosen.response_start
+    start = whole.target.chosen.response_start
     (cut,), _ = tokenize_rows([row()], tokenizer, config(max_length=start + 1))
-    assert cut.target_chosen.input_ids == whole.target_chosen.input_ids[: start + 1]
+    assert cut.target.chosen.input_ids == whole.target.chosen.input_ids[: start + 1]
     with pytest.raises(UserError, match="response_truncated_away: the target prompt has"):
         tokenize_rows([row()], tokenizer, config(max_length=start))
     examples, bad = tokenize_rows(
@@ -251,15 +251,15 @@ def test_a_pad_token_that_is_the_end_of_turn_is_still_scored():
     tokenizer = make_tokenizer()
     tokenizer.pad_token = "<|im_end|>"
     (example,), _ = tokenize_rows([row()], tokenizer, config())
-    assert tokenizer.decode(example.target_chosen.input_ids[-1:]) == "<|im_end|>"
+    assert tokenizer.decode(example.target.chosen.input_ids[-1:]) == "<|im_end|>"
 
 
 def test_equal_content_is_equal_so_that_shared_pairs_are_found():
     (one, two), _ = tokenize_rows([row(), row()], make_tokenizer(), config())
-    assert one.dominant_chosen == two.dominant_chosen and hash(one.dominant_chosen) == hash(
-        two.dominant_chosen
+    assert one.dominant.chosen == two.dominant.chosen and hash(one.dominant.chosen) == hash(
+        two.dominant.chosen
     )
-    assert one.dominant_chosen != one.dominant_rejected
+    assert one.dominant.chosen != one.dominant.rejected
 
 
 def test_refused_templates():
@@ -297,6 +297,6 @@ def test_a_template_that_is_not_prefix_stable_for_some_conversations_makes_bad_r
 def test_system_prompts_are_part_of_the_prompt():
     tokenizer = make_tokenizer()
     (example,), _ = tokenize_rows([row(system="be nice")], tokenizer, config())
-    assert decode_view(example.target_chosen, tokenizer)[0].startswith(
+    assert decode_view(example.target.chosen, tokenizer)[0].startswith(
         "<|im_start|>system\nbe nice<|im_end|>"
     )

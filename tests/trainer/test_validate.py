@@ -5,10 +5,10 @@ import json
 
 import pytest
 from conftest import make_tokenizer
-from tiny import native_rows, save_model, write_rows
+from tiny import example_of, native_rows, save_model, write_rows
 
 from mpo.config import Config
-from mpo.data.examples import Example, TokenizedResponse
+from mpo.data.examples import TokenizedResponse
 from mpo.data.inspection import examine
 from mpo.models.inputs import _evenly_spaced, prepare
 from mpo.runtime.errors import UserError
@@ -303,11 +303,11 @@ def test_files_of_one_name_are_examined_row_by_row(tmp_path, model_of):
         data={"train": [a, b], "max_length": 200, "on_bad_row": "drop"},
     )
     prepared = prepare(config, print)
-    assert (
-        [r.source for r in prepared.rows]
-        == [e.source for e in prepared.examples]
-        == ["a/rows.jsonl:2", "b/rows.jsonl:1", "b/rows.jsonl:2"]
-    )
+    assert [e.source for e in prepared.examples] == [
+        "a/rows.jsonl:2",
+        "b/rows.jsonl:1",
+        "b/rows.jsonl:2",
+    ]
     assert [d.source for d in prepared.dropped] == ["a/rows.jsonl:1"]
     assert said(examine(config, prepared)) == {("b/rows.jsonl:1", "repeated")}
 
@@ -347,7 +347,7 @@ def test_texts_longer_than_the_models_positions_are_refused_with_the_longest(tmp
 def test_measured_rows_are_spaced_evenly_over_each_language():
     none = TokenizedResponse((1, 2), 1)
     examples = [
-        Example(f"rows:{i}", language, none, none, none, none)
+        example_of(f"rows:{i}", language, none, none, none, none)
         for i, language in enumerate("aababbaaaa" + "aab" + "c")
     ]
     places = {
@@ -365,7 +365,7 @@ def test_measured_rows_are_spaced_evenly_over_each_language():
         assert chosen == sorted(
             [*(places["a"][i] for i in of_a), *(places["b"][i] for i in of_b), *places["c"]]
         )
-    ten = [Example(f"rows:{i}", "sw", none, none, none, none) for i in range(10)]
+    ten = [example_of(f"rows:{i}", "sw", none, none, none, none) for i in range(10)]
     assert [e.source for e in _evenly_spaced(ten, 3)] == ["rows:0", "rows:3", "rows:6"]
     assert _evenly_spaced(ten, 10) == _evenly_spaced(ten, 99) == _evenly_spaced(ten, None) == ten
 

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 import transformers
 
+from mpo.data.examples import Answers, Example, TokenizedResponse
+from mpo.data.sources import Pair, Row
+
 COMMON = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -101,6 +104,14 @@ def native_rows(dominants: int = 3, languages: tuple[str, ...] = ("sw", "zh")) -
         for i in range(dominants)
         for language in languages
     ]
+
+
+def example_of(source: str, language: str, *sequences: TokenizedResponse) -> Example:
+    """An example of four sequences, in the order of `Example.sequences`; its texts do not
+    matter."""
+    no_text = Pair(prompt=(), chosen="", rejected="")
+    row = Row(source, language, dominant=no_text, target=no_text)
+    return Example(row, dominant=Answers(*sequences[2:]), target=Answers(*sequences[:2]))
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:
