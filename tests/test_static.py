@@ -87,9 +87,6 @@ MORE_ARROWS = {
 }
 PENDING = {
     ("mpo.data.inspection", "mpo.models.inputs"),
-    ("mpo.evaluation.report", "mpo.training.curves"),
-    ("mpo.evaluation.report", "mpo.training.run_folder"),
-    ("mpo.training.train", "mpo.evaluation.report"),
 }
 """Arrows of today that go as their files are mended."""
 

@@ -32,7 +32,7 @@ def gaps(
     """
     checked = load(config, overrides)
     with aside(as_json):
-        from mpo.evaluation.gaps import compare_models, show
+        from mpo.evaluation.comparison import compare_models, show
         from mpo.models.inputs import prepare
         from mpo.models.pypi import resolve_model
         from mpo.runtime.progress import Progress

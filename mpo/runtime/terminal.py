@@ -7,6 +7,8 @@ import codecs
 import errno
 import os
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -51,6 +53,16 @@ def show_table(table: Table, console: Console) -> None:
         for header, cell in zip(headers, row, strict=True):
             if cell:
                 console.print(f"{header}: {str(cell).replace(chr(10), '')}", soft_wrap=True)
+
+
+def distinct_names(paths: Sequence[str]) -> list[str]:
+    """As much of the end of each path as tells it from the others: `a/model` and `b/model`."""
+    parts = [Path(path).parts for path in paths]
+    for count in range(1, max(map(len, parts), default=0) + 1):
+        names = [str(Path(*part[-count:])) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return list(paths)
 
 
 class Streams:

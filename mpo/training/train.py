@@ -26,7 +26,6 @@ from transformers.integrations import HfDeepSpeedConfig
 from mpo.config import Config, ReferenceConfig
 from mpo.data.examples import Example
 from mpo.data.run_date import with_date
-from mpo.evaluation import report
 from mpo.models.attention import shares_prompts
 from mpo.models.inputs import Prepared, prepare
 from mpo.models.loading import MPOForward, Scores, bind_mpo_forward, load_model
@@ -47,6 +46,7 @@ from mpo.runtime.interruption import Interrupted, Interruption, interruptions
 from mpo.runtime.progress import Progress
 from mpo.runtime.ranks import is_main, launcher_is_gone, on_main, start
 from mpo.training import checkpoint, checkpoint_folder, reference
+from mpo.training import result as report
 from mpo.training.cpu_adam import compile_cpu_adam
 from mpo.training.engine import (
     build_engine,

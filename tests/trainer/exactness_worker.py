@@ -30,7 +30,7 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from deepspeed.utils import safe_get_full_optimizer_state
 from safetensors.torch import save_file
 
-import mpo.evaluation.report
+import mpo.training.result
 import mpo.training.train
 from mpo.config import load_config
 from mpo.runtime.ranks import is_main
@@ -139,7 +139,7 @@ class Observer:
 
 
 def main(configuration: Path, cells: list[dict[str, Any]]) -> None:
-    mpo.evaluation.report.plot = lambda *_: None  # drawing takes longer than the run
+    mpo.training.result.plot = lambda *_: None  # drawing takes longer than the run
     linear = torch.nn.functional.linear
     for cell in cells:
         torch.nn.functional.linear = linear  # ZeRO-3 puts its own there for the rest of the process

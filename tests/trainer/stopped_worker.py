@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import mpo.evaluation.report
+import mpo.training.result
 import mpo.training.reference
 import mpo.training.train
 from mpo.config import load_config
@@ -40,8 +40,8 @@ PLACES: dict[str, tuple[Any, str]] = {
     "last step": (mpo.training.train.Batches, "micro_batches"),
     "gaps after": (mpo.training.train, "measure_gaps"),
     "export": (checkpoint, "export"),
-    "summary": (mpo.evaluation.report, "summarise"),
-    "picture": (mpo.evaluation.report, "plot"),
+    "summary": (mpo.training.result, "summarise"),
+    "picture": (mpo.training.result, "plot"),
     "result": (mpo.training.train, "write_json"),
 }
 

@@ -17,8 +17,8 @@ from mpo.config import LoraConfig, ModelConfig, load_config
 from mpo.data.sources import Message
 from mpo.data_build.answers import Answerer
 from mpo.data_build.config import AnswersConfig
-from mpo.evaluation import gaps
-from mpo.evaluation.gaps import compare_models
+from mpo.evaluation import comparison as gaps
+from mpo.evaluation.comparison import compare_models
 from mpo.models import lora
 from mpo.models.inputs import prepare
 from mpo.models.loading import load_model, load_tokenizer
@@ -129,7 +129,7 @@ def folders(tmp_path_factory, tokenizer):
 
 def compare(folders, monkeypatch, *names, overrides=()):
     """`mpo gaps` in this process, which is the only rank."""
-    monkeypatch.setattr("mpo.evaluation.gaps.start", lambda: torch.device("cpu"))
+    monkeypatch.setattr("mpo.evaluation.comparison.start", lambda: torch.device("cpu"))
     monkeypatch.setattr(
         "mpo.models.scoring.dist", SimpleNamespace(get_rank=lambda: 0, get_world_size=lambda: 1)
     )
@@ -241,7 +241,7 @@ def test_tokens_of_another_model_are_refused_before_weights_are_loaded(
     def load(*_):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("mpo.evaluation.gaps.load_model", load)
+    monkeypatch.setattr("mpo.evaluation.comparison.load_model", load)
     with pytest.raises(
         UserError,
         match=message.replace(" cannot read the measured rows", "") if as_own else message,
@@ -328,7 +328,7 @@ def test_rows_that_one_model_cannot_read_are_measured_of_none(folders, monkeypat
 
 def test_revision_and_trusted_code_are_for_the_configured_model_alone(folders, monkeypatch):
     seen = []
-    monkeypatch.setattr("mpo.evaluation.gaps.check_model", seen.append)
+    monkeypatch.setattr("mpo.evaluation.comparison.check_model", seen.append)
     monkeypatch.setattr("mpo.models.inputs.check_model", lambda config: None)
     options = ["model.revision=abc", "model.trust_remote_code=true"]
     compare(folders, monkeypatch, "a", "permuted", "adapter", overrides=options)

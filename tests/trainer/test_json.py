@@ -112,7 +112,7 @@ def test_files_have_the_rights_that_the_umask_leaves(tmp_path, umask):
 def test_numbers_that_are_none_are_null_and_said_aloud(tmp_path, monkeypatch, command):
     """What a command reports of a model that gives NaN, whatever the command."""
     from mpo.commands.app import app
-    from mpo.evaluation import gaps
+    from mpo.evaluation import comparison as gaps
     from mpo.models import inputs
     from mpo.training import dry_run, train
 

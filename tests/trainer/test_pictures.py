@@ -15,9 +15,9 @@ from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib import font_manager
 from matplotlib import pyplot as plt
 
-from mpo.evaluation import report
 from mpo.runtime.errors import UserError
 from mpo.training import curves as picture
+from mpo.training import result as report
 from mpo.training.curves import Run
 
 SIX = ("ar", "bn", "ja", "ko", "sw", "zh")

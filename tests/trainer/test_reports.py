@@ -11,8 +11,9 @@ from rich.console import Console
 from tiny import example_of
 
 from mpo.data.examples import TokenizedResponse
-from mpo.evaluation import gaps, report
+from mpo.evaluation import comparison as gaps
 from mpo.models.scoring import Measurement
+from mpo.training import result as report
 
 BETA = 2.0
 ANY = TokenizedResponse((1, 2), 1)

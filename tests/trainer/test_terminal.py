@@ -13,8 +13,10 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from mpo.evaluation import gaps, report
+from mpo.evaluation import comparison as gaps
+from mpo.runtime.terminal import distinct_names
 from mpo.training import memory
+from mpo.training import result as report
 
 LANGUAGES = ("ar", "bn", "ja", "ko", "sw", "zh")
 LONG = "/home/someone/experiments/2026/multilingual/gemma/second-attempt"
@@ -136,7 +138,7 @@ PATHS = [
 @pytest.mark.parametrize("paths", PATHS, ids=[str(i) for i in range(len(PATHS))])
 def test_models_that_differ_have_names_that_differ(paths):
     """At every width; and every number is whole."""
-    names = report.distinct_names(paths)
+    names = distinct_names(paths)
     assert len(set(names)) == 2 and all(
         path.rstrip("/").endswith(name.rstrip("/")) for name, path in zip(names, paths, strict=True)
     )
@@ -153,11 +155,11 @@ def test_models_that_differ_have_names_that_differ(paths):
 
 
 def test_names_are_as_short_as_they_can_be():
-    assert report.distinct_names(["runs/a/model", "runs/b/model"]) == ["a/model", "b/model"]
-    assert report.distinct_names(["runs/a", "other/b"]) == ["a", "b"]
-    assert report.distinct_names(["x/run", "x/run/model"]) == ["run", "model"]
-    assert report.distinct_names(["only/one"]) == ["one"]
-    assert report.distinct_names(["/r/x", "r/x"]) == ["/r/x", "r/x"]
+    assert distinct_names(["runs/a/model", "runs/b/model"]) == ["a/model", "b/model"]
+    assert distinct_names(["runs/a", "other/b"]) == ["a", "b"]
+    assert distinct_names(["x/run", "x/run/model"]) == ["run", "model"]
+    assert distinct_names(["only/one"]) == ["one"]
+    assert distinct_names(["/r/x", "r/x"]) == ["/r/x", "r/x"]
 
 
 def results():

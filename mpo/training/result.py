@@ -15,7 +15,7 @@ from mpo.data.examples import Example
 from mpo.models.scoring import Measurement, sign_accuracy
 from mpo.runtime.errors import UserError
 from mpo.runtime.files import read_object
-from mpo.runtime.terminal import show_table
+from mpo.runtime.terminal import distinct_names, show_table
 from mpo.training import curves as picture
 from mpo.training.run_folder import OutputFolder, read_metrics
 
@@ -95,16 +95,6 @@ def print_table(result: dict[str, Any], console: Console) -> None:
         " square.",
         markup=False,
     )
-
-
-def distinct_names(paths: Sequence[str]) -> list[str]:
-    """As much of the end of each path as tells it from the others: `a/model` and `b/model`."""
-    parts = [Path(path).parts for path in paths]
-    for count in range(1, max(map(len, parts), default=0) + 1):
-        names = [str(Path(*part[-count:])) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    return list(paths)
 
 
 def plot_runs(folders: Sequence[Path], path: Path) -> None:

@@ -14,7 +14,6 @@ from rich.table import Table
 from mpo.config import Config, DataConfig, ModelConfig
 from mpo.data.examples import Example, tokenize_rows
 from mpo.data.sources import Row
-from mpo.evaluation.report import distinct_names
 from mpo.models import lora
 from mpo.models.inputs import Prepared, check_ids, check_positions
 from mpo.models.loading import bind_mpo_forward, check_model, load_model, load_tokenizer
@@ -22,7 +21,7 @@ from mpo.models.scoring import Measurement, distinct_sequences, measure_gaps, si
 from mpo.runtime.errors import UserError
 from mpo.runtime.progress import Progress
 from mpo.runtime.ranks import start
-from mpo.runtime.terminal import show_table
+from mpo.runtime.terminal import distinct_names, show_table
 
 RESAMPLES = 2000
 INTERVAL = 0.95
