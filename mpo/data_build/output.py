@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mpo.runtime.claims import Claim, differences
 from mpo.runtime.errors import UserError
-from mpo.runtime.files import Claim, new_file, read_object, to_json, write_json
+from mpo.runtime.files import new_file, read_object, to_json, write_json
 
 
 class Output:
@@ -86,14 +87,10 @@ class Output:
                 f"output {self.rows} exists, and no report beside it says that this command wrote"
                 f" it. {again}"
             )
-        differing = [
-            f"{name} is {theirs.get(name)!r} there and {value!r} here"
-            for name, value in build.items()
-            if theirs.get(name) != value
-        ]
+        differing = differences({name: theirs.get(name) for name in build}, build)
         if differing:
             raise UserError(
-                f"output {self.rows} is of another build: {'; '.join(differing)}. {again}"
+                f"output {self.rows} is of another build: {'; '.join(map(str, differing))}. {again}"
             )
         if report.get("sha256") != hashlib.sha256(self.rows.read_bytes()).hexdigest():
             raise UserError(f"output {self.rows} was changed after it was built. {again}")

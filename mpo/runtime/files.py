@@ -7,13 +7,11 @@ a killed process leaves it there.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import glob
 import hashlib
 import json
 import math
 import os
-import platform
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
@@ -215,52 +213,6 @@ def _sync_entries(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-class Claim:
-    """A lock file that one process holds, until it lets go or ends, however it ends. File systems
-    without locks are not guarded."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file: TextIO | None = None
-
-    def take(self) -> str | None:
-        """Tries to get hold of it. Returns None, or who has it.
-
-        Raises:
-            UserError: the lock file cannot be made.
-        """
-        if self._file is not None:
-            return None
-        with writing(self._path):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(self._path, "a+", encoding="utf-8", errors="replace")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            with file:
-                file.seek(0)
-                return file.read(200) or "unknown"
-        except OSError:
-            file.close()
-            return None
-        with contextlib.suppress(OSError):  # who it is matters to people only
-            os.ftruncate(file.fileno(), 0)
-            os.write(file.fileno(), f"pid {os.getpid()} on {platform.node()}".encode())
-        self._file = file
-        return None
-
-    @property
-    def is_held(self) -> bool:
-        """Whether this process has the lock: not so on a file system without locks."""
-        return self._file is not None
-
-    def release(self) -> None:
-        """Lets go of it."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
 
 
 def sha256_of_files(paths: Sequence[Path]) -> str:

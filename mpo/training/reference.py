@@ -32,9 +32,9 @@ from mpo.models import attention, lora
 from mpo.models.loading import Scores
 from mpo.models.packing import FILLER, Pool, pack_for_scoring
 from mpo.models.scoring import score_sequences
+from mpo.runtime.claims import Claim
 from mpo.runtime.errors import UserError
 from mpo.runtime.files import (
-    Claim,
     beside,
     new_folder,
     read_json,

@@ -26,9 +26,9 @@ from pydantic import ValidationError
 
 from mpo.config import Config
 from mpo.data.sources import BadRow
+from mpo.runtime.claims import Claim, Difference, differences
 from mpo.runtime.errors import UserError
 from mpo.runtime.files import (
-    Claim,
     new_file,
     read_object,
     remove_incomplete,
@@ -116,11 +116,10 @@ class OutputFolder:
         if not self.config.is_file():
             write_json(self.config, mine)
             return False
-        differing = _differences(_identity(self.read()), _identity(mine))
+        differing = differences(_identity(self.read()), _identity(mine))
         if differing:
-            raise UserError(
-                f"output_dir {self.root} holds another run: {'; '.join(differing)}. {another}"
-            )
+            listed = "; ".join(map(_in_words, differing))
+            raise UserError(f"output_dir {self.root} holds another run: {listed}. {another}")
         if self.result.is_file() and not may_be_finished:
             self._check_result()
             raise UserError(
@@ -320,24 +319,11 @@ def _identity(run: dict[str, Any]) -> dict[str, Any]:
     return {"rows": run.get("rows"), "model": run.get("model"), **fixed}
 
 
-def _differences(theirs: Any, mine: Any, where: str = "") -> list[str]:
-    """`section.field: old there, new here` for every leaf that differs."""
-    if isinstance(theirs, dict) and isinstance(mine, dict):
-        keys = dict.fromkeys([*theirs, *mine])
-        return [
-            d
-            for k in keys
-            for d in _differences(theirs.get(k), mine.get(k), f"{where}.{k}" if where else k)
-        ]
-    if theirs == mine:
-        return []
-    if where == "rows":
-        return ["the training or the measured rows differ"]
-    if where.startswith("model.") and where.removeprefix("model.") in (
-        "weights",
-        "config",
-        "chat_template",
-        "vocabulary",
-    ):
-        return [f"the model's {where.removeprefix('model.').replace('_', ' ')} is another one"]
-    return [f"{where} is {theirs!r} there and {mine!r} here"]
+def _in_words(difference: Difference) -> str:
+    """For people, who would not know a digest."""
+    if difference.where == "rows":
+        return "the training or the measured rows differ"
+    section, _, name = difference.where.partition(".")
+    if section == "model" and name in ("weights", "config", "chat_template", "vocabulary"):
+        return f"the model's {name.replace('_', ' ')} is another one"
+    return str(difference)

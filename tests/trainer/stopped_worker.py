@@ -22,8 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import mpo.training.result
 import mpo.training.reference
+import mpo.training.result
 import mpo.training.train
 from mpo.config import load_config
 from mpo.training import checkpoint, checkpoint_folder

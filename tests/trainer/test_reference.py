@@ -17,9 +17,9 @@ from tiny import build_model, example_of, save_model
 from mpo.config import ModelConfig
 from mpo.data.examples import TokenizedResponse
 from mpo.models.loading import Scores, load_tokenizer
-from mpo.runtime import files
+from mpo.runtime import claims
+from mpo.runtime.claims import Claim
 from mpo.runtime.errors import UserError
-from mpo.runtime.files import Claim
 from mpo.training import reference
 
 
@@ -308,7 +308,7 @@ def test_without_locks_two_builders_end_with_one_whole_store(builder, tmp_path, 
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    monkeypatch.setattr(claims.fcntl, "flock", no_locks)
     build, calls = builder
     score = reference.score_sequences
 

@@ -19,8 +19,8 @@ from mpo.config import Config, load_config
 from mpo.data import run_date
 from mpo.data.run_date import dated, with_date
 from mpo.models.inputs import prepare
+from mpo.runtime.claims import Claim
 from mpo.runtime.errors import UserError
-from mpo.runtime.files import Claim
 from mpo.training import reference
 from mpo.training.run_folder import OutputFolder
 
