@@ -19,8 +19,8 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from mpo.config import DataConfig
+from mpo.data.rows import Finding, Pair, Row, settle_bad_rows
 from mpo.data.run_date import dated
-from mpo.data.sources import BadRow, Pair, Row, settle_bad_rows, texts_of
 from mpo.runtime.errors import UserError
 
 NOT_PREFIX_STABLE = "template_not_prefix_stable"
@@ -67,7 +67,7 @@ class Example:
 
 def tokenize_rows(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: DataConfig
-) -> tuple[list[Example], list[BadRow]]:
+) -> tuple[list[Example], list[Finding]]:
     """Applies the chat template and cuts to config.max_length.
 
     Returns:
@@ -87,13 +87,13 @@ def tokenize_rows(
         )
     encoder = _Encoder(tokenizer, config)
     examples: list[Example] = []
-    bad: list[BadRow] = []
+    bad: list[Finding] = []
     for row in rows:
         try:
             target = encoder.encode_pair(row.target, "target")
             examples.append(Example(row, encoder.encode_pair(row.dominant, "dominant"), target))
         except _Unusable as problem:
-            bad.append(BadRow(row.source, problem.reason, problem.detail))
+            bad.append(Finding(row.source, problem.reason, problem.detail))
     if bad and not examples and {row.reason for row in bad} == {NOT_PREFIX_STABLE}:
         # its doing, not the rows'
         raise UserError(f"The chat template is not prefix-stable: {bad[0].detail}")
@@ -131,7 +131,7 @@ def remarks(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[tu
         ("dominant", row.dominant, example.dominant),
         ("target", row.target, example.target),
     ):
-        for text in texts_of(pair):
+        for text in pair.texts():
             held = [
                 token
                 for token in tokenizer(text, add_special_tokens=False)["input_ids"]

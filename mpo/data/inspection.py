@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from mpo.config import Config
 from mpo.data.detection import LanguageDetector, clearly_in_another, told_apart
 from mpo.data.examples import Answers, Example, decode_view, remarks
-from mpo.data.sources import Pair, Row, texts_of
+from mpo.data.rows import Pair, Row
 from mpo.languages import is_known, script_share, scripts_of
 from mpo.models.inputs import Prepared
 from mpo.runtime.terminal import show_table
@@ -155,7 +155,7 @@ def _suspicions(example: Example, config: Config) -> Iterator[tuple[str, str]]:
         ("dominant", dominant, row.dominant),
         ("target", row.language, row.target),
     ):
-        if (found := clearly_in_another(language, *texts_of(pair))) is not None:
+        if (found := clearly_in_another(language, *pair.texts())) is not None:
             yield "wrong_language", f"the {side} texts read as {found}, not as {language}"
     if scripts_of(row.language) == scripts_of(dominant) and told_apart(row.language, dominant):
         for place in ("chosen", "rejected"):

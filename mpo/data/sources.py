@@ -22,7 +22,7 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,12 +30,11 @@ from pydantic import BaseModel, ValidationError
 
 from mpo.config import DataConfig
 from mpo.data.detection import LanguageDetector, clearly_in_another
+from mpo.data.rows import Finding, Message, Pair, Row, findings_in_pair, is_unicode, settle_bad_rows
 from mpo.languages import canonical, script_share
 from mpo.runtime.errors import UserError
 from mpo.runtime.settings import as_written
 
-LISTED = 10
-"""Bad rows that an error message lists; the rest are counted."""
 LOOKED_AT = 50
 """Dominant pairs of a source whose language is looked at while reading."""
 UNDETERMINED = "und"
@@ -49,27 +48,6 @@ COLUMNS = ("language", "dominant", "target", *PUBLISHED)
 """What rows are made of."""
 
 
-class Message(BaseModel):
-    """One turn of a conversation."""
-
-    model_config = {"frozen": True}
-    role: Literal["system", "user", "assistant"]
-    content: str
-
-
-class Pair(BaseModel):
-    """A prompt with a safe and an unsafe answer."""
-
-    model_config = {"frozen": True}
-    prompt: tuple[Message, ...]
-    chosen: str
-    rejected: str
-
-    def conversation(self) -> list[dict[str, str]]:
-        """The prompt as chat templates take it."""
-        return [message.model_dump() for message in self.prompt]
-
-
 class NativeRow(BaseModel):
     """A line of a native file."""
 
@@ -78,29 +56,9 @@ class NativeRow(BaseModel):
     target: Pair
 
 
-@dataclass(frozen=True)
-class Row:
-    """A dominant pair and its translation. `source` says where it came from, for messages."""
-
-    source: str
-    language: str
-    dominant: Pair
-    target: Pair
-
-
-@dataclass(frozen=True)
-class BadRow:
-    """A row that cannot be trained on: a short stable reason to count by, and a detail that says
-    what to mend."""
-
-    source: str
-    reason: str
-    detail: str
-
-
 def load_rows(
     files: Sequence[str], config: DataConfig, weights: Sequence[float] = ()
-) -> tuple[list[Row], list[BadRow]]:
+) -> tuple[list[Row], list[Finding]]:
     """Reads all sources in their order, the rows of each as often as its weight says.
 
     Returns:
@@ -111,7 +69,7 @@ def load_rows(
             is "error"; or no row is left.
     """
     rows: list[Row] = []
-    bad: list[BadRow] = []
+    bad: list[Finding] = []
     reader = _Reader(config)
     labels = labels_of([*config.train, *config.eval, *files])
     for file, weight in zip(files, weights or [1.0] * len(files), strict=True):
@@ -121,7 +79,7 @@ def load_rows(
         )
         read = [reader.settled(row) if isinstance(row, Row) else row for row in read]
         rows += weighted([row for row in read if isinstance(row, Row)], weight)
-        bad += [row for row in read if isinstance(row, BadRow)]
+        bad += [row for row in read if isinstance(row, Finding)]
     settle_bad_rows(bad, len(rows), files, config.on_bad_row)
     return rows, bad
 
@@ -140,7 +98,7 @@ def check_dominant_language(
         if len(distinct) > LOOKED_AT
         else distinct
     )
-    found = Counter(clearly_in_another(language, *texts_of(pair)) for pair in looked_at)
+    found = Counter(clearly_in_another(language, *pair.texts()) for pair in looked_at)
     del found[None]
     for other, count in found.most_common(1):
         if 2 * count > len(looked_at):
@@ -149,35 +107,6 @@ def check_dominant_language(
                 f" {len(looked_at)} pairs that were looked at). Set {option}={other}, and let no"
                 f" target language be {other}."
             )
-
-
-def settle_bad_rows(
-    bad: Sequence[BadRow],
-    good: int,
-    files: Sequence[str],
-    on_bad_row: Literal["error", "drop"],
-    option: str = "data.on_bad_row",
-) -> None:
-    """Raises UserError that lists bad rows and counts their reasons, unless they may be dropped and
-    something is left.
-
-    `option` is what the user would set to drop them.
-    """
-    if (bad and on_bad_row == "error") or not good:
-        counts = ", ".join(
-            f"{count} {reason}" for reason, count in Counter(b.reason for b in bad).most_common()
-        )
-        listed = "".join(f"\n  {b.source}: {b.reason}: {b.detail}" for b in bad[:LISTED])
-        more = f"\n  ... and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
-        if not good:
-            raise UserError(
-                f"No usable row is left in {', '.join(files)}"
-                f" ({counts or 'the files hold none'}).{listed}{more}"
-            )
-        raise UserError(
-            f"{len(bad)} of {len(bad) + good} rows cannot be trained on ({counts}):{listed}{more}\n"
-            f"Mend them, or set {option}=drop to leave them out."
-        )
 
 
 def weighted(rows: Sequence[Row], weight: float) -> list[Row]:
@@ -367,11 +296,11 @@ class _Reader:
     def _detector(self) -> LanguageDetector:
         return LanguageDetector(self._config.languages, self._config.dominant_language)
 
-    def row(self, source: str, value: Any) -> Row | BadRow:
+    def row(self, source: str, value: Any) -> Row | Finding:
         """The row that a value is, if it is one. The language of a published one is
         undetermined."""
         if not isinstance(value, dict):
-            return BadRow(
+            return Finding(
                 source, "not_an_object", f"holds {type(value).__name__}; a row is a JSON object"
             )
         if "source_conversations" in value or "target_conversations" in value:
@@ -382,13 +311,13 @@ class _Reader:
             first = error.errors()[0]
             field = ".".join(str(part) for part in first["loc"])
             if first["type"] == "missing":
-                return BadRow(source, "missing_field", f"has no {field!r}")
-            return BadRow(
+                return Finding(source, "missing_field", f"has no {field!r}")
+            return Finding(
                 source, "wrong_type", f"{field}: {first['msg']}, not {first['input']!r}"[:300]
             )
         return Row(source, canonical(row.language), row.dominant, row.target)
 
-    def _published(self, source: str, value: dict[str, Any]) -> Row | BadRow:
+    def _published(self, source: str, value: dict[str, Any]) -> Row | Finding:
         roles: dict[str, Literal["system", "user", "assistant"]] = {
             "human": "user",
             "user": "user",
@@ -413,85 +342,49 @@ class _Reader:
         try:
             return Row(source, UNDETERMINED, pair("source"), pair("target"))
         except KeyError as error:
-            return BadRow(source, "missing_field", f"has no {error}")
+            return Finding(source, "missing_field", f"has no {error}")
         except (TypeError, ValidationError) as error:
-            return BadRow(source, "wrong_type", str(error)[:300])
+            return Finding(source, "wrong_type", str(error)[:300])
 
-    def settled(self, row: Row) -> Row | BadRow:
+    def settled(self, row: Row) -> Row | Finding:
         """The row with its language, or the first reason why it cannot be trained on."""
-        dominant = self._config.dominant_language
-        if not row.language:
-            return BadRow(row.source, "empty_language", "language is empty; give a code such as sw")
-        if not is_unicode(row.language):
-            return BadRow(
-                row.source,
-                "not_unicode",
-                "language holds half of a surrogate pair; give a code such as sw",
-            )
-        for side, pair in (("dominant", row.dominant), ("target", row.target)):
-            for problem in problems_of_pair(row.source, side, pair):
-                return problem
-        share = script_share("\n".join(texts_of(row.dominant)), dominant)
-        if share < 0.5:
-            return BadRow(
-                row.source,
-                "wrong_dominant_language",
-                f"{share:.0%} of the letters of the dominant texts are of the script of {dominant},"
-                " data.dominant_language",
-            )
-        offered = None
+        for finding in self._findings_in_texts(row):
+            return finding
+        dominant, offered = self._config.dominant_language, None
         if row.language == UNDETERMINED:
             offered = self._config.languages
-            row = replace(row, language=self._detector.detect(*texts_of(row.target)[-3:]))
+            row = replace(row, language=self._detector.detect(*row.target.texts()[-3:]))
         if row.language == dominant:
-            return BadRow(
+            return Finding(
                 row.source,
                 "target_untranslated",
                 f"the target texts are in the dominant language, {dominant}",
             )
         if offered is not None and row.language not in offered:
-            return BadRow(
+            return Finding(
                 row.source,
                 "language_not_offered",
                 f"the target texts are in {row.language}, which data.languages does not name",
             )
         return row
 
-
-def texts_of(pair: Pair) -> list[str]:
-    """Every text of a pair: the messages of the prompt in their order, then the chosen and the
-    rejected answer."""
-    return [*(message.content for message in pair.prompt), pair.chosen, pair.rejected]
-
-
-def is_unicode(text: str) -> bool:
-    """Whether a text can be written: JSON may escape half of a surrogate pair alone, which is no
-    character."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def problems_of_pair(source: str, side: str, pair: Pair) -> Iterator[BadRow]:
-    """Every reason why a pair cannot be trained on; `side` names it in the details."""
-    if not all(map(is_unicode, texts_of(pair))):
-        yield BadRow(
-            source,
-            "not_unicode",
-            f"the {side} pair holds half of a surrogate pair, which no file can; remove it",
-        )
-    if not pair.prompt or not any(message.content.strip() for message in pair.prompt):
-        yield BadRow(source, "empty_prompt", f"the {side} prompt is empty")
-    elif pair.prompt[-1].role != "user":
-        yield BadRow(
-            source,
-            "prompt_not_ending_with_user",
-            f"the {side} prompt ends with a {pair.prompt[-1].role} message",
-        )
-    for kind in ("chosen", "rejected"):
-        if not getattr(pair, kind).strip():
-            yield BadRow(source, f"empty_{kind}", f"the {side} {kind} answer is empty")
-    if pair.chosen.strip() == pair.rejected.strip():
-        yield BadRow(
-            source,
-            "chosen_equals_rejected",
-            f"the {side} pair has no gap: both answers are the same",
-        )
+    def _findings_in_texts(self, row: Row) -> Iterator[Finding]:
+        if not row.language:
+            yield Finding(row.source, "empty_language", "language is empty; give a code such as sw")
+        elif not is_unicode(row.language):
+            yield Finding(
+                row.source,
+                "not_unicode",
+                "language holds half of a surrogate pair; give a code such as sw",
+            )
+        for side, pair in row.pairs():
+            yield from findings_in_pair(row.source, side, pair)
+        dominant = self._config.dominant_language
+        share = script_share("\n".join(row.dominant.texts()), dominant)
+        if share < 0.5:
+            yield Finding(
+                row.source,
+                "wrong_dominant_language",
+                f"{share:.0%} of the letters of the dominant texts are of the script of {dominant},"
+                " data.dominant_language",
+            )

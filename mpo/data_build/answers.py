@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
 from mpo.config import ModelConfig
-from mpo.data.sources import Message
+from mpo.data.rows import Message
 from mpo.data_build.config import AnswersConfig
 from mpo.data_build.journal import key_of
 from mpo.data_build.translation import Failure

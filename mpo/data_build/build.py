@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from mpo.data.sources import BadRow, Pair, problems_of_pair, texts_of
+from mpo.data.rows import Finding, Pair, findings_in_pair
 from mpo.data_build.config import BuildConfig
 from mpo.data_build.file_translator import FileTranslator
 from mpo.data_build.filters import Filters, Problem
@@ -135,13 +135,13 @@ def _answer(
     good, dropped = [], []
     for preference in preferences:
         answer = answers[preference.pair.prompt]
-        problem: Failure | BadRow | None
+        problem: Failure | Finding | None
         if isinstance(answer, Failure):
             problem = answer
         else:
             pair = preference.pair.model_copy(update={"chosen": answer})
             preference = replace(preference, pair=pair)
-            problem = next(problems_of_pair(preference.source, "dominant", pair), None)
+            problem = next(findings_in_pair(preference.source, "dominant", pair), None)
         if problem is None:
             good.append(preference)
         else:
@@ -163,7 +163,7 @@ def _translate(
     journal had."""
     texts = list(
         dict.fromkeys(
-            text for preference in preferences for text in texts_of(preference.pair) if text.strip()
+            text for preference in preferences for text in preference.pair.texts() if text.strip()
         )
     )
     translations: Translations = {}
@@ -214,7 +214,7 @@ def _assemble(
     rows, dropped = [], []
     for preference in preferences:
         for language in config.languages:
-            results = [translations.get((text, language), "") for text in texts_of(preference.pair)]
+            results = [translations.get((text, language), "") for text in preference.pair.texts()]
             failure = next((result for result in results if isinstance(result, Failure)), None)
             if failure is not None:
                 dropped.append(_dropped(preference, language, failure, None))
@@ -234,7 +234,7 @@ def _assemble(
 
 
 def _dropped(
-    preference: Preference, language: str, problem: Failure | Problem | BadRow, target: Pair | None
+    preference: Preference, language: str, problem: Failure | Problem | Finding, target: Pair | None
 ) -> dict[str, Any]:
     return {
         "id": f"{preference.id}-{language}",

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from mpo.data.detection import LanguageDetector, told_apart
-from mpo.data.sources import Pair, texts_of
+from mpo.data.rows import Pair
 from mpo.data_build.config import FiltersConfig
 from mpo.data_build.preferences import places_of
 from mpo.languages import script_share, scripts_of, weight_of
@@ -67,7 +67,7 @@ class Filters:
     def problem_of(self, dominant: Pair, target: Pair, language: str) -> Problem | None:
         """The first problem of a translated pair, or None."""
         for place, source, text in zip(
-            places_of(target), texts_of(dominant), texts_of(target), strict=True
+            places_of(target), dominant.texts(), target.texts(), strict=True
         ):
             for problem in self._problems_of(source, text, language):
                 return Problem(problem.reason, f"{place}: {problem.detail}")

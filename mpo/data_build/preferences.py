@@ -10,17 +10,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from mpo.data.sources import (
-    BadRow,
-    Message,
-    Pair,
-    check_dominant_language,
-    is_unicode,
-    labels_of,
-    objects,
-    problems_of_pair,
-    settle_bad_rows,
-)
+from mpo.data.rows import Finding, Message, Pair, findings_in_pair, is_unicode, settle_bad_rows
+from mpo.data.sources import check_dominant_language, labels_of, objects
 from mpo.data_build.config import BuildConfig
 from mpo.runtime.errors import UserError
 
@@ -48,7 +39,7 @@ class Preference:
     cannot be scored."""
 
 
-def read_preferences(config: BuildConfig) -> tuple[list[Preference], list[BadRow]]:
+def read_preferences(config: BuildConfig) -> tuple[list[Preference], list[Finding]]:
     """Reads all input in its order.
 
     Returns:
@@ -58,7 +49,7 @@ def read_preferences(config: BuildConfig) -> tuple[list[Preference], list[BadRow
             or no row is left.
     """
     rows: list[Preference] = []
-    bad: list[BadRow] = []
+    bad: list[Finding] = []
     seen: dict[str, str] = {}
     labels = labels_of(config.input)
     for name in config.input:
@@ -75,12 +66,12 @@ def read_preferences(config: BuildConfig) -> tuple[list[Preference], list[BadRow
         check_dominant_language(name, pairs, config.dominant_language, "dominant_language")
         for row in read:
             if isinstance(row, Preference) and row.id in seen:
-                row = BadRow(
+                row = Finding(
                     row.source,
                     "duplicate_id",
                     f"id {row.id!r} is that of {seen[row.id]} too; give each row its own",
                 )
-            if isinstance(row, BadRow):
+            if isinstance(row, Finding):
                 bad.append(row)
             else:
                 seen[row.id] = row.source
@@ -89,9 +80,9 @@ def read_preferences(config: BuildConfig) -> tuple[list[Preference], list[BadRow
     return rows, bad
 
 
-def _read(source: str, value: Any, config: BuildConfig) -> Preference | BadRow:
+def _read(source: str, value: Any, config: BuildConfig) -> Preference | Finding:
     if not isinstance(value, dict):
-        return BadRow(
+        return Finding(
             source, "not_an_object", f"holds {type(value).__name__}; a row is a JSON object"
         )
     try:
@@ -100,16 +91,16 @@ def _read(source: str, value: Any, config: BuildConfig) -> Preference | BadRow:
         first = error.errors()[0]
         field = str(first["loc"][0])
         if first["type"] == "missing" and len(first["loc"]) == 1:
-            return BadRow(source, "missing_field", f"has no {field!r}")
+            return Finding(source, "missing_field", f"has no {field!r}")
         wanted = "text or a list of messages with role and content" if field == "prompt" else "text"
-        return BadRow(source, "wrong_type", f"{field} is no {wanted}: {value.get(field)!r}"[:300])
+        return Finding(source, "wrong_type", f"{field} is no {wanted}: {value.get(field)!r}"[:300])
     if not is_unicode(str(row.id)):
-        return BadRow(
+        return Finding(
             source, "not_unicode", "id holds half of a surrogate pair, which no file can; remove it"
         )
     answered_later = config.chosen_from_model is not None
     if row.chosen is None and not answered_later:
-        return BadRow(
+        return Finding(
             source,
             "missing_field",
             "has no 'chosen'; give it, or set chosen_from_model.path to let a model answer",
@@ -126,7 +117,7 @@ def _read(source: str, value: Any, config: BuildConfig) -> Preference | BadRow:
         ),
         clean,
     )
-    for problem in problems_of_pair(source, "dominant", pair):
+    for problem in findings_in_pair(source, "dominant", pair):
         if not (answered_later and problem.reason == "empty_chosen"):
             return problem
     trimmed = pair.model_copy(
@@ -136,7 +127,7 @@ def _read(source: str, value: Any, config: BuildConfig) -> Preference | BadRow:
 
 
 def places_of(pair: Pair) -> list[str]:
-    """What each of `texts_of` is, for messages to people."""
+    """What each of a pair's texts is, for messages to people."""
     names = [f"message {i + 1}" for i in range(len(pair.prompt) - 1)]
     return [*names, "prompt", "chosen answer", "rejected answer"]
 

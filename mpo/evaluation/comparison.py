@@ -13,7 +13,7 @@ from rich.table import Table
 
 from mpo.config import Config, DataConfig, ModelConfig
 from mpo.data.examples import Example, tokenize_rows
-from mpo.data.sources import Row
+from mpo.data.rows import Row
 from mpo.models import lora
 from mpo.models.inputs import Prepared, check_ids, check_positions
 from mpo.models.loading import bind_mpo_forward, check_model, load_model, load_tokenizer

@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from mpo.config import Config, DataConfig, ModelConfig
 from mpo.data.examples import Example, remarks, tokenize_rows
+from mpo.data.rows import Finding
 from mpo.data.run_date import with_date
-from mpo.data.sources import LOOKED_AT, BadRow, load_rows
+from mpo.data.sources import LOOKED_AT, load_rows
 from mpo.models import lora
 from mpo.models.loading import check_model, load_tokenizer, positions_of, refuse_foreign_ids
 from mpo.models.pypi import resolve_model
@@ -35,7 +36,7 @@ class Prepared:
     measured: list[Example]
     """Rows whose gaps are reported: held-out ones where data.eval names files, else training
     rows."""
-    dropped: list[BadRow]
+    dropped: list[Finding]
 
 
 def prepare(config: Config, log: Callable[[str], None]) -> Prepared:
@@ -99,7 +100,7 @@ def _read(
     tokenizer: PreTrainedTokenizerBase,
     config: Config,
     weights: Sequence[float] = (),
-) -> tuple[list[Example], list[BadRow]]:
+) -> tuple[list[Example], list[Finding]]:
     rows, unreadable = load_rows(files, config.data, weights)
     examples, untokenizable = tokenize_rows(rows, tokenizer, config.data)
     return examples, unreadable + untokenizable

@@ -25,7 +25,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from mpo.config import Config
-from mpo.data.sources import BadRow
+from mpo.data.rows import Finding
 from mpo.runtime.claims import Claim, Difference, differences
 from mpo.runtime.errors import UserError
 from mpo.runtime.files import (
@@ -199,7 +199,7 @@ class OutputFolder:
                 " again."
             ) from error
 
-    def write_dropped(self, rows: Sequence[BadRow]) -> None:
+    def write_dropped(self, rows: Sequence[Finding]) -> None:
         """Writes the rows that were left out, one JSON object a line."""
         with new_file(self.dropped) as file:
             file.writelines(to_json(asdict(r)) + "\n" for r in rows)

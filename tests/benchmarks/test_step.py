@@ -10,7 +10,7 @@ from benchmarks import step  # noqa: E402
 from benchmarks.output import Machine  # noqa: E402
 from mpo.config import load_config  # noqa: E402
 from mpo.data.examples import Answers, Example, TokenizedResponse  # noqa: E402
-from mpo.data.sources import Pair, Row  # noqa: E402
+from mpo.data.rows import Pair, Row  # noqa: E402
 
 VOCAB = 61
 SETTINGS = {

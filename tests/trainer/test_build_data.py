@@ -24,7 +24,8 @@ from transformers.models.nllb.tokenization_nllb import FAIRSEQ_LANGUAGE_CODES
 
 from mpo.config import Config, load_config
 from mpo.data.inspection import examine
-from mpo.data.sources import Message, Pair, load_rows
+from mpo.data.rows import Message, Pair
+from mpo.data.sources import load_rows
 from mpo.data_build import server_translator
 from mpo.data_build.answers import Answerer
 from mpo.data_build.build import _identity as build_identity

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tiny import native_rows, write_rows
 
 from mpo.config import DataConfig
-from mpo.data.sources import COLUMNS, labels_of, load_rows, objects, texts_of
+from mpo.data.sources import COLUMNS, labels_of, load_rows, objects
 from mpo.runtime.errors import UserError
 
 
@@ -84,7 +84,7 @@ def test_entities_are_put_right_in_every_text_of_a_published_row(tmp_path):
     path = tmp_path / "published.json"
     path.write_text(json.dumps([row]), encoding="utf-8")
     (loaded,), _ = load_rows([str(path)], config())
-    read = [*texts_of(loaded.dominant), *texts_of(loaded.target)]
+    read = [*loaded.dominant.texts(), *loaded.target.texts()]
     wanted = [
         f"{side} {part}"
         for side in ("source", "target")

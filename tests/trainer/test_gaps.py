@@ -14,7 +14,7 @@ from tiny import native_rows, save_model, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mpo.config import LoraConfig, ModelConfig, load_config
-from mpo.data.sources import Message
+from mpo.data.rows import Message
 from mpo.data_build.answers import Answerer
 from mpo.data_build.config import AnswersConfig
 from mpo.evaluation import comparison as gaps

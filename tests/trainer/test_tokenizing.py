@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from mpo.config import DataConfig
 from mpo.data.examples import decode_view, tokenize_rows
-from mpo.data.sources import Message, Pair, Row
+from mpo.data.rows import Message, Pair, Row
 from mpo.runtime.errors import UserError
 
 

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from mpo.data.examples import Answers, Example, TokenizedResponse
-from mpo.data.sources import Pair, Row
+from mpo.data.rows import Pair, Row
 
 COMMON = {
     "hidden_size": 32,
