@@ -36,6 +36,7 @@ from mpo.training.checkpoint_folder import (
     remove_incomplete,
     remove_old,
 )
+from mpo.training.cpu_adam import go_on_counting
 
 
 def save(
@@ -137,13 +138,17 @@ def _is_partly_frozen(engine: deepspeed.DeepSpeedEngine) -> bool:
 def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, zero_stage: int) -> int:
     """Restores weights and optimizer state and returns the number of steps done.
 
+    What is computed from there on is what would have been computed without the interruption.
+
     Raises:
         UserError: the checkpoint was written by another number of ranks or another ZeRO stage.
     """
     world = dist.get_world_size()
     if (checkpoint.world_size, checkpoint.zero_stage) != (world, zero_stage):
         if checkpoint.portable.exists():
-            return portable.load(engine, checkpoint.portable, zero_stage)
+            step = portable.load(engine, checkpoint.portable, zero_stage)
+            go_on_counting(engine)
+            return step
         run = checkpoint.folder.parent.parent
         raise UserError(
             f"{checkpoint.folder} was written by {checkpoint.world_size} rank(s) under"
@@ -158,6 +163,7 @@ def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, zero_stage: 
         )
         if path is None or state is None:
             raise ValueError("DeepSpeed finds nothing in it")
+        go_on_counting(engine)
         return int(state["mpo"]["step"])
 
 

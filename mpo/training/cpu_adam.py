@@ -8,9 +8,11 @@ import shutil
 import time
 from collections.abc import Callable
 
+import deepspeed
 import deepspeed.comm as dist
 import ninja
 import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.ops.op_builder import CPUAdamBuilder
 
 from mpo.runtime.errors import UserError
@@ -68,4 +70,30 @@ def _load() -> str | None:
             "zero.offload_optimizer=true needs DeepSpeed's CPU Adam, which could not be compiled"
             f" here: {reason}. Install a C++ compiler and Python's headers (Debian and Ubuntu: apt"
             " install g++ python3-dev), or set zero.offload_optimizer=false."
+        )
+
+
+def go_on_counting(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Brings the extension to the step that a restored engine has done, if it steps with this.
+
+    The extension multiplies the decay rates into their powers, step by step. An object that begins
+    at step n takes them from `pow` instead, which may differ in the last bit, and so would all that
+    is computed from there on. So it is taken through the steps 1 to n, on a number of its own.
+    """
+    optimizer = getattr(engine.optimizer, "optimizer", None)  # within ZeRO's
+    if not isinstance(optimizer, DeepSpeedCPUAdam):
+        return
+    done = max((int(state.get("step", 0)) for state in optimizer.state.values()), default=0)
+    group = optimizer.param_groups[0]
+    nothing = [torch.zeros(1) for _ in range(4)]  # parameter, gradient and both moments
+    for step in range(1, done + 1):
+        optimizer.ds_opt_adam.adam_update(
+            optimizer.opt_id,
+            step,
+            0.0,  # learning rate
+            *group["betas"],
+            group["eps"],
+            group["weight_decay"],
+            group["bias_correction"],
+            *nothing,
         )

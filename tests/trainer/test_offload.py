@@ -1,10 +1,13 @@
 """Optimizer and parameters in host memory: the same numbers as without, resumed too, and one
 compilation of the CPU Adam."""
 
+import copy
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from test_exactness import (
     check_same,
     compute,
@@ -18,6 +21,7 @@ from tiny import mpo_command
 from mpo.config import load_config
 from mpo.runtime.errors import UserError
 from mpo.training import memory
+from mpo.training.cpu_adam import go_on_counting
 from mpo.training.engine import deepspeed_settings
 
 OPTIMIZER, PARAMETERS = "zero.offload_optimizer=true", "zero.offload_parameters=true"
@@ -132,6 +136,32 @@ def test_same_losses_moments_and_weights(compiled, project, name, ranks):  # noq
         "DeepSpeedCPUAdam" if OPTIMIZER in RUNS[name] else "AdamW"
     )
     assert ours.observed["offloads_parameters"] == (PARAMETERS in RUNS[name])
+
+
+@pytest.mark.slow
+def test_wherever_it_is_interrupted_the_optimizer_computes_the_same_bits(compiled):
+    """Beside a run of 60 steps, at each of which another optimizer takes over its state."""
+
+    def steps(optimizer, parameter, first, last):
+        for step in range(first, last):
+            parameter.grad = torch.sin(torch.arange(1000.0) * (step + 1))
+            optimizer.step()
+        return parameter.detach().clone()
+
+    def begun():
+        parameter = torch.nn.Parameter(torch.linspace(-1, 1, 1000))
+        return DeepSpeedCPUAdam([parameter], lr=0.01, betas=(0.8, 0.95)), parameter
+
+    whole, weights_of_whole = begun()
+    for step in range(60):
+        before = weights_of_whole.detach().clone(), copy.deepcopy(whole.state_dict())
+        steps(whole, weights_of_whole, step, step + 1)
+        other, parameter = begun()
+        with torch.no_grad():
+            parameter.copy_(before[0])
+        other.load_state_dict(before[1])
+        go_on_counting(SimpleNamespace(optimizer=SimpleNamespace(optimizer=other)))
+        assert torch.equal(steps(other, parameter, step, step + 1), weights_of_whole), step
 
 
 @pytest.mark.slow
