@@ -142,8 +142,12 @@ def memory(quick: bool) -> Iterator[Bar]:
 
         def loss(inputs, workload=workload):
             return mpo_kernels.linear_mpo_loss(
-                inputs["hidden"], inputs["weight"], workload.labels, workload.gap, chunk_bytes=budget
-            ).loss  # fmt: skip
+                inputs["hidden"],
+                inputs["weight"],
+                workload.labels,
+                workload.gap,
+                chunk_bytes=budget,
+            ).loss
 
         peak = peak_bytes(workload, loss)
         named = budget + 4 * vocab * hidden + 4 * 8 * tokens * hidden

@@ -242,8 +242,11 @@ def show(result: StaticResult, console: Console) -> None:
         table.add_column(column, justify="right")
     for vocab, values in result.bytes.items():
         table.add_row(
-            vocab, f"{values['bytes_per_element']:.3f}", f"{values['bytes_of_ignored_rows']:.0f}", f"{values['in_place_share']:.2%}"
-        )  # fmt: skip
+            vocab,
+            f"{values['bytes_per_element']:.3f}",
+            f"{values['bytes_of_ignored_rows']:.0f}",
+            f"{values['in_place_share']:.2%}",
+        )
     console.print(table)
     table = Table(
         title="beside peers, bytes per bf16 logit, forward and backward", title_justify="left"
@@ -437,10 +440,11 @@ def picture(result: StaticResult, path: Path) -> None:
         frameon=False,
     )
     figure.suptitle(
-        f"Compiled code, triton {result.machine.versions['triton']}, nothing run. Lower is better, except for occupancy. "
+        f"Compiled code, triton {result.machine.versions['triton']}, nothing run. "
+        "Lower is better, except for occupancy. "
         "Not in Liger cross-entropy: torch's multiplication by the upstream gradient.",
         fontsize=10,
-    )  # fmt: skip
+    )
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

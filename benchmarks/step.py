@@ -1,15 +1,16 @@
-"""One whole training step on a real small model and real pairs: `python -m benchmarks.step
-[--quick]`.
+"""One whole training step on a real small model and real pairs.
+
+    python -m benchmarks.step [--quick]
 
 Six rows of one dominant pair, as the published data have them. Every side gets the same weights,
 rows, learning rate and AdamW:
 
-    published recipe    as the published code does it, written out plainly: for each row one padded forward of the target pair, one of the
-                        dominant pair, and one of the dominant pair through a reference model that
-                        is resident; fp32 logits of every position; L2 over states pooled over every
-                        position, padding included
-    mpo                 the trainer's step with the settings of the row: prompts and the dominant pair once, no reference model, scored rows
-                        only at the head
+    published recipe    as the published code does it, written out plainly: for each row one padded
+                        forward of the target pair, one of the dominant pair, and one of the
+                        dominant pair through a reference model that is resident; fp32 logits of
+                        every position; L2 over states pooled over every position, padding included
+    mpo                 the trainer's step with the settings of the row: prompts and the dominant
+                        pair once, no reference model, scored rows only at the head
 
 Before the first step the policy is the reference, so L2 and its gradient vanish on every side,
 whatever it pools over: there the gradient of the whole step is compared with float64.
@@ -257,10 +258,13 @@ def sides_of(
 
 
 def compare(
-    label: str, load: Callable[[str], Any], examples: Sequence[Any], settings: dict[str, Any], repetitions: int
-) -> Configuration:  # fmt: skip
-    """All sides on one model: checked against float64 at the same weights, then stepped in
-    turns."""
+    label: str,
+    load: Callable[[str], Any],
+    examples: Sequence[Any],
+    settings: dict[str, Any],
+    repetitions: int,
+) -> Configuration:
+    """All sides on one model: checked against float64 at equal weights, then stepped in turns."""
     exact = exact_gradient(load("sdpa").train(), examples)
     sides = list(sides_of(load, examples, settings))
     l1, errors, peaks = {}, {}, {}

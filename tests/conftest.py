@@ -65,7 +65,8 @@ def refuse_another(event: str, arguments: tuple[Any, ...]) -> None:
             if name not in (os.environ if environment is None else environment)
         ]
         assert not missing, (
-            f"{arguments[1]} is started without {', '.join(missing)}: pass env={{**os.environ, ...}}"
+            f"{arguments[1]} is started without {', '.join(missing)}: "
+            "pass env={**os.environ, ...}"
         )
 
 

@@ -1,21 +1,24 @@
 """Follows compiled GPU code on the CPU: the PTX that Triton emitted, thread by thread in numpy,
 with checks that a GPU does not make.
 
-    findings = emulate(parse(compiled.asm["ptx"]), grid=(3,), arguments=[x, y, 1024], num_warps=4,
-    shared_bytes=512) assert findings.clean, findings
+    program = parse(compiled.asm["ptx"])
+    findings = emulate(program, grid=(3,), arguments=[x, y, 1024], num_warps=4, shared_bytes=512)
+    assert findings.clean, findings
 
 Arguments are those of the PTX: tensors in CPU memory, which the code reads and writes in place, and
 numbers.
 
 Reported, each in a list with one line per instruction (its first occurrence):
 
-    out_of_bounds   global accesses that lie in no argument; a view with gaps (`x[:, :-1]`) is its rows, not what lies between them
+    out_of_bounds   global accesses that lie in no argument; a view with gaps (`x[:, :-1]`) is its
+                    rows, not what lies between them
     misaligned      vector accesses at an address that their size does not divide
-    races           two warps touch a byte, one of them writes another value to it, and no barrier lies between; or two programs do
-    undefined       a register that was never written is read; one that another path wrote, or what was computed or shuffled from it, is
-                    stored, used as an address or decides where a thread goes; shared memory is read
-                    that was not written; a shuffle reads a thread that is not there; a barrier that
-                    some threads of the program miss
+    races           two warps touch a byte, one of them writes another value to it, and no barrier
+                    lies between; or two programs do
+    undefined       a register that was never written is read; one that another path wrote, or what
+                    was computed or shuffled from it, is stored, used as an address or decides where
+                    a thread goes; shared memory is read that was not written; a shuffle reads a
+                    thread that is not there; a barrier that some threads of the program miss
 
 Instructions are followed in an order that a GPU may choose but does not have to: programs one after
 another, all threads of a program together, those that went apart join at the lowest instruction.

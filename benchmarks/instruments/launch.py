@@ -1,10 +1,12 @@
 """Runs a package's own launch code on CPU tensors as if a GPU were there.
 
+    # with MPO_KERNELS_BACKEND=triton
     with gpu_on_cpu("sm_90") as launches:
-        loss = mpo_kernels.mpo_loss(logits, labels, reference_gap).loss     # MPO_KERNELS_BACKEND=triton
+        loss = mpo_kernels.mpo_loss(logits, labels, reference_gap).loss
     launches[0].kernel, launches[0].grid, launches[0].findings
 
-    with recorded("gfx942") as launches:                                    # nothing runs: tensors may be on the meta device
+    # nothing runs: tensors may be on the meta device
+    with recorded("gfx942") as launches:
         loss = any_library(logits, labels)
     launches[0].report(elements_per_program=None)
 

@@ -1,8 +1,9 @@
 """Static facts of a Triton kernel's machine code, for GPUs that this machine lacks. Nothing is run
 and no time is modelled.
 
-    facts = report(kernel, signature, constants, aligned, "sm_90", num_warps=8) facts.registers,
-    facts.spill_ops, facts.accesses[("load", 128)], facts.bodies[0].instructions_per_element
+    facts = report(kernel, signature, constants, aligned, "sm_90", num_warps=8)
+    facts.registers, facts.spill_ops, facts.accesses[("load", 128)]
+    facts.bodies[0].instructions_per_element
 
 Counted are instructions as they stand in the code, each once: one under a predicate or in a branch
 that few threads take weighs as much as any other, and packed ones (two additions in one) are one.
@@ -33,8 +34,10 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 CLASSES = ("fma", "alu", "special", "conversion", "tensor", "memory", "scalar", "control")
 """Kinds of instructions in a mix:
 
-    fma          add, multiply and multiply-add of floats (on NVIDIA also IMAD, which shares the pipe)
-    alu          other vector arithmetic: integers, comparisons, selections, moves. Unpacking bf16 is mostly this
+    fma          add, multiply and multiply-add of floats (on NVIDIA also IMAD, which shares the
+                 pipe)
+    alu          other vector arithmetic: integers, comparisons, selections, moves. Unpacking bf16
+                 is mostly this
     special      exp2, log2, reciprocals, roots, sine and cosine
     conversion   instructions that convert between types
     tensor       matrix multiplication

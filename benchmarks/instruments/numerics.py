@@ -235,9 +235,9 @@ def check(case: Mapping) -> dict[str, tuple[float, float]]:
                 bar = max(bar, 2 * rounding)
             elif name == "dH":  # BLAS adds the V terms of such a thin product one after another
                 bar = max(bar, rounding * case["vocab"] ** 0.5)
-        elif (
-            case["regime"] == "huge"
-        ):  # one or two logits carry a row's whole gradient: its luck in two roundings, of the logits' and of its own
+        # one or two logits carry a row's whole gradient: its luck in two roundings, of the logits'
+        # and of its own
+        elif case["regime"] == "huge":
             bar = max(bar, 2 * rounding)
         assert error <= bar, f"{name}: {error:.2e}, plain autograd {theirs:.2e}, bar {bar:.2e}"
         errors[name] = error, theirs

@@ -1,9 +1,10 @@
 """Counts the bytes that Triton kernels move under the interpreter, and finds accesses that are
 wrong or depend on luck.
 
-    with Meter() as meter: launch(...)                          any launch inside; TRITON_INTERPRET=1, CPU tensors
-    meter.loaded["x_ptr"], meter.stored["y_ptr"]                bytes per argument, summed over launches
-    meter.clean                                                 True if there is no finding of any kind
+    with Meter() as meter:  # TRITON_INTERPRET=1, CPU tensors
+        launch(...)
+    meter.loaded["x_ptr"], meter.stored["y_ptr"]  # bytes per argument, summed over launches
+    meter.clean  # True if there is no finding of any kind
 
 Counted: bytes of unmasked lanes, per load or store of one program; lanes that share an address
 count once. An atomic counts as a load and a store. Where arguments overlap, a byte goes to the
@@ -12,12 +13,16 @@ the width of memory transactions make of it is not modelled.
 
 Checked, each in a list with one line per statement and argument (its first occurrence):
 
-    out_of_bounds   accesses that lie in no argument's own range; a view's range is its own, not its storage's. Such lanes are switched off
-                    and not counted, so that the process survives.
-    races           two programs of one launch touch a byte, at least one writes, and not both are atomic.
-    hazards         a program touches a byte that another of its statements has stored, with no tl.debug_barrier in between, and not both
-                    are atomic: the threads that do so may be different ones.
-    uninitialised   bytes read before a kernel wrote them, in tensors given as `uninitialised`. Writes by the host are not seen.
+    out_of_bounds   accesses that lie in no argument's own range; a view's range is its own, not its
+                    storage's. Such lanes are switched off and not counted, so that the process
+                    survives.
+    races           two programs of one launch touch a byte, at least one writes, and not both are
+                    atomic.
+    hazards         a program touches a byte that another of its statements has stored, with no
+                    tl.debug_barrier in between, and not both are atomic: the threads that do so may
+                    be different ones.
+    uninitialised   bytes read before a kernel wrote them, in tensors given as `uninitialised`.
+                    Writes by the host are not seen.
 
 Not checked: an overrun of one argument that ends in another one, or in the gaps between a strided
 view's rows; a program's stores to what it loaded before (in place, with another layout); order that

@@ -1,18 +1,21 @@
-"""Many short runs in one process group, for test_exactness.py: python -m torch.distributed.run ...
-exactness_worker.py CONFIG CELLS.json
+"""Many short runs in one process group, for test_exactness.py.
+
+    python -m torch.distributed.run ... exactness_worker.py CONFIG CELLS.json
 
 CELLS.json holds [{"name": output folder beside CONFIG, "overrides": [...]}, ...]. Each cell is one
-call of `mpo.training.train.train`, the function behind `mpo train`. Beside what the run itself leaves in its
-folder, rank 0 writes what only the live engine knows:
+call of `mpo.training.train.train`, the function behind `mpo train`. Beside what the run itself
+leaves in its folder, rank 0 writes what only the live engine knows:
 
-moments.safetensors   AdamW's first moment of every trained parameter after the last step, gathered. It is linear in the gradients: it shows
-                      a wrong scale of them, to which AdamW's step is blind, and does not blow up
-                      their rounding as that step does.
-observed.json         `gathers`: per micro-batch, ZeRO-3's all-gathers in order as [module, parameter, "forward" or "backward"].
-                      `attention_calls`: per micro-batch, forward calls of the first block's
-                      attention.
-                      `optimizer`: the class that steps. `offloads_parameters`: whether ZeRO-3 keeps
-                      those not in use on the host.
+    moments.safetensors   AdamW's first moment of every trained parameter after the last step,
+                          gathered. It is linear in the gradients: it shows a wrong scale of them,
+                          to which AdamW's step is blind, and does not blow up their rounding as
+                          that step does.
+    observed.json         `gathers`: per micro-batch, ZeRO-3's all-gathers in order as [module,
+                          parameter, "forward" or "backward"].
+                          `attention_calls`: per micro-batch, forward calls of the first block's
+                          attention.
+                          `optimizer`: the class that steps.
+                          `offloads_parameters`: whether ZeRO-3 keeps those not in use on the host.
 """
 
 from __future__ import annotations
@@ -48,11 +51,10 @@ class Observer:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Within it, the engine that `mpo.training.train.train` builds is watched from its first call on."""
-        build, fetch = (
-            mpo.training.train.build_engine,
-            PartitionedParameterCoordinator.fetch_sub_module,
-        )
+        """Within it, the engine that `mpo.training.train.train` builds is watched from its first
+        call on."""
+        build = mpo.training.train.build_engine
+        fetch = PartitionedParameterCoordinator.fetch_sub_module
 
         def build_engine(*arguments: Any) -> Any:
             built = build(*arguments)
@@ -65,17 +67,13 @@ class Observer:
             self._fetching = module
             fetch(coordinator, module, *arguments, **options)
 
-        mpo.training.train.build_engine, PartitionedParameterCoordinator.fetch_sub_module = (
-            build_engine,
-            fetch_sub_module,
-        )
+        mpo.training.train.build_engine = build_engine
+        PartitionedParameterCoordinator.fetch_sub_module = fetch_sub_module
         try:
             yield
         finally:
-            mpo.training.train.build_engine, PartitionedParameterCoordinator.fetch_sub_module = (
-                build,
-                fetch,
-            )
+            mpo.training.train.build_engine = build
+            PartitionedParameterCoordinator.fetch_sub_module = fetch
 
     def _watch(self, engine: Any) -> None:
         self._engine = engine

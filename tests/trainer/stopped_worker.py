@@ -1,11 +1,12 @@
-"""One run that is stopped, or fails, at one place after another: python stopped_worker.py CONFIG
-STOPS.json OVERRIDES...
+"""One run that is stopped, or fails, at one place after another.
 
-STOPS.json holds [[place, how], ...]. Each is one call of `mpo.training.train.train`, the function behind
-`mpo train`, in the same output folder. It meets at the place a signal (SIGTERM, SIGINT), a failing
-write (ENOSPC), or both, a SIGTERM and a disk that is full from then on (FULL). The last call meets
-nothing. Prints a JSON line for each: what it raised, the step of the newest checkpoint, whether
-there is a result.
+    python stopped_worker.py CONFIG STOPS.json OVERRIDES...
+
+STOPS.json holds [[place, how], ...]. Each is one call of `mpo.training.train.train`, the function
+behind `mpo train`, in the same output folder. It meets at the place a signal (SIGTERM, SIGINT), a
+failing write (ENOSPC), or both, a SIGTERM and a disk that is full from then on (FULL). The last
+call meets nothing. Prints a JSON line for each: what it raised, the step of the newest checkpoint,
+whether there is a result.
 """
 
 from __future__ import annotations

@@ -5,9 +5,10 @@ The runs of a module share two process groups (exactness_worker.py), one of a si
 two. Each run takes four steps, the last of a single pair, so that on two ranks one of them has only
 a filler. Compared with ZeRO-0, one rank, one pair per micro-batch:
 
-losses and gaps       of every step
-first moments         AdamW's running mean of the clipped gradients: a wrong scale of them, or one lost micro-batch, shows here
-weights               at the end
+    losses and gaps       of every step
+    first moments         AdamW's running mean of the clipped gradients: a wrong scale of them, or
+                          one lost micro-batch, shows here
+    weights               at the end
 """
 
 from __future__ import annotations

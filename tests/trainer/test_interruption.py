@@ -89,7 +89,8 @@ def at(module: str, *numbers: signal.Signals) -> str:
     module."""
     return f"""
 import os, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored for what runs in the background
+# a shell may have it ignored for what runs in the background
+signal.signal(signal.SIGINT, signal.default_int_handler)
 class Finder:
     def find_spec(name, path, target=None):
         if name == {module!r}:
@@ -136,7 +137,10 @@ def load_model(*arguments):
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGTERM)
 mpo.training.train.load_model = load_model
-atexit.register(lambda: [os.kill(os.getpid(), number) for number in (signal.SIGTERM, signal.SIGINT)])
+def stop_again():
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(os.getpid(), number)
+atexit.register(stop_again)
 from mpo.__main__ import main
 main()
 """
@@ -164,7 +168,14 @@ def test_a_rank_whose_launcher_was_killed_ends_with_a_checkpoint(project):  # no
     out = project / "orphan"
     launcher = f"""
 import os, subprocess, sys
-place = {{"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}}
+place = {{
+    "TORCHELASTIC_RUN_ID": "x",
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "0",
+}}
 options = ["train", {str(project / "run.yaml")!r}, "output_dir={out}", "train.epochs=300"]
 subprocess.run([sys.executable, "-u", "-m", "mpo", *options], env={{**os.environ, **place}})
 """

@@ -76,17 +76,34 @@ def test_parameters_and_bytes_are_those_of_the_loaded_model(
     assert memory.stored(config, size) == bytes_held
 
 
+# whose heads are their embeddings
+SMOLLM2_135M = transformers.LlamaConfig(
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    vocab_size=49152,
+    tie_word_embeddings=True,
+)
+GEMMA_3_270M = transformers.Gemma3TextConfig(
+    hidden_size=640,
+    intermediate_size=2048,
+    num_hidden_layers=18,
+    num_attention_heads=4,
+    num_key_value_heads=1,
+    head_dim=256,
+    vocab_size=262144,
+)
+
+
 @pytest.mark.parametrize(
     ("made", "millions"),
     [
-        # SmolLM2-135M and Gemma-3-270M, whose heads are their embeddings
-        (transformers.LlamaConfig(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-                                  num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True), 134.515008),
-        (transformers.Gemma3TextConfig(hidden_size=640, intermediate_size=2048, num_hidden_layers=18, num_attention_heads=4,
-                                       num_key_value_heads=1, head_dim=256, vocab_size=262144), 268.098176),
+        pytest.param(SMOLLM2_135M, 134.515008, id="SmolLM2-135M"),
+        pytest.param(GEMMA_3_270M, 268.098176, id="Gemma-3-270M"),
     ],
-    ids=["SmolLM2-135M", "Gemma-3-270M"],
-)  # fmt: skip
+)
 def test_published_models_have_the_parameters_that_they_are_published_with(
     tmp_path, made, millions
 ):

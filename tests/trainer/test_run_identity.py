@@ -135,8 +135,10 @@ def test_a_damaged_date_is_refused_and_not_replaced_by_today(project, tmp_path, 
 
 
 FORMATS = [
-    "%d %b %Y", "%B %d, %Y", "%Y-%m-%d", "%A", "%-d.%-m.%y", "%H:%M:%S", "%I:%M %p", "%j", "%U", "%c", "%x", "%X", "%F", "%T", "%D", "%e",
-    "%^a", "%_d", "no directive", "%", "100 %", "%d%d", "", "day %d of '%B'", '"%Y"',
+    "%d %b %Y", "%B %d, %Y", "%Y-%m-%d", "%A", "%-d.%-m.%y",
+    "%H:%M:%S", "%I:%M %p", "%j", "%U",
+    "%c", "%x", "%X", "%F", "%T", "%D", "%e", "%^a", "%_d",
+    "no directive", "%", "100 %", "%d%d", "", "day %d of '%B'", '"%Y"',
 ]  # fmt: skip
 PLACES = {
     "plain": "{{ strftime_now(FORMAT) }}",
@@ -181,8 +183,12 @@ def test_a_template_without_a_date_is_left_as_it_is():
 
 # Every field, another value of it, and whether an interrupted run may go on with that.
 FREE = {
-    "output_dir", "log_every", "model.path", "model.revision", "data.train", "data.eval", "data.date", "reference.store", "zero.stage",
-    "zero.offload_optimizer", "zero.offload_parameters", "zero.deepspeed", "checkpoint.every", "checkpoint.keep", "checkpoint.export",
+    "output_dir", "log_every",
+    "model.path", "model.revision",
+    "data.train", "data.eval", "data.date",
+    "reference.store",
+    "zero.stage", "zero.offload_optimizer", "zero.offload_parameters", "zero.deepspeed",
+    "checkpoint.every", "checkpoint.keep", "checkpoint.export",
     "track.tensorboard", "track.wandb", "track.comet", "track.project", "track.run_name",
 }  # fmt: skip
 

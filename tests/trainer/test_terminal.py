@@ -116,8 +116,15 @@ def console(columns):
 
 
 def gaps_report(paths):
-    row = {"n": 100, "target_gap": 1.2345, "target_gap_interval": (1.1, 1.3), "dominant_gap": -0.5, "distance": 0.25,
-           "distance_interval": (0.125, 0.5), "sign_accuracy": 0.625}  # fmt: skip
+    row = {
+        "n": 100,
+        "target_gap": 1.2345,
+        "target_gap_interval": (1.1, 1.3),
+        "dominant_gap": -0.5,
+        "distance": 0.25,
+        "distance_interval": (0.125, 0.5),
+        "sign_accuracy": 0.625,
+    }
     return {
         "beta": 1.0,
         "models": {path: dict.fromkeys((*LANGUAGES, "all"), row) for path in paths},
