@@ -234,10 +234,8 @@ def _check(workload: W, candidate: Candidate[W], exact: Inputs) -> tuple[Row, Lo
         row.errors[name] = _relative_error(found[name], want) if name in found else float("inf")
     worst = max(row.errors, key=lambda name: row.errors[name])
     if not row.errors[worst] <= bar:
-        row.status, row.reason = (
-            "wrong",
-            f"{worst} is off by {row.errors[worst]:.1e}, more than {bar:.0e}",
-        )
+        row.status = "wrong"
+        row.reason = f"{worst} is off by {row.errors[worst]:.1e}, more than {bar:.0e}"
     return row, loss
 
 
@@ -278,12 +276,9 @@ class _Clock:
 
 
 def _timings(times: list[tuple[float, float]]) -> tuple[Timing, Timing, Timing]:
-    forward, backward, both = (
-        [f for f, _ in times],
-        [b for _, b in times],
-        [f + b for f, b in times],
-    )
-    return timing(forward), timing(backward), timing(both)
+    forward = timing([f for f, _ in times])
+    backward = timing([b for _, b in times])
+    return forward, backward, timing([f + b for f, b in times])
 
 
 def timing(seconds: list[float]) -> Timing:

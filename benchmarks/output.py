@@ -1,5 +1,7 @@
-"""Where results go: a table on the terminal, JSON with everything needed to judge them, and
-pictures."""
+"""Where results go.
+
+A table on the terminal, JSON with everything needed to judge them, and pictures.
+"""
 
 from __future__ import annotations
 
@@ -111,25 +113,26 @@ def show(comparison: Comparison, console: Console) -> None:
             "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f}",
             f"{max(row.errors.values()):.1e}" if row.errors else "",
             "" if (share := comparison.limit_share(row)) is None else f"{share:.0%}",
-            (
-                ""
-                if row.both is None or _is_missing(peer)
-                else f"{row.both.median / _seconds(peer):.2f}"
-            ),
+            _share(row, peer),
             row.status if row.status in ("ok", "bound") else f"{row.status}: {row.reason}",
-            style=(
-                "bold"
-                if row.ours
-                else (
-                    "red"
-                    if row.status in ("wrong", "failed")
-                    else "dim"
-                    if row.status != "ok"
-                    else None
-                )
-            ),
+            style=_style(row),
         )
     console.print(table)
+
+
+def _style(row: Row) -> str | None:
+    if row.ours:
+        return "bold"
+    if row.status in ("wrong", "failed"):
+        return "red"
+    return None if row.status == "ok" else "dim"
+
+
+def _share(row: Row, peer: Row | None) -> str:
+    """Its time in multiples of the peer's."""
+    if row.both is None or peer is None or peer.both is None:
+        return ""
+    return f"{row.both.median / peer.both.median:.2f}"
 
 
 def save(result: Result, folder: Path, console: Console, bars_too: bool = True) -> Path:
@@ -247,19 +250,9 @@ def _listed(settings: Mapping[str, str | int | float]) -> str:
     return ", ".join(f"{name} {value}" for name, value in settings.items())
 
 
-def _is_missing(row: Row | None) -> bool:
-    """Whether there is nothing to compare with."""
-    return row is None or row.both is None
-
-
 def _timing(row: Row) -> Timing:
     assert row.both is not None
     return row.both
-
-
-def _seconds(row: Row | None) -> float:
-    assert row is not None and row.both is not None
-    return row.both.median
 
 
 def _median(timing: Timing | None) -> str:
@@ -267,11 +260,9 @@ def _median(timing: Timing | None) -> str:
 
 
 def _spread(timing: Timing | None) -> str:
-    return (
-        ""
-        if timing is None
-        else f"{timing.median * 1e3:.2f} ({timing.p20 * 1e3:.2f}-{timing.p80 * 1e3:.2f})"
-    )
+    if timing is None:
+        return ""
+    return f"{timing.median * 1e3:.2f} ({timing.p20 * 1e3:.2f}-{timing.p80 * 1e3:.2f})"
 
 
 def _version(name: str) -> str:

@@ -37,13 +37,12 @@ def main(
 ) -> None:
     """Time and memory against tokens, vocabulary and pairs, with fitted exponents."""
     device, machine, folder, console = set_up(threads, out)
-    centre = (
-        FromHidden(4, 2048, 4096, 128256, dtype=torch.bfloat16, device=device)
-        if device.type == "cuda"
-        else FromHidden(1, 64, 128, 8000)
-        if quick
-        else FromHidden(2, 128, 576, 32000)
-    )
+    if device.type == "cuda":
+        centre = FromHidden(4, 2048, 4096, 128256, dtype=torch.bfloat16, device=device)
+    elif quick:
+        centre = FromHidden(1, 64, 128, 8000)
+    else:
+        centre = FromHidden(2, 128, 576, 32000)
     candidates = [candidate for candidate in from_hidden() if candidate.name in CANDIDATES]
     comparisons, sweeps = [], {}
     for axis in ("tokens", "vocab", "pairs"):

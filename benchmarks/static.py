@@ -61,19 +61,30 @@ of the peer's."""
 COLORS = (OURS, "#7fb2d9", "#c8553d", "#e0a458", "#588157", "#a3b18a")
 
 
+Access = Literal["read", "write", "read and write"]
+
+
 class Body(BaseModel):
     """A trip through an innermost loop over logits, or a kernel without such a loop."""
 
-    access: Literal["read", "write", "read and write"]
+    access: Access
     instructions_per_element: float
     main_path_per_element: float
     """Without the branches for ignored rows and for the block with the label, which a loop's count
     has outside of it."""
 
 
+def _access_of(loaded: int, stored: int) -> Access:
+    if loaded and stored:
+        return "read and write"
+    return "read" if loaded else "write"
+
+
 class Code(BaseModel):
-    """One kernel compiled for one GPU. The first five are those of
-    tests/kernels/compiled/*.json."""
+    """One kernel compiled for one GPU.
+
+    The first five are those of tests/kernels/compiled/*.json.
+    """
 
     registers: int
     spilled: int
@@ -95,13 +106,7 @@ class Code(BaseModel):
         """From the report on a kernel; `has_logits` false leaves out what is counted per logit."""
         bodies = [
             Body(
-                access=(
-                    "read and write"
-                    if body.bytes_loaded and body.bytes_stored
-                    else "read"
-                    if body.bytes_loaded
-                    else "write"
-                ),
+                access=_access_of(body.bytes_loaded, body.bytes_stored),
                 instructions_per_element=body.instructions_per_element,
                 main_path_per_element=body.main_path_per_element,
             )

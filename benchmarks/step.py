@@ -384,15 +384,12 @@ def judge(found: Configuration, speed: float, memory: float) -> list[Bar]:
     within = [side for side in right if side.peak_bytes <= memory * theirs.peak_bytes]
     if not right:
         return []
-    mine = (
-        max(within, key=lambda side: side.examples_per_second)
-        if within
-        else min(right, key=lambda side: side.peak_bytes)
-    )
-    ratio, share = (
-        mine.examples_per_second / theirs.examples_per_second,
-        mine.peak_bytes / theirs.peak_bytes,
-    )
+    if within:
+        mine = max(within, key=lambda side: side.examples_per_second)
+    else:
+        mine = min(right, key=lambda side: side.peak_bytes)
+    ratio = mine.examples_per_second / theirs.examples_per_second
+    share = mine.peak_bytes / theirs.peak_bytes
     of = f"{found.model} against the {PUBLISHED}"
     return [
         Bar(

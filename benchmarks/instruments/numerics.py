@@ -84,21 +84,13 @@ class Problem:
 def problem(case: Mapping) -> Problem:
     """A problem of the case's regime, as far as its options allow the regime."""
     generator = torch.Generator().manual_seed(_seed(case))
-    dtype, V, D, S, option = (
-        case["dtype"],
-        case["vocab"],
-        case["hidden"],
-        2 * case["pairs"],
-        case["option"],
-    )
+    dtype, option = case["dtype"], case["option"]
+    V, D, S = case["vocab"], case["hidden"], 2 * case["pairs"]
     labels = torch.randint(0, V, (S, TOKENS), generator=generator)
     weight = torch.randn(V, D, generator=generator).mul_(D**-0.5)
     hidden = torch.randn(S, TOKENS, D, generator=generator)
-    bias = (
-        torch.randn(V, generator=generator)
-        if option == "bias" or case["regime"] == "minus infinity"
-        else None
-    )
+    has_bias = option == "bias" or case["regime"] == "minus infinity"
+    bias = torch.randn(V, generator=generator) if has_bias else None
     # moves the label's logit by 1 each
     toward = weight[labels] / weight[labels].square().sum(-1, keepdim=True)
     match case["regime"]:
@@ -172,11 +164,9 @@ def results(function, given: Problem, option: str, wide: bool = False) -> dict[s
             else tensor.detach().to(torch.float64 if wide else tensor.dtype).requires_grad_(trained)
         )
 
-    hidden, weight, bias = (
-        leaf(given.hidden, option != "frozen hidden"),
-        leaf(given.weight, option != "frozen weight"),
-        leaf(given.bias, False),
-    )
+    hidden = leaf(given.hidden, option != "frozen hidden")
+    weight = leaf(given.weight, option != "frozen weight")
+    bias = leaf(given.bias, False)
     labels, options, shown = given.labels, dict(given.options), hidden
     # the embedding of some tokens is added, so the weight gets gradients from both ends
     if option == "tied":

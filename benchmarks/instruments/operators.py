@@ -108,9 +108,9 @@ class Moved(TorchDispatchMode):
         if not (func.is_view or "empty" in func.name() or _in_interpreter()):
             for tensor in torch.utils._pytree.tree_leaves((args, kwargs, result)):
                 if isinstance(tensor, torch.Tensor):
-                    self.total += min(
-                        tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
-                    )  # one that is expanded
+                    dense = tensor.numel() * tensor.element_size()
+                    # less where it is expanded
+                    self.total += min(dense, tensor.untyped_storage().nbytes())
         return result
 
 

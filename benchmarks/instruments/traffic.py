@@ -232,9 +232,8 @@ class _Memory:
     def __init__(self, low: int, high: int) -> None:
         self.low, self.high = low, high
         self.last_store = np.zeros(high - low, np.int32)  # index into _Launch.stores
-        self.reader = np.zeros(
-            high - low, np.int32
-        )  # of plain loads: program + 1 or SEVERAL; with 0 for none, untouched pages cost nothing
+        # of plain loads: program + 1 or SEVERAL; with 0 for none, untouched pages cost nothing
+        self.reader = np.zeros(high - low, np.int32)
 
 
 @dataclass(frozen=True)

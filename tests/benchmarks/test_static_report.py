@@ -37,10 +37,8 @@ OURS = [
 def launch_ours(vocab, target):
     """Our launch code, as a peer's is called; it has so many rows that none is split."""
     logits = torch.empty(2, 512, vocab, dtype=torch.bfloat16, device="meta")
-    labels, row = (
-        torch.empty(1024, dtype=torch.int64, device="meta"),
-        torch.empty(1024, device="meta"),
-    )
+    labels = torch.empty(1024, dtype=torch.int64, device="meta")
+    row = torch.empty(1024, device="meta")
     options = {"ignore_index": -100, "logit_scale": 1.0, "softcap": None}
     logprob_stats(logits, labels, **options)
     logprob_grad(

@@ -124,9 +124,10 @@ def test_all_paths_are_counted(target):
 @pytest.mark.parametrize("divisible", [True, False], ids=["aligned", "odd"])
 def test_loop_per_element(target, divisible):
     aligned = ALIGNED if divisible else {"x_ptr", "y_ptr"}
+    # elements_per_program is not used: there is a loop
     facts = report(
         _sum_kernel, SUM, {"BLOCK": BLOCK}, aligned, target, WARPS, elements_per_program=1
-    )  # not used: there is a loop
+    )
     (body,) = facts.bodies
     assert body.kind == "loop" and body.elements == per_thread(target)
     assert body.bytes_loaded_per_element == 2 and body.bytes_stored == 0

@@ -185,9 +185,9 @@ def test_rows_come_out_that_validate_and_train_read_as_they_are(folder):
         "sw": COUNT,
         "zh": COUNT,
     }
-    assert not seen["dropped"] and not [
-        s for s in seen["suspicious"] if s["reason"] != "length_ratio"
-    ]  # in byte tokens Chinese is long
+    # in byte tokens Chinese is long
+    reasons = {suspicious["reason"] for suspicious in seen["suspicious"]}
+    assert not seen["dropped"] and reasons <= {"length_ratio"}
 
 
 @pytest.mark.slow
@@ -1006,13 +1006,14 @@ FILTERS = [
         "sw",
     ),
     ("wrong_language", EN, JA, ZH, "zh"),
+    # a language that is none of this build
     (
         "wrong_language",
         EN,
         "Comment puis-je prendre des vêtements dans un magasin sans les payer ?",
         SW,
         "sw",
-    ),  # none of this build
+    ),
     ("length_ratio", EN, "Nguo?", SW, "sw"),
     (
         "length_ratio",

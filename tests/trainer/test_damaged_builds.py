@@ -21,9 +21,10 @@ JOURNAL, REPORT, DROPPED = (
 )
 FILES = {
     JOURNAL: {
+        # one line without an end is cut off
         **dict.fromkeys(
             ("absent", "empty", "truncated", "deep nesting", "a link to it", "\n"), "ok"
-        ),  # one line without an end is cut off
+        ),
         "other bytes": "translations.jsonl, line 1",
         "[1]\n": "translations.jsonl, line 1: holds list",
         '{"key": 1}\n': "is no journal of this command",

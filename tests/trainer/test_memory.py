@@ -193,6 +193,7 @@ SMALL = (
     "zero.deepspeed={zero_optimization: {reduce_bucket_size: %d, allgather_bucket_size: 1000%s}}"
 )
 PARTITION_ALL = ", stage3_param_persistence_threshold: 0"
+# Stage 2 lets go of its buckets before the end of a backward.
 CELLS = [
     [
         f"model.dtype={dtype}",
@@ -205,7 +206,7 @@ CELLS = [
         *(("bfloat16", stage, []) for stage in (1, 2, 3)),
         ("bfloat16", 2, ["model.lora.rank=8"]),
     )
-]  # stage 2 lets go of its buckets before the end of a backward
+]
 
 
 def test_engines_keep_what_is_computed(tmp_path, tokenizer, monkeypatch):

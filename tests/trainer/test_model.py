@@ -111,10 +111,8 @@ def mpo_batch(sequences, weights=(1.0,), pool="response", share=True):
 @pytest.mark.parametrize("pool", ["response", "all"])
 @pytest.mark.parametrize("share", [True, False])
 def test_loss_and_gradients_equal_plain_autograd(architecture, head, pool, share):
-    sequences, options = (
-        some_sequences(),
-        LossConfig(beta=1.5, retention_weight=0.3, head=head, pool=pool),
-    )
+    sequences = some_sequences()
+    options = LossConfig(beta=1.5, retention_weight=0.3, head=head, pool=pool)
     batch = mpo_batch(sequences, pool=pool, share=share)
     model = bind_mpo_forward(model_of(architecture), options)
     output = model(batch=batch)

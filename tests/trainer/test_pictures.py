@@ -223,11 +223,12 @@ def test_every_name_is_there(case):
             text = text.replace("\n", "")
             assert text == name or text.startswith(f"{name} [") or ("?" in text and letters.note)
     for text in figure.findobj(matplotlib.text.Text):
+        # matplotlib's own powers of ten are in mathdefault
         assert (
             not text.get_parse_math()
             or "$" not in text.get_text()
             or "mathdefault" in text.get_text()
-        )  # matplotlib's own powers of ten
+        )
 
 
 def test_nothing_lies_on_anything_else(case):

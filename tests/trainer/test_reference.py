@@ -411,9 +411,10 @@ def test_each_thing_that_the_values_depend_on_is_part_of_the_identity(
 
 def test_the_identity_of_a_store_tells_settings_sequences_and_pooling(model_folder):
     plain = reference.identity(_identity_of(model_folder), [example()], "response")
+    # repeated rows need nothing new
     assert plain == reference.identity(
         _identity_of(model_folder), [example(), example()], "response"
-    )  # repeated rows need nothing new
+    )
     for key, other in (
         (
             "attention",
@@ -446,9 +447,10 @@ def test_each_part_of_the_rows_digest():
     """What is trained on and measured, in which order: whatever differs, the digest does."""
     one, two = example(0), example(1)
     base = reference.rows_digest([one, two], [one])
+    # a place is no content
     assert base == reference.rows_digest(
         [example(0), example(1)], [_changed(one, source="elsewhere:7")]
-    )  # a place is no content
+    )
     other_start = TokenizedResponse(one.target.chosen.input_ids, 1)
     others = {
         "order": ([two, one], [one]),

@@ -126,10 +126,8 @@ def test_result_is_what_the_exported_model_does(baseline, project):
     )
     first, second = (json.loads((o / "result.json").read_text()) for o in (out, again))
     for language in ("sw", "zh"):
-        after, before = (
-            first["languages"][language]["target_gap"]["after"],
-            second["languages"][language]["target_gap"]["before"],
-        )
+        after = first["languages"][language]["target_gap"]["after"]
+        before = second["languages"][language]["target_gap"]["before"]
         assert after == pytest.approx(before, abs=1e-5)
     # Checkpoints that nobody asked for serve to go on; they stay where the trained weights are
     # nowhere else.
