@@ -311,7 +311,7 @@ def main(quick: Quick = False, threads: Threads = 2, out: Out = None, repetition
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from mpo.config import load_config
-    from mpo.models.inputs import prepare
+    from mpo.models.inputs import load_inputs
 
     tokens = 128 if quick else MAX_TOKENS
     overrides = [
@@ -324,13 +324,15 @@ def main(quick: Quick = False, threads: Threads = 2, out: Out = None, repetition
         name: load_config(RECIPE, [*overrides, *more])
         for name, more in list(SETTINGS.items())[1 if quick else 0 :]
     }
-    prepared = prepare(next(iter(settings.values())), console.print)
-    first = prepared.examples[0].dominant.chosen
-    examples = [e for e in prepared.examples if e.dominant.chosen == first][: 2 if quick else ROWS]
+    inputs = load_inputs(next(iter(settings.values())), console.print)
+    first = inputs.examples.train[0].dominant.chosen
+    examples = [e for e in inputs.examples.train if e.dominant.chosen == first][
+        : 2 if quick else ROWS
+    ]
 
     def small(attention: str) -> Any:
         return AutoModelForCausalLM.from_pretrained(
-            prepared.model.path, dtype=torch.float32, attn_implementation=attention
+            inputs.model.path, dtype=torch.float32, attn_implementation=attention
         )
 
     vocab = 65536 if quick else 262144

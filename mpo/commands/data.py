@@ -78,10 +78,11 @@ def validate(
     """
     checked = load(config, overrides)
     with aside(as_json):
-        from mpo.data.inspection import examine, show
-        from mpo.models.inputs import prepare
+        from mpo.data.inspection import inspect, show
+        from mpo.models.inputs import load_inputs
 
-        report = examine(checked, prepare(checked, note))
+        inputs = load_inputs(checked, note)
+        report = inspect(inputs.examples, inputs.tokenizer, inputs.data)
     print_report(report, show, as_json)
-    if strict and (report["suspicious"] or report["dropped"]):
+    if strict and (report.suspicious or report.dropped):
         raise typer.Exit(Status.FOUND)

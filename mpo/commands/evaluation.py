@@ -33,15 +33,15 @@ def gaps(
     checked = load(config, overrides)
     with aside(as_json):
         from mpo.evaluation.comparison import compare_models, show
-        from mpo.models.inputs import prepare
+        from mpo.models.inputs import load_inputs
         from mpo.models.pypi import resolve_model
         from mpo.runtime.progress import Progress
 
-        prepared = prepare(checked, note)
+        inputs = load_inputs(checked, note)
         trained = Path(checked.output_dir) / "model"
         models = [resolve_model(home(name), note) for name in model or []] or [
-            prepared.model.path,
+            inputs.model.path,
             *([str(trained)] if trained.is_dir() else []),
         ]
-        report = compare_models(checked, prepared, models, Progress(enabled=True))
+        report = compare_models(checked, inputs, models, Progress(enabled=True))
     print_report(report, show, as_json)

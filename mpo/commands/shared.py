@@ -50,12 +50,14 @@ def aside(as_json: bool) -> contextlib.AbstractContextManager[Any]:
 
 
 def print_report(report: Any, show: Any, as_json: bool) -> None:
-    """A report as JSON on standard output, or as tables by `show(report, console)`."""
+    """A report as JSON on standard output, or as tables by `show(report, console)`. One that is no
+    dictionary says with `as_dict()` what its JSON is."""
     if not is_main():
         return
-    warn_of_missing_numbers(report)
+    values = report if isinstance(report, dict) else report.as_dict()
+    warn_of_missing_numbers(values)
     if as_json:
-        print_json(report)
+        print_json(values)
         return
     show(report, console())
 

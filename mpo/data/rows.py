@@ -6,12 +6,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel
 
 from mpo.runtime.errors import UserError
 
+Item = TypeVar("Item")
 LISTED = 10
 """Bad rows that an error message lists; the rest are counted."""
 
@@ -135,3 +136,13 @@ def settle_bad_rows(
         f"{len(bad)} of {len(bad) + good} rows cannot be trained on ({counts}):{listed}{more}\n"
         f"Mend them, or set {option}=drop to leave them out."
     )
+
+
+def evenly_spaced(items: Sequence[Item], count: int) -> list[Item]:
+    """At most `count` of the items, in their order.
+
+    >>> evenly_spaced("abcdefghij", 3)
+    ['a', 'd', 'g']
+    """
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]

@@ -30,7 +30,16 @@ from pydantic import BaseModel, ValidationError
 
 from mpo.config import DataConfig
 from mpo.data.detection import LanguageDetector, clearly_in_another
-from mpo.data.rows import Finding, Message, Pair, Row, findings_in_pair, is_unicode, settle_bad_rows
+from mpo.data.rows import (
+    Finding,
+    Message,
+    Pair,
+    Row,
+    evenly_spaced,
+    findings_in_pair,
+    is_unicode,
+    settle_bad_rows,
+)
 from mpo.languages import canonical, script_share
 from mpo.runtime.errors import UserError
 from mpo.runtime.settings import as_written
@@ -92,12 +101,7 @@ def check_dominant_language(
 
     `option` is what the user would set.
     """
-    distinct = list(dict.fromkeys(pairs))
-    looked_at = (
-        [distinct[i * len(distinct) // LOOKED_AT] for i in range(LOOKED_AT)]
-        if len(distinct) > LOOKED_AT
-        else distinct
-    )
+    looked_at = evenly_spaced(list(dict.fromkeys(pairs)), LOOKED_AT)
     found = Counter(clearly_in_another(language, *pair.texts()) for pair in looked_at)
     del found[None]
     for other, count in found.most_common(1):
@@ -113,7 +117,7 @@ def weighted(rows: Sequence[Row], weight: float) -> list[Row]:
     """weight x rows, to the nearest: all of them as often as that takes, and evenly spaced ones
     once more."""
     whole, count = divmod(round(as_written(weight) * len(rows)), max(1, len(rows)))
-    return list(rows) * whole + [rows[i * len(rows) // count] for i in range(count)]
+    return list(rows) * whole + evenly_spaced(rows, count)
 
 
 def labels_of(names: Sequence[str]) -> dict[str, str]:

@@ -15,7 +15,7 @@ from mpo.config import Config, DataConfig, ModelConfig
 from mpo.data.examples import Example, tokenize_rows
 from mpo.data.rows import Row
 from mpo.models import lora
-from mpo.models.inputs import Prepared, check_ids, check_positions
+from mpo.models.inputs import Inputs, check_ids, check_positions
 from mpo.models.loading import bind_mpo_forward, check_model, load_model, load_tokenizer
 from mpo.models.scoring import Measurement, distinct_sequences, measure_gaps, sign_accuracy
 from mpo.runtime.errors import UserError
@@ -28,7 +28,7 @@ INTERVAL = 0.95
 
 
 def compare_models(
-    config: Config, prepared: Prepared, models: Sequence[str], progress: Progress
+    config: Config, inputs: Inputs, models: Sequence[str], progress: Progress
 ) -> dict[str, Any]:
     """Measures each model, one after the other in one process, and returns the report of
     `summarise`.
@@ -41,9 +41,9 @@ def compare_models(
             another model's, or rows cannot be read.
     """
     device = start()
-    settings = {path: _settings_of(path, prepared.model) for path in models}
+    settings = {path: _settings_of(path, inputs.model) for path in models}
     examples = read_by_each(
-        prepared.data, [e.row for e in prepared.measured], settings.values(), progress.log
+        inputs.data, [e.row for e in inputs.examples.measured], settings.values(), progress.log
     )
     measured: dict[str, Measurement] = {}
     names = dict(zip(settings, distinct_names(list(settings)), strict=True))

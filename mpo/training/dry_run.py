@@ -10,7 +10,7 @@ from rich.console import Console
 
 from mpo.config import Config
 from mpo.models.attention import shares_prompts
-from mpo.models.inputs import prepare
+from mpo.models.inputs import load_inputs
 from mpo.training import memory
 from mpo.training.engine import deepspeed_settings
 from mpo.training.train import Batches, schedule_of
@@ -20,8 +20,8 @@ def describe(config: Config) -> dict[str, Any]:
     """`rows`, `languages`, `steps`, batch arithmetic for one rank, `size` of the model, and
     computed `memory` per number of GPUs."""
     deepspeed_settings(config)  # refuses settings that contradict each other
-    prepared = prepare(config, lambda line: print(line, file=sys.stderr))
-    examples = prepared.examples
+    inputs = load_inputs(config, lambda line: print(line, file=sys.stderr))
+    examples = inputs.examples.train
     schedule = schedule_of(config, len(examples))
     batches = Batches(examples, schedule, config)
     steps = [
@@ -31,16 +31,16 @@ def describe(config: Config) -> dict[str, Any]:
     tokens = [
         part.tokens(shares_prompts(config.model.attention)) for step in steps for part in step
     ]
-    size = memory.size_of(prepared.model)
+    size = memory.size_of(inputs.model)
     languages: dict[str, int] = {}
     for example in examples:
         languages[example.language] = languages.get(example.language, 0) + 1
     return {
-        "model": prepared.model.path,
+        "model": inputs.model.path,
         "rows": len(examples),
         "languages": dict(sorted(languages.items())),
-        "measured": len(prepared.measured),
-        "dropped": len(prepared.dropped),
+        "measured": len(inputs.examples.measured),
+        "dropped": len(inputs.examples.dropped),
         "steps": schedule.steps,
         "pairs_per_step": config.train.pairs_per_step,
         "micro_batches_per_step_one_rank": math.ceil(len(tokens) / len(steps)),

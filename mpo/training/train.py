@@ -27,7 +27,7 @@ from mpo.config import Config, ReferenceConfig
 from mpo.data.examples import Example
 from mpo.data.run_date import with_date
 from mpo.models.attention import shares_prompts
-from mpo.models.inputs import Prepared, prepare
+from mpo.models.inputs import Inputs, load_inputs
 from mpo.models.loading import MPOForward, Scores, bind_mpo_forward, load_model
 from mpo.models.packing import (
     FILLER,
@@ -88,15 +88,15 @@ def _train(config: Config, interruption: Interruption) -> dict[str, Any]:
         )
     settings = deepspeed_settings(config)
     config = on_main(lambda: with_date(config))
-    prepared = prepare(config, progress.log)
+    inputs = load_inputs(config, progress.log)
     tokenizer, examples, measured, dropped = (
-        prepared.tokenizer,
-        prepared.examples,
-        prepared.measured,
-        prepared.dropped,
+        inputs.tokenizer,
+        inputs.examples.train,
+        inputs.examples.measured,
+        inputs.examples.dropped,
     )
     folder = OutputFolder(Path(config.output_dir))
-    identity = on_main(lambda: reference.model_identity(prepared.model, tokenizer))
+    identity = on_main(lambda: reference.model_identity(inputs.model, tokenizer))
     digest, threads = reference.rows_digest(examples, measured), torch.get_num_threads()
     on_main(lambda: folder.open(config, digest, identity, threads))
     if dropped:
@@ -114,16 +114,16 @@ def _train(config: Config, interruption: Interruption) -> dict[str, Any]:
         )
 
     schedule = schedule_of(config, len(examples))
-    _show_header(config, prepared, schedule, progress)
+    _show_header(config, inputs, schedule, progress)
     if config.zero.offload_optimizer:
         compile_cpu_adam(progress.log)
     # from_pretrained looks for it
     keep_alive = HfDeepSpeedConfig(settings) if config.zero.stage == 3 else None
-    model = bind_mpo_forward(load_model(prepared.model), config.loss)
+    model = bind_mpo_forward(load_model(inputs.model), config.loss)
     engine, guard = build_engine(model, config, settings)
     del keep_alive
 
-    values = _open_reference(engine, prepared, identity, config, folder, device, progress)
+    values = _open_reference(engine, inputs, identity, config, folder, device, progress)
     before = on_main(lambda: Measurement.load(folder.before, len(measured)))
     if before is None:
         with progress.task("Gaps before training", len(distinct_sequences(measured))) as advance:
@@ -220,24 +220,22 @@ def _train(config: Config, interruption: Interruption) -> dict[str, Any]:
             engine, measured, pool=config.loss.pool, device=device, advance=advance
         )
     if config.checkpoint.export:
-        checkpoint.export(engine, tokenizer, folder.model, config.zero.stage, prepared.model)
+        checkpoint.export(engine, tokenizer, folder.model, config.zero.stage, inputs.model)
     result = on_main(lambda: report.summarise(measured, before, after, config.loss.beta))
     on_main(lambda: _finish(folder, result, config, progress))
     return result
 
 
-def _show_header(
-    config: Config, prepared: Prepared, schedule: Schedule, progress: Progress
-) -> None:
+def _show_header(config: Config, inputs: Inputs, schedule: Schedule, progress: Progress) -> None:
     """The run in a few lines: model, rows, dropped rows, batch arithmetic."""
-    train, examples, dropped = config.train, prepared.examples, prepared.dropped
+    train, examples, dropped = config.train, inputs.examples.train, inputs.examples.dropped
     dominant = len({e.dominant for e in examples})
     progress.log(
         f"Model     {config.model.path} ({config.model.dtype}), ZeRO-{config.zero.stage},"
         f" {dist.get_world_size()} rank(s)"
     )
     progress.log(f"Training  {_by_language(examples)}, sharing {dominant} dominant pairs")
-    progress.log(f"Measured  {_by_language(prepared.measured)}")
+    progress.log(f"Measured  {_by_language(inputs.examples.measured)}")
     if dropped:
         reasons = ", ".join(
             f"{n} {reason}" for reason, n in Counter(b.reason for b in dropped).most_common()
@@ -296,16 +294,16 @@ def precompute(config: Config) -> Path:
     progress = Progress(enabled=is_main())
     settings = deepspeed_settings(config)
     config = on_main(lambda: with_date(config))
-    prepared = prepare(config, progress.log)
+    inputs = load_inputs(config, progress.log)
     folder = OutputFolder(Path(config.output_dir))
-    identity = on_main(lambda: reference.model_identity(prepared.model, prepared.tokenizer))
+    identity = on_main(lambda: reference.model_identity(inputs.model, inputs.tokenizer))
     if config.reference.store is None:  # else nothing is written there
-        rows = reference.rows_digest(prepared.examples, prepared.measured)
+        rows = reference.rows_digest(inputs.examples.train, inputs.examples.measured)
         threads = torch.get_num_threads()
         on_main(lambda: folder.open(config, rows, identity, threads, may_be_finished=True))
     keep_alive = HfDeepSpeedConfig(settings) if config.zero.stage == 3 else None
     model = bind_mpo_forward(
-        load_model(prepared.model.model_copy(update={"lora": None})), config.loss
+        load_model(inputs.model.model_copy(update={"lora": None})), config.loss
     )
     # Scoring needs no optimizer; only ZeRO-3 needs an engine, which gathers the weights.
     engine: Any = (
@@ -314,7 +312,7 @@ def precompute(config: Config) -> Path:
         else cast(torch.nn.Module, model).to(device)
     )
     stored = config.model_copy(update={"reference": ReferenceConfig(store=config.reference.store)})
-    _open_reference(engine, prepared, identity, stored, folder, device, progress)
+    _open_reference(engine, inputs, identity, stored, folder, device, progress)
     dist.barrier()
     return store_folder(config, folder)
 
@@ -326,7 +324,7 @@ def store_folder(config: Config, folder: OutputFolder) -> Path:
 
 def _open_reference(
     engine: deepspeed.DeepSpeedEngine,
-    prepared: Prepared,
+    inputs: Inputs,
     identity: dict[str, Any],
     config: Config,
     folder: OutputFolder,
@@ -337,7 +335,7 @@ def _open_reference(
     off."""
     if config.reference.mode == "live":
         return LiveReference(engine, config.loss.pool, device)
-    examples, path, pool = prepared.examples, store_folder(config, folder), config.loss.pool
+    examples, path, pool = inputs.examples.train, store_folder(config, folder), config.loss.pool
     manifest = reference.identity(identity, examples, pool)
 
     def build(parts: reference.Parts) -> Scores:
@@ -348,7 +346,7 @@ def _open_reference(
                 engine, examples, parts, pool=pool, device=device, advance=advance
             )
 
-    return reference.open_store(path, manifest, examples, prepared.data.date, build, progress.log)
+    return reference.open_store(path, manifest, examples, inputs.data.date, build, progress.log)
 
 
 def _self_check(

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from mpo.config import Config
 from mpo.data.examples import TokenizedResponse
-from mpo.models.inputs import prepare
+from mpo.models.inputs import load_inputs
 
 
 def rows_of_steps(config: Config, rows: int) -> list[list[int]]:
@@ -56,7 +56,7 @@ def train_plainly(
 ) -> tuple[list[dict[str, float]], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Returns per step loss, l1 and l2, means over its pairs; AdamW's first moments and the weights
     after the last step."""
-    examples = prepare(config, lambda line: None).examples
+    examples = load_inputs(config, lambda line: None).examples.train
     model = AutoModelForCausalLM.from_pretrained(
         config.model.path, dtype=torch.float32, attn_implementation="eager"
     )

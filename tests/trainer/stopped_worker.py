@@ -30,7 +30,7 @@ from mpo.config import load_config
 from mpo.training import checkpoint, checkpoint_folder
 
 PLACES: dict[str, tuple[Any, str]] = {
-    "rows": (mpo.training.train, "prepare"),
+    "rows": (mpo.training.train, "load_inputs"),
     "weights": (mpo.training.train, "load_model"),
     "engine": (mpo.training.train, "build_engine"),
     "reference": (mpo.training.reference, "build"),

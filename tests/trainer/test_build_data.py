@@ -23,7 +23,7 @@ from tiny_translator import TranslationServer, completion, save_nllb
 from transformers.models.nllb.tokenization_nllb import FAIRSEQ_LANGUAGE_CODES
 
 from mpo.config import Config, load_config
-from mpo.data.inspection import examine
+from mpo.data.inspection import inspect
 from mpo.data.rows import Message, Pair
 from mpo.data.sources import load_rows
 from mpo.data_build import server_translator
@@ -43,7 +43,7 @@ from mpo.data_build.preferences import read_preferences
 from mpo.data_build.seq2seq_translator import Seq2SeqTranslator, split
 from mpo.data_build.translation import Failure
 from mpo.languages import LANGUAGES, SCRIPTS
-from mpo.models.inputs import prepare
+from mpo.models.inputs import load_inputs
 from mpo.runtime.errors import UserError
 from mpo.runtime.progress import Progress
 
@@ -180,14 +180,15 @@ def test_rows_come_out_that_validate_and_train_read_as_they_are(folder):
         model={"path": str(folder / "model")},
         data={"train": [str(folder / "out/rows.jsonl")]},
     )
-    seen = examine(config, prepare(config, print))
-    assert {name: row["rows"] for name, row in seen["languages"].items()} == {
+    inputs = load_inputs(config, print)
+    seen = inspect(inputs.examples, inputs.tokenizer, config.data)
+    assert {name: lengths.rows for name, lengths in seen.languages.items()} == {
         "sw": COUNT,
         "zh": COUNT,
     }
     # in byte tokens Chinese is long
-    reasons = {suspicious["reason"] for suspicious in seen["suspicious"]}
-    assert not seen["dropped"] and reasons <= {"length_ratio"}
+    reasons = {finding.reason for finding in seen.suspicious}
+    assert not seen.dropped and reasons <= {"length_ratio"}
 
 
 @pytest.mark.slow

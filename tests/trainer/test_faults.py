@@ -12,7 +12,7 @@ from tiny import mpo_command, native_rows, save_model, write_rows
 
 from mpo.config import load_config
 from mpo.models import lora
-from mpo.models.inputs import prepare
+from mpo.models.inputs import load_inputs
 from mpo.models.loading import load_model
 from mpo.models.pypi import resolve_model
 from mpo.runtime.errors import UserError
@@ -41,9 +41,9 @@ def begin(folder, *overrides):
     """Everything that `mpo train` does before it loads weights."""
     config = load_config(folder / "run.yaml", list(overrides))
     deepspeed_settings(config)
-    prepared = prepare(config, lambda line: None)
+    inputs = load_inputs(config, lambda line: None)
     return OutputFolder(folder / "run").open(
-        config, reference.rows_digest(prepared.examples), {}, 1
+        config, reference.rows_digest(inputs.examples.train), {}, 1
     )
 
 

@@ -20,7 +20,7 @@ from mpo.data_build.config import AnswersConfig
 from mpo.evaluation import comparison as gaps
 from mpo.evaluation.comparison import compare_models
 from mpo.models import lora
-from mpo.models.inputs import prepare
+from mpo.models.inputs import load_inputs
 from mpo.models.loading import load_model, load_tokenizer
 from mpo.runtime.errors import UserError
 from mpo.runtime.files import write_json
@@ -136,7 +136,7 @@ def compare(folders, monkeypatch, *names, overrides=()):
     config = load_config(folders / "run.yaml", list(overrides))
     paths = [str(folders / name) for name in names]
     report = compare_models(
-        config, prepare(config, lambda line: None), paths, Progress(enabled=False)
+        config, load_inputs(config, lambda line: None), paths, Progress(enabled=False)
     )
     return [report["models"][path] for path in paths]
 
@@ -304,14 +304,14 @@ def test_rows_that_one_model_cannot_read_are_measured_of_none(folders, monkeypat
     """A row whose answer does not fit the longer tokens of one template is left out for both, or
     refused with the model's name."""
     config = load_config(folders / "run.yaml")
-    rows = [e.row for e in prepare(config, lambda line: None).measured]
+    rows = [e.row for e in load_inputs(config, lambda line: None).examples.measured]
     long = max(rows, key=lambda row: len(row.target.prompt[-1].content))
     lengths = [
         max(s.response_start for s in e.sequences())
         for name in ("a", "template")
-        for e in prepare(
+        for e in load_inputs(
             load_config(folders / "run.yaml", [f"model.path={folders / name}"]), print
-        ).measured
+        ).examples.measured
         if e.source == long.source
     ]
     assert lengths[0] != lengths[1]

@@ -123,7 +123,7 @@ def test_numbers_that_are_none_are_null_and_said_aloud(tmp_path, monkeypatch, co
     monkeypatch.setattr(dry_run, "describe", lambda config: report)
     monkeypatch.setattr(train, "train", lambda config: report)
     monkeypatch.setattr(gaps, "compare_models", lambda *_: report)
-    monkeypatch.setattr(inputs, "prepare", lambda *_: None)
+    monkeypatch.setattr(inputs, "load_inputs", lambda *_: None)
     recipe = tmp_path / "run.yaml"
     recipe.write_text(
         f"output_dir: {tmp_path}/out\nmodel: {{path: m}}\ndata: {{train: [rows.jsonl]}}\n"

@@ -18,7 +18,7 @@ from transformers.utils import chat_template_utils
 from mpo.config import Config, load_config
 from mpo.data import run_date
 from mpo.data.run_date import dated, with_date
-from mpo.models.inputs import prepare
+from mpo.models.inputs import load_inputs
 from mpo.runtime.claims import Claim
 from mpo.runtime.errors import UserError
 from mpo.training import reference
@@ -71,12 +71,14 @@ def begin(project, *overrides):
     """What `mpo train` does before it loads weights. Returns (whether it goes on, what it would
     train on)."""
     config = with_date(load_config(project / "run.yaml", list(overrides)))
-    prepared = prepare(config, lambda line: None)
+    inputs = load_inputs(config, lambda line: None)
     folder = OutputFolder(Path(config.output_dir))
-    model = reference.model_identity(prepared.model, prepared.tokenizer)
+    model = reference.model_identity(inputs.model, inputs.tokenizer)
     return (
-        folder.open(config, reference.rows_digest(prepared.examples, prepared.measured), model, 1),
-        prepared,
+        folder.open(
+            config, reference.rows_digest(inputs.examples.train, inputs.examples.measured), model, 1
+        ),
+        inputs,
     )
 
 
@@ -85,25 +87,30 @@ def test_a_run_of_yesterday_goes_on_today(project, tmp_path, clock):
     goes_on, yesterday = begin(project, out)
     assert not goes_on
     assert "Today is 02 March 2026." in yesterday.tokenizer.decode(
-        yesterday.examples[0].target.chosen.input_ids
+        yesterday.examples.train[0].target.chosen.input_ids
     )
     clock.now_is = TUESDAY
     goes_on, today = begin(project, out)
-    assert goes_on and today.examples == yesterday.examples
-    assert begin(project, f"output_dir={tmp_path / 'second'}")[1].examples != yesterday.examples
+    assert goes_on and today.examples.train == yesterday.examples.train
+    assert (
+        begin(project, f"output_dir={tmp_path / 'second'}")[1].examples.train
+        != yesterday.examples.train
+    )
     # Whatever else reads the rows of that run sees what it was trained on: validate, gaps, the dry
     # run.
     config = load_config(project / "run.yaml", [out])
-    assert prepare(config, lambda line: None).examples == yesterday.examples
+    assert load_inputs(config, lambda line: None).examples.train == yesterday.examples.train
 
 
 def test_a_date_may_be_given(project, tmp_path, clock):
     _, given = begin(project, f"output_dir={tmp_path / 'run'}", "data.date=2026-03-03")
     assert "Today is 03 March 2026." in given.tokenizer.decode(
-        given.examples[0].target.chosen.input_ids
+        given.examples.train[0].target.chosen.input_ids
     )
     clock.now_is = datetime(2030, 1, 1)
-    assert begin(project, f"output_dir={tmp_path / 'run'}")[1].examples == given.examples
+    assert (
+        begin(project, f"output_dir={tmp_path / 'run'}")[1].examples.train == given.examples.train
+    )
     with pytest.raises(UserError, match="the training or the measured rows differ"):
         begin(project, f"output_dir={tmp_path / 'run'}", "data.date=2026-03-04")
 

@@ -8,9 +8,9 @@ from conftest import make_tokenizer
 from tiny import example_of, native_rows, save_model, write_rows
 
 from mpo.config import Config
-from mpo.data.examples import TokenizedResponse
-from mpo.data.inspection import examine
-from mpo.models.inputs import _evenly_spaced, prepare
+from mpo.data.examples import TokenizedResponse, _of_each_language
+from mpo.data.inspection import inspect
+from mpo.models.inputs import load_inputs
 from mpo.runtime.errors import UserError
 
 SW = ("nifanyeje jambo hili rafiki", "siwezi kukusaidia kwa hilo", "ndiyo fanya hivi leo")
@@ -59,7 +59,12 @@ def report(folder, model, rows, held_out=(), **data):
     if held_out:
         files["eval"] = [str(write_rows(folder / "held_out.jsonl", held_out))]
     config = Config(output_dir=str(folder / "run"), model={"path": model}, data={**files, **data})
-    return examine(config, prepare(config, print))
+    return report_of(load_inputs(config, print))
+
+
+def report_of(inputs):
+    """What --json prints."""
+    return inspect(inputs.examples, inputs.tokenizer, inputs.data).as_dict()
 
 
 def said(found):
@@ -143,13 +148,13 @@ def test_what_becomes_of_texts_as_tokens_is_said_before_training_too(tmp_path, m
         model={"path": model_of("chatml")},
         data=files if held_out else {"train": files["eval"]},
     )
-    prepare(config, lines.append)
+    load_inputs(config, lines.append)
     assert lines == [
         "What is trained on is not all as it was written: 50 special_token in 50 rows that were"
         " looked at; see mpo validate"
     ]
     write_rows(tmp_path / "eval.jsonl", [row()])
-    prepare(
+    load_inputs(
         config.model_copy(
             update={
                 "data": config.data.model_copy(update={"train": tuple(files["eval"]), "eval": ()})
@@ -302,14 +307,14 @@ def test_files_of_one_name_are_examined_row_by_row(tmp_path, model_of):
         model={"path": model_of("chatml")},
         data={"train": [a, b], "max_length": 200, "on_bad_row": "drop"},
     )
-    prepared = prepare(config, print)
-    assert [e.source for e in prepared.examples] == [
+    inputs = load_inputs(config, print)
+    assert [e.source for e in inputs.examples.train] == [
         "a/rows.jsonl:2",
         "b/rows.jsonl:1",
         "b/rows.jsonl:2",
     ]
-    assert [d.source for d in prepared.dropped] == ["a/rows.jsonl:1"]
-    assert said(examine(config, prepared)) == {("b/rows.jsonl:1", "repeated")}
+    assert [d.source for d in inputs.examples.dropped] == ["a/rows.jsonl:1"]
+    assert said(report_of(inputs)) == {("b/rows.jsonl:1", "repeated")}
 
 
 def test_texts_longer_than_the_models_positions_are_refused_with_the_longest(tmp_path, model_of):
@@ -361,13 +366,18 @@ def test_measured_rows_are_spaced_evenly_over_each_language():
         (3, [0, 3, 6], [0, 1, 2]),
         (4, [0, 2, 4, 6], [0, 1, 2, 3]),
     ):
-        chosen = [int(e.source.split(":")[1]) for e in _evenly_spaced(examples, count)]
+        chosen = [int(e.source.split(":")[1]) for e in _of_each_language(examples, count)]
         assert chosen == sorted(
             [*(places["a"][i] for i in of_a), *(places["b"][i] for i in of_b), *places["c"]]
         )
     ten = [example_of(f"rows:{i}", "sw", none, none, none, none) for i in range(10)]
-    assert [e.source for e in _evenly_spaced(ten, 3)] == ["rows:0", "rows:3", "rows:6"]
-    assert _evenly_spaced(ten, 10) == _evenly_spaced(ten, 99) == _evenly_spaced(ten, None) == ten
+    assert [e.source for e in _of_each_language(ten, 3)] == ["rows:0", "rows:3", "rows:6"]
+    assert (
+        _of_each_language(ten, 10)
+        == _of_each_language(ten, 99)
+        == _of_each_language(ten, None)
+        == ten
+    )
 
 
 def test_native_rows_of_the_other_tests_are_read(tmp_path, model_of):
