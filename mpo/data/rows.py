@@ -25,11 +25,14 @@ class Message(BaseModel):
     content: str
 
 
+Prompt = tuple[Message, ...]
+
+
 class Pair(BaseModel):
     """A prompt with a safe and an unsafe answer."""
 
     model_config = {"frozen": True}
-    prompt: tuple[Message, ...]
+    prompt: Prompt
     chosen: str
     rejected: str
 

@@ -12,15 +12,13 @@ from transformers import GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
 from mpo.config import ModelConfig
-from mpo.data.rows import Message
+from mpo.data.rows import Prompt
 from mpo.data_build.config import AnswersConfig
 from mpo.data_build.journal import key_of
-from mpo.data_build.translation import Failure
+from mpo.data_build.translation import Failure, Result
 from mpo.models.loading import check_model, load_model, load_tokenizer, refuse_foreign_ids
 from mpo.models.pypi import resolve_model
 from mpo.runtime.errors import UserError
-
-Prompt = tuple[Message, ...]
 
 
 class Answerer:
@@ -58,7 +56,7 @@ class Answerer:
         identity = [c.path, c.revision, c.dtype, c.max_new_tokens, c.temperature]
         return key_of("answer", identity, [message.model_dump() for message in prompt])
 
-    def answer(self, prompts: Sequence[Prompt]) -> Iterator[list[tuple[Prompt, str | Failure]]]:
+    def answer(self, prompts: Sequence[Prompt]) -> Iterator[list[tuple[Prompt, Result]]]:
         """Answers prompts that are all different, shortest first, in batches."""
         if self._model is None:
             if not sys.stderr.isatty():
@@ -67,7 +65,7 @@ class Answerer:
             self._model = load_model(self._source).to(device).eval()
         room = getattr(self._model.config, "max_position_embeddings", None)
         rendered: list[tuple[Prompt, str]] = []
-        failed: list[tuple[Prompt, str | Failure]] = []
+        failed: list[tuple[Prompt, Result]] = []
         for prompt in prompts:
             try:
                 text = self._tokenizer.apply_chat_template(
@@ -106,7 +104,7 @@ class Answerer:
             )
 
     @torch.inference_mode()
-    def _generate(self, texts: Sequence[str], seed: int) -> list[str | Failure]:
+    def _generate(self, texts: Sequence[str], seed: int) -> list[Result]:
         model, limit, temperature = (
             self._model,
             self._config.max_new_tokens,

@@ -4,26 +4,27 @@ and goes on where it was."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from mpo.data.rows import Finding, Pair, findings_in_pair
+from mpo.data.rows import Finding, Pair, Prompt, findings_in_pair
 from mpo.data_build.config import BuildConfig
 from mpo.data_build.file_translator import FileTranslator
-from mpo.data_build.filters import Filters, Problem
+from mpo.data_build.filters import Filters
 from mpo.data_build.journal import Journal, key_of
 from mpo.data_build.output import Output
 from mpo.data_build.preferences import Preference, map_texts, read_preferences
 from mpo.data_build.report import make_report
 from mpo.data_build.server_translator import ServerTranslator
-from mpo.data_build.translation import Failure, Translator
+from mpo.data_build.translation import Failure, Result, Translator
+from mpo.data_build.work import Work
 from mpo.runtime.errors import UserError
-from mpo.runtime.interruption import Interrupted, Interruption, interruptions
+from mpo.runtime.interruption import interruptions
 from mpo.runtime.progress import Progress
 
-Translations = dict[tuple[str, str], str | Failure]
+Translations = dict[tuple[str, str], Result]
 """(source text, language): its translation, or why there is none."""
 
 
@@ -44,19 +45,19 @@ def build(config: BuildConfig, progress: Progress) -> dict[str, Any]:
         preferences, bad = read_preferences(config)
         filters = Filters(config.filters, config.languages, config.dominant_language)
         translator = _open_translator(config)
-        answered, unanswered = _answer(preferences, config, output, progress, stop)
-        translations, made, kept = _translate(answered, translator, config, output, progress, stop)
-        rows, untranslated = _assemble(answered, translations, filters, config)
-        dropped = [asdict(row) for row in bad] + unanswered + untranslated
-        trimmed = sum(preference.trimmed for preference in preferences)
-        work = {
+        work = Work(output, progress, stop)
+        answered, unanswered = _answer(preferences, config, work)
+        translations, made = _translate(answered, translator, config.languages, work)
+        rows, untranslated = _assemble(answered, translations, filters, config.languages)
+        dropped = [asdict(finding) for finding in bad] + unanswered + untranslated
+        counts = {
             "output": config.output,
             "translated": made,
-            "translations_kept": kept,
-            "trimmed": trimmed,
+            "translations_kept": len(translations) - made,
+            "trimmed": sum(preference.trimmed for preference in preferences),
             "build": _identity(config),
         }
-        report = make_report(len(preferences) + len(bad), rows, dropped, config.languages, work)
+        report = make_report(len(preferences) + len(bad), rows, dropped, config.languages, counts)
         output.write(report, rows, dropped)
         if not rows:
             reasons = ", ".join(
@@ -97,136 +98,110 @@ def _open_translator(config: BuildConfig) -> Translator:
 
 
 def _answer(
-    preferences: Sequence[Preference],
-    config: BuildConfig,
-    output: Output,
-    progress: Progress,
-    stop: Interruption,
+    preferences: Sequence[Preference], config: BuildConfig, work: Work
 ) -> tuple[list[Preference], list[dict[str, Any]]]:
     """The rows with the model's answers as chosen ones, where that is asked, and the rows that this
     leaves without a usable pair."""
     if config.chosen_from_model is None:
         return list(preferences), []
-    from mpo.data_build.answers import Answerer, Prompt  # transformers takes seconds to import
+    from mpo.data_build.answers import Answerer  # transformers takes seconds to import
 
-    answerer = Answerer(config.chosen_from_model, progress.log)
-    prompts = list(dict.fromkeys(preference.pair.prompt for preference in preferences))
-    answers: dict[Prompt, str | Failure] = {}
-    with _journal(output.answers, "answer") as journal:
-        for prompt in prompts:
-            if (known := journal.get(answerer.key(prompt))) is not None:
-                answers[prompt] = known
-        pending = [prompt for prompt in prompts if prompt not in answers]
-        if pending:
-            with progress.task("Answering", len(pending), "prompts") as advance:
-                for batch in answerer.answer(pending):
-                    journal.add(
-                        {
-                            "key": answerer.key(prompt),
-                            "prompt": [m.model_dump() for m in prompt],
-                            "answer": answer,
-                        }
-                        for prompt, answer in batch
-                        if isinstance(answer, str)
-                    )
-                    answers.update(batch)
-                    advance(len(batch))
-                    _heed(stop, output)
-    good, dropped = [], []
+    answerer = Answerer(config.chosen_from_model, work.progress.log)
+    prompts = dict.fromkeys(preference.pair.prompt for preference in preferences)
+    with Journal(work.output.answers, "answer") as journal:
+        answers, _ = work.finish(
+            {prompt: answerer.key(prompt) for prompt in prompts},
+            journal,
+            answerer.answer,
+            lambda prompt, answer: {"prompt": [m.model_dump() for m in prompt], "answer": answer},
+            "Answering",
+            "prompts",
+        )
+    return _with_answers(preferences, answers, config.languages)
+
+
+def _with_answers(
+    preferences: Sequence[Preference], answers: dict[Prompt, Result], languages: Sequence[str]
+) -> tuple[list[Preference], list[dict[str, Any]]]:
+    good: list[Preference] = []
+    dropped: list[dict[str, Any]] = []
     for preference in preferences:
         answer = answers[preference.pair.prompt]
-        problem: Failure | Finding | None
+        finding: Finding | None
         if isinstance(answer, Failure):
-            problem = answer
+            finding = answer.of(preference.source)
         else:
             pair = preference.pair.model_copy(update={"chosen": answer})
             preference = replace(preference, pair=pair)
-            problem = next(findings_in_pair(preference.source, "dominant", pair), None)
-        if problem is None:
+            finding = next(findings_in_pair(preference.source, "dominant", pair), None)
+        if finding is None:
             good.append(preference)
         else:
-            dropped += [
-                _dropped(preference, language, problem, None) for language in config.languages
-            ]
+            dropped += [_dropped(preference, language, finding, None) for language in languages]
     return good, dropped
 
 
 def _translate(
     preferences: Sequence[Preference],
     translator: Translator,
-    config: BuildConfig,
-    output: Output,
-    progress: Progress,
-    stop: Interruption,
-) -> tuple[Translations, int, int]:
-    """Translations of every text into every language, how many were made now, and how many the
-    journal had."""
-    texts = list(
-        dict.fromkeys(
-            text for preference in preferences for text in preference.pair.texts() if text.strip()
-        )
+    languages: Sequence[str],
+    work: Work,
+) -> tuple[Translations, int]:
+    """Translations of every text into every language, and how many of them were made now."""
+    texts = dict.fromkeys(
+        text for preference in preferences for text in preference.pair.texts() if text.strip()
     )
-    translations: Translations = {}
-    with _journal(
-        output.translations,
-        "translation",
-        needed=translator.identity(config.languages[0]) is not None,
-    ) as journal:
-        keys = {
-            (text, language): key_of(text, translator.identity(language))
-            for language in config.languages
-            for text in texts
-        }
-        for job, key in keys.items():
-            if journal is not None and (known := journal.get(key)) is not None:
-                translations[job] = known
-        kept = len(translations)
-        made = len(keys) - kept
-        if made:
-            with progress.task("Translating", made, "texts") as advance:
-                for language in config.languages:
-                    pending = [text for text in texts if (text, language) not in translations]
-                    for batch in translator.translate(pending, language) if pending else ():
-                        if journal is not None:
-                            journal.add(
-                                {
-                                    "key": keys[text, language],
-                                    "source": text,
-                                    "language": language,
-                                    "translation": translation,
-                                }
-                                for text, translation in batch
-                                if isinstance(translation, str)
-                            )
-                        translations.update(((text, language), result) for text, result in batch)
-                        advance(len(batch))
-                        _heed(stop, output)
-    return translations, made, kept
+
+    def translated(
+        jobs: Sequence[tuple[str, str]],
+    ) -> Iterator[list[tuple[tuple[str, str], Result]]]:
+        for language in languages:
+            pending = [text for text, into in jobs if into == language]
+            for batch in translator.translate(pending, language) if pending else ():
+                yield [((text, language), result) for text, result in batch]
+
+    needs_work = translator.identity(languages[0]) is not None
+    with (
+        Journal(work.output.translations, "translation") if needs_work else nullcontext() as journal
+    ):
+        return work.finish(
+            {
+                (text, language): key_of(text, translator.identity(language))
+                for language in languages
+                for text in texts
+            },
+            journal,
+            translated,
+            lambda job, text: {"source": job[0], "language": job[1], "translation": text},
+            "Translating",
+            "texts",
+        )
 
 
 def _assemble(
     preferences: Sequence[Preference],
     translations: Translations,
     filters: Filters,
-    config: BuildConfig,
+    languages: Sequence[str],
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Native rows, and those that are left out."""
     rows, dropped = [], []
     for preference in preferences:
-        for language in config.languages:
+        for language in languages:
             results = [translations.get((text, language), "") for text in preference.pair.texts()]
             failure = next((result for result in results if isinstance(result, Failure)), None)
             if failure is not None:
-                dropped.append(_dropped(preference, language, failure, None))
+                finding = failure.of(preference.source)
+                dropped.append(_dropped(preference, language, finding, None))
                 continue
 
             def translated(text: str, language: str = language) -> str:
                 return filters.clean(str(translations.get((text, language), "")))
 
             target = map_texts(preference.pair, translated)
-            problem = filters.problem_of(preference.pair, target, language)
-            if problem is not None:
-                dropped.append(_dropped(preference, language, problem, target))
+            found = filters.finding_in(preference.source, preference.pair, target, language)
+            if found is not None:
+                dropped.append(_dropped(preference, language, found, target))
             else:
                 pairs = {"dominant": preference.pair.model_dump(), "target": target.model_dump()}
                 rows.append({"id": f"{preference.id}-{language}", "language": language, **pairs})
@@ -234,32 +209,14 @@ def _assemble(
 
 
 def _dropped(
-    preference: Preference, language: str, problem: Failure | Problem | Finding, target: Pair | None
+    preference: Preference, language: str, finding: Finding, target: Pair | None
 ) -> dict[str, Any]:
     return {
         "id": f"{preference.id}-{language}",
-        "source": preference.source,
+        "source": finding.source,
         "language": language,
-        "reason": problem.reason,
-        "detail": problem.detail,
+        "reason": finding.reason,
+        "detail": finding.detail,
         "dominant": preference.pair.model_dump(),
         "target": None if target is None else target.model_dump(),
     }
-
-
-@contextmanager
-def _journal(path: Path, value: str, needed: bool = True) -> Iterator[Any]:
-    """The journal at that path, or None."""
-    if needed:
-        with Journal(path, value) as journal:
-            yield journal
-    else:
-        yield None
-
-
-def _heed(stop: Interruption, output: Output) -> None:
-    if stop.requested:
-        raise Interrupted(
-            f"Interrupted. What is finished is kept beside {output.rows}; the same command goes on"
-            " from there."
-        )

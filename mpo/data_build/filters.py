@@ -6,10 +6,9 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 from mpo.data.detection import LanguageDetector, told_apart
-from mpo.data.rows import Pair
+from mpo.data.rows import Finding, Pair
 from mpo.data_build.config import FiltersConfig
 from mpo.data_build.preferences import places_of
 from mpo.languages import script_share, scripts_of, weight_of
@@ -20,13 +19,6 @@ SHORTEST_LOOP = 20
 """Characters of the shortest repetition that counts."""
 EXCERPT = 60
 """Characters of a text that a detail shows."""
-
-
-class Problem(NamedTuple):
-    """Why a row is dropped: a short stable reason to count by, and a detail for people."""
-
-    reason: str
-    detail: str
 
 
 class Filters:
@@ -64,43 +56,47 @@ class Filters:
         """A translation as it goes into the row."""
         return (html.unescape(text) if self._config.html_entities == "unescape" else text).strip()
 
-    def problem_of(self, dominant: Pair, target: Pair, language: str) -> Problem | None:
-        """The first problem of a translated pair, or None."""
-        for place, source, text in zip(
+    def finding_in(
+        self, source: str, dominant: Pair, target: Pair, language: str
+    ) -> Finding | None:
+        """What is wrong first with a translated pair, or None; `source` is its row's."""
+        for place, original, text in zip(
             places_of(target), dominant.texts(), target.texts(), strict=True
         ):
-            for problem in self._problems_of(source, text, language):
-                return Problem(problem.reason, f"{place}: {problem.detail}")
+            for reason, detail in self._problems_of(original, text, language):
+                return Finding(source, reason, f"{place}: {detail}")
         if target.chosen == target.rejected:
-            return Problem("chosen_equals_rejected", "both answers have the same translation")
+            return Finding(
+                source, "chosen_equals_rejected", "both answers have the same translation"
+            )
         return None
 
-    def _problems_of(self, source: str, text: str, language: str) -> Iterator[Problem]:
+    def _problems_of(self, original: str, text: str, language: str) -> Iterator[tuple[str, str]]:
         config = self._config
-        if not source.strip():
+        if not original.strip():
             return  # an empty system message stays one
         if not text.strip():
-            yield Problem("empty", "the translation is empty")
+            yield "empty", "the translation is empty"
             return
         if config.html_entities != "keep" and html.unescape(text) != text:
-            yield Problem("html_entities", f"holds escaped characters: {_excerpt(text)}")
-        if text.casefold() == source.strip().casefold() and any(map(str.isalpha, text)):
-            yield Problem("untranslated", f"is its source, word for word: {_excerpt(text)}")
+            yield "html_entities", f"holds escaped characters: {_excerpt(text)}"
+        if text.casefold() == original.strip().casefold() and any(map(str.isalpha, text)):
+            yield "untranslated", f"is its source, word for word: {_excerpt(text)}"
         share = script_share(text, language)
         if share < config.min_script_share:
-            yield Problem(
+            yield (
                 "wrong_script",
                 f"{share:.0%} of the letters are of the script of {language}: {_excerpt(text)}",
             )
-        ratio = (weighted_length(text) + SLACK) / (weighted_length(source) + SLACK)
+        ratio = (weighted_length(text) + SLACK) / (weighted_length(original) + SLACK)
         if not config.min_length_ratio <= ratio <= config.max_length_ratio:
-            yield Problem(
+            yield (
                 "length_ratio",
                 f"has {ratio:.2f} times the weighted length of its source: {_excerpt(text)}",
             )
         loop = self._loop_in(text)
-        if loop and not self._loop_in(source):
-            yield Problem("repetition", f"repeats {_excerpt(loop)} over and over")
+        if loop and not self._loop_in(original):
+            yield "repetition", f"repeats {_excerpt(loop)} over and over"
         if (
             self._detector
             and language in self._detected
@@ -109,7 +105,7 @@ class Filters:
         ):
             found = self._detector.detect(text)
             if found != language:
-                yield Problem("wrong_language", f"reads as {found}: {_excerpt(text)}")
+                yield "wrong_language", f"reads as {found}: {_excerpt(text)}"
 
     def _loop_in(self, text: str) -> str | None:
         """The piece that a text repeats, if it does."""

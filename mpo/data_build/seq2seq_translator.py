@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, Gener
 from transformers.utils.logging import disable_progress_bar
 
 from mpo.data_build.config import Seq2SeqConfig
-from mpo.data_build.translation import Failure, Finished
+from mpo.data_build.translation import Failure, Finished, Result
 from mpo.languages import flores_of
 from mpo.models.weights import check_weights, damaged, first_line, refuse_partial
 from mpo.runtime.errors import UserError
@@ -101,8 +101,8 @@ class Seq2SeqTranslator:
                 for text, found in parts.items()
             ]
 
-    def _translate_pieces(self, pieces: Sequence[str], language: str) -> list[str | Failure]:
-        results: list[str | Failure] = []
+    def _translate_pieces(self, pieces: Sequence[str], language: str) -> list[Result]:
+        results: list[Result] = []
         ordered = sorted(range(len(pieces)), key=lambda i: len(pieces[i]))
         for start in range(0, len(pieces), self._config.batch_size):
             results += self._generate(
@@ -115,7 +115,7 @@ class Seq2SeqTranslator:
         ]
 
     @torch.inference_mode()
-    def _generate(self, pieces: Sequence[str], first_token: int) -> list[str | Failure]:
+    def _generate(self, pieces: Sequence[str], first_token: int) -> list[Result]:
         model, limit = self._model, self._config.max_new_tokens
         own = model.generation_config
         # The checkpoint's own limits and forced end are left out: a cut translation must show.
@@ -185,10 +185,13 @@ class Seq2SeqTranslator:
         for name in names:
             if name in known:
                 return name, known[name]
+        none = (
+            "none; it has no tokens of languages, so it is of another kind than NLLB, M2M100 and"
+            " MBart-50"
+        )
         raise UserError(
             f"The model at {self._config.path} knows no language {own or language!r}. Set"
-            f" translator.seq2seq.codes.{language} to one of: "
-            f"{', '.join(known) or 'none; it has no tokens of languages, so it is of another kind than NLLB, M2M100 and MBart-50'}."
+            f" translator.seq2seq.codes.{language} to one of: {', '.join(known) or none}."
         )
 
     def _known_codes(self) -> dict[str, int]:
@@ -246,7 +249,7 @@ def _packed(line: str, count: Callable[[str], int], limit: int) -> Iterator[Part
             begin = after
 
 
-def _join(parts: Sequence[Part], done: dict[str, str | Failure]) -> str | Failure:
+def _join(parts: Sequence[Part], done: dict[str, Result]) -> Result:
     """The parts with each piece translated; where one failed, why."""
     texts = [(done[piece] if piece else "", gap) for piece, gap in parts]
     failure = next((text for text, _ in texts if isinstance(text, Failure)), None)

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from mpo.data_build.config import ServerConfig
-from mpo.data_build.translation import Failure, Finished
+from mpo.data_build.translation import Failure, Finished, Result
 from mpo.languages import name_of
 from mpo.runtime.errors import UserError
 from mpo.runtime.files import to_json
@@ -96,7 +96,7 @@ class ServerTranslator:
         together."""
         stop = threading.Event()
         waiting = iter(texts)
-        running: dict[Future[str | Failure], str] = {}
+        running: dict[Future[Result], str] = {}
         done = refused = 0
         with ThreadPoolExecutor(self._config.concurrency) as pool:
             try:
@@ -129,7 +129,7 @@ class ServerTranslator:
             finally:
                 stop.set()
 
-    def _translate(self, text: str, language: str, stop: threading.Event) -> str | Failure:
+    def _translate(self, text: str, language: str, stop: threading.Event) -> Result:
         config = self._config
         # The text last: it may hold the other names in braces itself.
         request = (
@@ -244,7 +244,7 @@ class ServerTranslator:
         return (text.replace(self._key, "***") if self._key else text)[:200] or error.reason
 
 
-def _translation_in(reply: Any) -> str | Failure:
+def _translation_in(reply: Any) -> Result:
     """The text of a chat completion without what models like to put around it."""
     try:
         choice = reply["choices"][0]

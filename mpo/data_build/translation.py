@@ -6,16 +6,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
+from mpo.data.rows import Finding
+
 
 class Failure(NamedTuple):
-    """Why a text has no translation; it drops the rows that need it, and the next build tries it
-    again."""
+    """Why a text has no translation, or a prompt no answer; it drops the rows that need it, and the
+    next build tries it again."""
 
     reason: str
     detail: str
 
+    def of(self, source: str) -> Finding:
+        """What it says of a row that needs the text."""
+        return Finding(source, self.reason, self.detail)
 
-Finished = list[tuple[str, str | Failure]]
+
+Result = str | Failure
+"""A text that was made, or why there is none."""
+Finished = list[tuple[str, Result]]
 """(source text, its translation or why there is none)."""
 
 

@@ -1045,7 +1045,7 @@ def test_filters_drop_and_keep(filters, reason, source, bad, good, language):
         target = Pair(
             prompt=(Message(role="user", content=filters.clean(text)),), chosen="1", rejected="2"
         )
-        return filters.problem_of(dominant, target, language)
+        return filters.finding_in("rows:1", dominant, target, language)
 
     assert problem_of(good) is None
     assert problem_of(bad).reason == reason and problem_of(bad).detail.startswith("prompt: ")
@@ -1065,8 +1065,8 @@ def test_filters_look_at_every_text_and_at_the_pair(filters):
             Message(role=m.role, content=text)
             for m, text in zip(dominant.prompt, values[:4], strict=True)
         )
-        return filters.problem_of(
-            dominant, Pair(prompt=prompt, chosen=values[4], rejected=values[5]), "sw"
+        return filters.finding_in(
+            "rows:1", dominant, Pair(prompt=prompt, chosen=values[4], rejected=values[5]), "sw"
         )
 
     assert problem_of(translated) is None
@@ -1089,7 +1089,7 @@ def test_thresholds_and_switches_of_filters():
             Pair(prompt=(Message(role="user", content=content),), chosen="1", rejected="2")
             for content in (source, filters.clean(text))
         )
-        found = filters.problem_of(dominant, target, language)
+        found = filters.finding_in("rows:1", dominant, target, language)
         return found and found.reason
 
     english = "How may one carry clothes out of the shop and not pay for them"
