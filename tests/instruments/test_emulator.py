@@ -188,7 +188,7 @@ def test_unknown_instruction_is_named(instruction, name):
 
 
 def test_endless_loop_ends(monkeypatch):
-    monkeypatch.setattr("benchmarks.instruments.emulator._MOST_STEPS", 100)
+    monkeypatch.setattr("benchmarks.instruments.emulator.scheduler.MOST_STEPS", 100)
     with pytest.raises(TimeoutError, match="still runs after 100"):
         probe("$AGAIN:\n bra $AGAIN;")
 
