@@ -42,6 +42,7 @@ from mpo.data.rows import (
 )
 from mpo.languages import canonical, script_share
 from mpo.runtime.errors import UserError
+from mpo.runtime.files import BadLine, json_lines, no_json
 from mpo.runtime.settings import as_written
 
 LOOKED_AT = 50
@@ -155,23 +156,6 @@ def objects(name: str, label: str, columns: Collection[str]) -> Iterator[tuple[s
             yield from _of_json(path, content, label)
 
 
-def parsed(text: str | bytes, path: Path, line: int | None = None) -> Any:
-    """The value of a JSON text, which is a whole file or one of its lines. Raises UserError, also
-    for what Python cannot hold."""
-    where = str(path) if line is None else f"{path}, line {line}"
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}, line {line or error.lineno}, column {error.colno}: no valid JSON"
-            f" ({error.msg})."
-        ) from error
-    except RecursionError as error:
-        raise UserError(f"{where}: no valid JSON of rows (it is nested too deeply).") from error
-    except ValueError as error:  # no text, or an integer of thousands of digits
-        raise UserError(f"{where}: no valid JSON ({error}).") from error
-
-
 def _of_dataset(name: str, label: str, columns: Collection[str]) -> Iterator[tuple[str, Any]]:
     """Rows of a dataset of the hub, or of a folder of one. No code that comes with it is run:
     `datasets` has no way to."""
@@ -282,12 +266,17 @@ def _of_json(path: Path, content: bytes, label: str) -> Iterator[tuple[str, Any]
     if not text.strip():
         raise UserError(f"{path} is empty.")
     if text.lstrip().startswith("["):
-        yield from ((f"{label}[{i}]", value) for i, value in enumerate(parsed(text, path)))
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise no_json(path, error) from error
+        yield from ((f"{label}[{i}]", value) for i, value in enumerate(values))
         return
-    # Not splitlines(): U+2028 and its like may stand unescaped inside a JSON string.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield f"{label}:{number}", parsed(line, path, number)
+    try:
+        for line in json_lines(text):
+            yield f"{label}:{line.number}", line.value
+    except BadLine as bad:
+        raise no_json(path, bad.why, bad.line.number) from bad
 
 
 class _Reader:

@@ -11,9 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from mpo.data.sources import parsed
 from mpo.runtime.errors import UserError
-from mpo.runtime.files import to_json
+from mpo.runtime.files import BadLine, json_lines, no_json, to_json
 
 
 def key_of(*parts: Any) -> str:
@@ -92,20 +91,17 @@ def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
         UserError: a line before the last is no JSON object.
     """
     whole = path.read_bytes()
-    lines = whole.split(b"\n")
     records: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = parsed(line, path, number)
-        except UserError:
-            if number == len(lines):  # no line break behind it: a kill came in between
-                return records, len(whole) - len(line)
-            raise
-        if not isinstance(record, dict):
-            raise UserError(
-                f"{path}, line {number}: holds {type(record).__name__}; a line is a JSON object."
-            )
-        records.append(record)
+    try:
+        for line in json_lines(whole):
+            if not isinstance(line.value, dict):
+                raise UserError(
+                    f"{path}, line {line.number}: holds {type(line.value).__name__}; a line is a"
+                    " JSON object."
+                )
+            records.append(line.value)
+    except BadLine as bad:
+        if bad.line.end == len(whole):  # no line break behind it: a kill came in between
+            return records, bad.line.begin
+        raise no_json(path, bad.why, bad.line.number) from bad
     return records, len(whole)

@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, AnyStr, NamedTuple, TextIO
 
 from safetensors import SafetensorError
 
@@ -129,6 +129,58 @@ def read_object(path: Path) -> dict[str, Any]:
             f" folder {path.parent} or restore the file."
         )
     return value
+
+
+class JsonLine(NamedTuple):
+    """A line of a JSONL file."""
+
+    number: int
+    """From 1."""
+    begin: int
+    end: int
+    """The line is [begin, end) of what was read, without its line break."""
+    value: Any
+
+
+class BadLine(Exception):
+    """A line of a JSONL file that is no JSON, or not what it should be."""
+
+    def __init__(self, line: JsonLine, why: Exception) -> None:
+        super().__init__(f"line {line.number}: {why}")
+        self.line, self.why = line, why
+
+
+def json_lines(content: AnyStr) -> Iterator[JsonLine]:
+    """The lines of a JSONL file that are not blank. Raises BadLine.
+
+    >>> [line.value for line in json_lines('{"step": 1}\\n\\n{"step": 2}\\n')]
+    [{'step': 1}, {'step': 2}]
+    """
+    begin = 0
+    # Not splitlines(): U+2028 and its like may stand unescaped inside a JSON string.
+    lines = content.split("\n") if isinstance(content, str) else content.split(b"\n")
+    for number, text in enumerate(lines, start=1):
+        line = JsonLine(number, begin, begin + len(text), None)
+        if text.strip():
+            try:
+                value = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise BadLine(line, error) from error
+            yield line._replace(value=value)
+        begin = line.end + 1
+
+
+def no_json(path: Path, why: Exception, line: int | None = None) -> UserError:
+    """What to tell the user of a file, or a line of one, that `json` does not read."""
+    if isinstance(why, json.JSONDecodeError):
+        return UserError(
+            f"{path}, line {line or why.lineno}, column {why.colno}: no valid JSON ({why.msg})."
+        )
+    where = str(path) if line is None else f"{path}, line {line}"
+    if isinstance(why, RecursionError):
+        return UserError(f"{where}: no valid JSON of rows (it is nested too deeply).")
+    # no text, or an integer of thousands of digits
+    return UserError(f"{where}: no valid JSON ({why}).")
 
 
 @contextmanager

@@ -14,7 +14,6 @@ result.json result.png    the table and its picture; their presence says that th
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -29,6 +28,8 @@ from mpo.data.rows import Finding
 from mpo.runtime.claims import Claim, Difference, differences
 from mpo.runtime.errors import UserError
 from mpo.runtime.files import (
+    BadLine,
+    json_lines,
     new_file,
     read_object,
     remove_incomplete,
@@ -266,33 +267,33 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         UserError: the file cannot be read, or another line is no step's.
     """
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(
             f"{path} cannot be read: {error}. Restore it, or delete it: the run goes on without its"
             " curves."
         ) from error
     rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            if not (
-                isinstance(row, dict)
-                and isinstance(row.get("step"), int)
-                and isinstance(row.get("gap"), dict)
-            ):
-                raise ValueError("not the numbers of a step")
-        except (ValueError, RecursionError) as error:
-            if number == len(lines):
-                break
+    try:
+        for line in json_lines(text):
+            if not _is_step(line.value):
+                raise BadLine(line, ValueError("not the numbers of a step"))
+            rows.append(line.value)
+    except BadLine as bad:
+        if text[bad.line.end :].strip():
             raise UserError(
-                f"{path}, line {number}: {error}. Restore the line, or remove it: only the curves"
-                " lack it then."
-            ) from error
-        rows.append(row)
+                f"{path}, line {bad.line.number}: {bad.why}. Restore the line, or remove it: only"
+                " the curves lack it then."
+            ) from bad
     return rows
+
+
+def _is_step(row: Any) -> bool:
+    return (
+        isinstance(row, dict)
+        and isinstance(row.get("step"), int)
+        and isinstance(row.get("gap"), dict)
+    )
 
 
 def _versions() -> dict[str, str]:
