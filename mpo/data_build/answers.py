@@ -57,68 +57,60 @@ class Answerer:
         return key_of("answer", identity, [message.model_dump() for message in prompt])
 
     def answer(self, prompts: Sequence[Prompt]) -> Iterator[list[tuple[Prompt, Result]]]:
-        """Answers prompts that are all different, shortest first, in batches."""
-        if self._model is None:
-            if not sys.stderr.isatty():
-                disable_progress_bar()  # none in a log
-            device: Any = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            self._model = load_model(self._source).to(device).eval()
-        room = getattr(self._model.config, "max_position_embeddings", None)
+        """Answers prompts that are all different, shortest first, in batches. Those that the model
+        cannot be asked come before."""
+        self._load()
         rendered: list[tuple[Prompt, str]] = []
         failed: list[tuple[Prompt, Result]] = []
         for prompt in prompts:
-            try:
-                text = self._tokenizer.apply_chat_template(
-                    [m.model_dump() for m in prompt], tokenize=False, add_generation_prompt=True
-                )
-            except TemplateError as error:
-                failed.append(
-                    (
-                        prompt,
-                        Failure("refused_by_template", f"the chat template refuses it: {error}"),
-                    )
-                )
-                continue
-            length = len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
-            if room is not None and length + self._config.max_new_tokens > room:
-                limit = self._config.max_new_tokens
-                detail = (
-                    f"its {length} tokens and chosen_from_model.max_new_tokens={limit} are more"
-                    f" than the model's {room}"
-                )
-                failed.append((prompt, Failure("prompt_too_long", detail)))
-                continue
-            rendered.append((prompt, text))
+            text = self._rendered(prompt)
+            if isinstance(text, Failure):
+                failed.append((prompt, text))
+            else:
+                rendered.append((prompt, text))
         if failed:
             yield failed
         rendered.sort(key=lambda item: len(item[1]))
         for start in range(0, len(rendered), self._config.batch_size):
             batch = rendered[start : start + self._config.batch_size]
             seed = int(self.key(batch[0][0])[:15], 16)
-            yield list(
-                zip(
-                    (prompt for prompt, _ in batch),
-                    self._generate([text for _, text in batch], seed),
-                    strict=True,
-                )
+            answers = self._generate([text for _, text in batch], seed)
+            yield [(prompt, answer) for (prompt, _), answer in zip(batch, answers, strict=True)]
+
+    def _load(self) -> None:
+        if self._model is None:
+            if not sys.stderr.isatty():
+                disable_progress_bar()  # none in a log
+            device: Any = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            self._model = load_model(self._source).to(device).eval()
+
+    def _rendered(self, prompt: Prompt) -> Result:
+        """The prompt's text, or why the model cannot be asked it."""
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                [m.model_dump() for m in prompt], tokenize=False, add_generation_prompt=True
             )
+        except TemplateError as error:
+            return Failure("refused_by_template", f"the chat template refuses it: {error}")
+        length = len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        room = getattr(self._model.config, "max_position_embeddings", None)
+        limit = self._config.max_new_tokens
+        if room is not None and length + limit > room:
+            return Failure(
+                "prompt_too_long",
+                f"its {length} tokens and chosen_from_model.max_new_tokens={limit} are more than"
+                f" the model's {room}",
+            )
+        return text
 
     @torch.inference_mode()
     def _generate(self, texts: Sequence[str], seed: int) -> list[Result]:
-        model, limit, temperature = (
-            self._model,
-            self._config.max_new_tokens,
-            self._config.temperature,
-        )
-        own = model.generation_config.eos_token_id
-        ends = {*([own] if isinstance(own, int) else own or []), self._tokenizer.eos_token_id} - {
-            None
-        }
+        model, limit, ends = self._model, self._config.max_new_tokens, self._ends()
         settings = GenerationConfig(
             max_new_tokens=limit,
-            do_sample=temperature > 0,
-            temperature=temperature or None,
-            eos_token_id=sorted(ends),
+            do_sample=self._config.temperature > 0,
+            temperature=self._config.temperature or None,
+            eos_token_id=ends,
             pad_token_id=self._tokenizer.pad_token_id,
         )
         torch.manual_seed(seed)
@@ -127,15 +119,18 @@ class Answerer:
         ).to(model.device)
         inputs.pop("token_type_ids", None)
         refuse_foreign_ids(int(inputs["input_ids"].max()), "a prompt", self._source)
-        output = model.generate(**inputs, generation_config=settings)[
-            :, inputs["input_ids"].shape[1] :
-        ]
-        ended = (
-            torch.isin(output, torch.tensor(sorted(ends), device=output.device)).any(dim=1).tolist()
-        )
+        whole = model.generate(**inputs, generation_config=settings)
+        output = whole[:, inputs["input_ids"].shape[1] :]
+        ended = torch.isin(output, torch.tensor(ends, device=output.device)).any(dim=1).tolist()
         answers = self._tokenizer.batch_decode(output, skip_special_tokens=True)
         cut = Failure(
             "answer_truncated",
             f"no end within {limit} tokens; raise chosen_from_model.max_new_tokens",
         )
         return [answer.strip() if end else cut for answer, end in zip(answers, ended, strict=True)]
+
+    def _ends(self) -> list[int]:
+        """Tokens that end an answer."""
+        own = self._model.generation_config.eos_token_id
+        ends = {*([own] if isinstance(own, int) else own or []), self._tokenizer.eos_token_id}
+        return sorted(ends - {None})

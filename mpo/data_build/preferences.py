@@ -10,7 +10,15 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from mpo.data.rows import Finding, Message, Pair, findings_in_pair, is_unicode, settle_bad_rows
+from mpo.data.rows import (
+    Finding,
+    Message,
+    Pair,
+    Prompt,
+    findings_in_pair,
+    is_unicode,
+    settle_bad_rows,
+)
 from mpo.data.sources import check_dominant_language, labels_of, objects
 from mpo.data_build.config import BuildConfig
 from mpo.runtime.errors import UserError
@@ -81,6 +89,33 @@ def read_preferences(config: BuildConfig) -> tuple[list[Preference], list[Findin
 
 
 def _read(source: str, value: Any, config: BuildConfig) -> Preference | Finding:
+    row = _parsed(source, value)
+    if isinstance(row, Finding):
+        return row
+    answered_later = config.chosen_from_model is not None
+    if row.chosen is None and not answered_later:
+        return Finding(
+            source,
+            "missing_field",
+            "has no 'chosen'; give it, or set chosen_from_model.path to let a model answer",
+        )
+    if isinstance(row.prompt, str):
+        prompt: Prompt = (Message(role="user", content=row.prompt),)
+    else:
+        prompt = row.prompt
+    chosen = "" if answered_later else row.chosen or ""
+    clean = html.unescape if config.filters.html_entities == "unescape" else str
+    pair = map_texts(Pair(prompt=prompt, chosen=chosen, rejected=row.rejected), clean)
+    for finding in findings_in_pair(source, "dominant", pair):
+        if not (answered_later and finding.reason == "empty_chosen"):
+            return finding
+    trimmed = pair.model_copy(
+        update={"chosen": pair.chosen.strip(), "rejected": pair.rejected.strip()}
+    )
+    return Preference(source if row.id is None else str(row.id), source, trimmed, trimmed != pair)
+
+
+def _parsed(source: str, value: Any) -> PreferenceRow | Finding:
     if not isinstance(value, dict):
         return Finding(
             source, "not_an_object", f"holds {type(value).__name__}; a row is a JSON object"
@@ -98,32 +133,7 @@ def _read(source: str, value: Any, config: BuildConfig) -> Preference | Finding:
         return Finding(
             source, "not_unicode", "id holds half of a surrogate pair, which no file can; remove it"
         )
-    answered_later = config.chosen_from_model is not None
-    if row.chosen is None and not answered_later:
-        return Finding(
-            source,
-            "missing_field",
-            "has no 'chosen'; give it, or set chosen_from_model.path to let a model answer",
-        )
-    messages = (
-        (Message(role="user", content=row.prompt),) if isinstance(row.prompt, str) else row.prompt
-    )
-    clean = html.unescape if config.filters.html_entities == "unescape" else str
-    pair = map_texts(
-        Pair(
-            prompt=messages,
-            chosen="" if answered_later else row.chosen or "",
-            rejected=row.rejected,
-        ),
-        clean,
-    )
-    for problem in findings_in_pair(source, "dominant", pair):
-        if not (answered_later and problem.reason == "empty_chosen"):
-            return problem
-    trimmed = pair.model_copy(
-        update={"chosen": pair.chosen.strip(), "rejected": pair.rejected.strip()}
-    )
-    return Preference(source if row.id is None else str(row.id), source, trimmed, trimmed != pair)
+    return row
 
 
 def places_of(pair: Pair) -> list[str]:
