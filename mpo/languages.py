@@ -303,27 +303,25 @@ def name_of(language: str) -> str:
     code, _, script = language.partition("-")
     if not is_known(language):
         return language
-    return (
-        f"{LANGUAGES[code][0]} ({_SCRIPT_NAMES.get(script, script)})"
-        if script
-        else LANGUAGES[code][0]
-    )
+    name, _ = LANGUAGES[code]
+    return f"{name} ({_SCRIPT_NAMES.get(script, script)})" if script else name
 
 
 def flores_of(language: str) -> str | None:
-    """The FLORES-200 code of a canonical name."""
+    """The FLORES-200 code of a canonical name; None where it is not known."""
     code, _, script = language.partition("-")
-    return (
-        None
-        if code not in LANGUAGES
-        else f"{LANGUAGES[code][1][:-4]}{script or LANGUAGES[code][1][-4:]}"
-    )
+    if code not in LANGUAGES:
+        return None
+    _, flores = LANGUAGES[code]
+    return f"{flores[:-4]}{script or flores[-4:]}"
 
 
 def scripts_of(language: str) -> tuple[str, ...] | None:
     """Scripts of a canonical name, as Unicode names its letters; None where it is not known."""
     code, _, script = language.partition("-")
-    return None if code not in LANGUAGES else _LETTERS.get(script) if script else SCRIPTS[code]
+    if code not in LANGUAGES:
+        return None
+    return _LETTERS.get(script) if script else SCRIPTS[code]
 
 
 _WEIGHTS = {"CJK": 3, "HIRAGANA": 2, "KATAKANA": 2, "HANGUL": 2}

@@ -101,13 +101,12 @@ class LanguageDetector:
         """(the likeliest of the offered languages, the other one that the text is clearly in)."""
         scores = _scores(text)
         label = max(self._names, key=scores.__getitem__)
-        top = _READ_AS.get(best := max(scores, key=scores.__getitem__), best)
+        best = max(scores, key=scores.__getitem__)
+        other = _READ_AS.get(best, best)
+        offered = {code_of(name) for name in self._names.values()}
         clearly = scores[best] - scores[label] > CLEARLY * abs(scores[label])
-        return self._names[label], (
-            top
-            if clearly and top not in {code_of(n) for n in self._names.values()} | {_NO_LANGUAGE}
-            else None
-        )
+        instead = other if clearly and other not in offered | {_NO_LANGUAGE} else None
+        return self._names[label], instead
 
 
 def clearly_in_another(language: str, *texts: str) -> str | None:

@@ -71,6 +71,8 @@ def load_rows(
 ) -> tuple[list[Row], list[Finding]]:
     """Reads all sources in their order, the rows of each as often as its weight says.
 
+        rows, bad = load_rows(config.data.train, config.data, config.data.weights)
+
     Returns:
         The good rows, and the bad ones (none of them where config.on_bad_row is "error").
     Raises:
@@ -84,9 +86,8 @@ def load_rows(
     labels = labels_of([*config.train, *config.eval, *files])
     for file, weight in zip(files, weights or [1.0] * len(files), strict=True):
         read = [reader.row(place, value) for place, value in objects(file, labels[file], COLUMNS)]
-        check_dominant_language(
-            file, [row.dominant for row in read if isinstance(row, Row)], config.dominant_language
-        )
+        pairs = [row.dominant for row in read if isinstance(row, Row)]
+        check_dominant_language(file, pairs, config.dominant_language)
         read = [reader.settled(row) if isinstance(row, Row) else row for row in read]
         rows += weighted([row for row in read if isinstance(row, Row)], weight)
         bad += [row for row in read if isinstance(row, Finding)]
@@ -138,39 +139,59 @@ def labels_of(names: Sequence[str]) -> dict[str, str]:
 
 
 def objects(name: str, label: str, columns: Collection[str]) -> Iterator[tuple[str, Any]]:
-    """(place, value) of each row of a source; places begin with the label. Of tables only `columns`
-    are read, where they are there."""
+    """(place, value) of each row of a source.
+
+        dict(objects("rows.jsonl", "rows.jsonl", COLUMNS))["rows.jsonl:1"]
+
+    Args:
+        name: a JSON or JSONL file, which may be packed, a Parquet file, a folder of a dataset, or
+            `hf:owner/name:split`.
+        label: what places begin with.
+        columns: those of a table that are read, where they are there.
+    Raises:
+        UserError: it is missing, damaged or nothing of these.
+    """
     path = Path(name)
-    if name.startswith("hf:"):
+    if name.startswith("hf:") or path.is_dir():
         yield from _of_dataset(name, label, columns)
-    elif path.is_dir():
-        yield from _of_dataset(name, label, columns)
+        return
+    content = _content_of(path)
+    named_parquet = path.suffix.lower() == ".parquet"
+    begins_as_json = content.lstrip()[:1] in (b"", b"[", b"{")
+    if content.startswith(b"PAR1") or (named_parquet and not begins_as_json):
+        yield from _of_parquet(path, content, label, columns)
     else:
-        content = _content_of(path)
-        begins_as_json = content.lstrip()[:1] in (b"", b"[", b"{")
-        if content.startswith(b"PAR1") or (
-            path.suffix.lower() == ".parquet" and not begins_as_json
-        ):
-            yield from _of_parquet(path, content, label, columns)
-        else:
-            yield from _of_json(path, content, label)
+        yield from _of_json(path, content, label)
 
 
 def _of_dataset(name: str, label: str, columns: Collection[str]) -> Iterator[tuple[str, Any]]:
-    """Rows of a dataset of the hub, or of a folder of one. No code that comes with it is run:
-    `datasets` has no way to."""
+    """Rows of a dataset of the hub, or of a folder of one."""
+    dataset = _loaded_dataset(name)
+    dataset = dataset.select_columns(_wanted(name, dataset.column_names, columns))
+    for i in range(len(dataset)):
+        try:
+            value = dataset[i]
+        except Exception as error:  # whatever a column holds that is no text
+            raise UserError(
+                f"{name}, row {i}: cannot be read: {type(error).__name__}: {error}"
+            ) from error
+        yield f"{label}[{i}]", value
+
+
+def _loaded_dataset(name: str) -> Any:
+    """No code that comes with a dataset is run: `datasets` has no way to."""
     import datasets
 
+    on_hub = name.startswith("hf:")
     repository, _, split = name.removeprefix("hf:").partition(":")
-    if name.startswith("hf:") and not repository:
+    if on_hub and not repository:
         raise UserError(f"{name!r} names no dataset. Write hf:owner/name or hf:owner/name:split.")
+    loaded: Any
     try:
-        on_hub = name.startswith("hf:")
-        loaded: Any = (
-            datasets.load_dataset(repository, split=split or "train")
-            if on_hub
-            else datasets.load_from_disk(name)
-        )
+        if on_hub:
+            loaded = datasets.load_dataset(repository, split=split or "train")
+        else:
+            loaded = datasets.load_from_disk(name)
     except Exception as error:  # whatever the hub, the cache or the folder has to say
         raise UserError(
             f"The dataset {name} cannot be read: {type(error).__name__}: {error}"
@@ -180,15 +201,7 @@ def _of_dataset(name: str, label: str, columns: Collection[str]) -> Iterator[tup
             f"The dataset folder {name} holds several splits: {', '.join(loaded)}. Name one, e.g."
             f" {name}/{next(iter(loaded))}."
         )
-    loaded = loaded.select_columns(_wanted(name, loaded.column_names, columns))
-    for i in range(len(loaded)):
-        try:
-            value = loaded[i]
-        except Exception as error:  # whatever a column holds that is no text
-            raise UserError(
-                f"{name}, row {i}: cannot be read: {type(error).__name__}: {error}"
-            ) from error
-        yield f"{label}[{i}]", value
+    return loaded
 
 
 def _of_parquet(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,33 +86,29 @@ class Seq2SeqTranslator:
             parts = {
                 text: split(text, self._count, self._config.max_source_tokens) for text in batch
             }
-            pieces = list(
+            done = self._translate_pieces(
                 dict.fromkeys(
                     piece
                     for found in parts.values()
                     if not isinstance(found, Failure)
                     for piece, _ in found
                     if piece
-                )
+                ),
+                language,
             )
-            done = dict(zip(pieces, self._translate_pieces(pieces, language), strict=True))
             yield [
                 (text, found if isinstance(found, Failure) else _join(found, done))
                 for text, found in parts.items()
             ]
 
-    def _translate_pieces(self, pieces: Sequence[str], language: str) -> list[Result]:
+    def _translate_pieces(self, pieces: Iterable[str], language: str) -> dict[str, Result]:
+        """Of pieces that are all different, those of about one length together."""
+        ordered = sorted(pieces, key=len)
         results: list[Result] = []
-        ordered = sorted(range(len(pieces)), key=lambda i: len(pieces[i]))
-        for start in range(0, len(pieces), self._config.batch_size):
-            results += self._generate(
-                [pieces[i] for i in ordered[start : start + self._config.batch_size]],
-                self._codes[language][1],
-            )
-        return [
-            result
-            for _, result in sorted(zip(ordered, results, strict=True), key=lambda pair: pair[0])
-        ]
+        for start in range(0, len(ordered), self._config.batch_size):
+            batch = ordered[start : start + self._config.batch_size]
+            results += self._generate(batch, self._codes[language][1])
+        return dict(zip(ordered, results, strict=True))
 
     @torch.inference_mode()
     def _generate(self, pieces: Sequence[str], first_token: int) -> list[Result]:
@@ -132,11 +128,8 @@ class Seq2SeqTranslator:
         inputs = self._tokenizer(list(pieces), return_tensors="pt", padding=True).to(model.device)
         # without the token that starts the decoder, which may be EOS
         output = model.generate(**inputs, generation_config=settings)[:, 1:]
-        ends = (
-            torch.isin(output, torch.tensor(own.eos_token_id, device=output.device))
-            .any(dim=1)
-            .tolist()
-        )
+        end = torch.tensor(own.eos_token_id, device=output.device)
+        ends = torch.isin(output, end).any(dim=1).tolist()
         texts = self._tokenizer.batch_decode(output, skip_special_tokens=True)
         cut = Failure(
             "truncated",
@@ -173,16 +166,12 @@ class Seq2SeqTranslator:
         own = self._config.codes.get(language)
         known = self._known_codes()
         # FLORES codes are NLLB's, plain ones M2M100's, and MBart-50 adds a country.
-        names = (
-            [own]
-            if own
-            else [
-                str(flores_of(language)),
-                language,
-                *(c for c in known if c.startswith(f"{language}_")),
-            ]
-        )
-        for name in names:
+        usual = [
+            str(flores_of(language)),
+            language,
+            *(code for code in known if code.startswith(f"{language}_")),
+        ]
+        for name in [own] if own else usual:
             if name in known:
                 return name, known[name]
         none = (
@@ -203,10 +192,8 @@ class Seq2SeqTranslator:
             *tokenizer.all_special_tokens,
             *(token.content for token in tokenizer.added_tokens_decoder.values() if token.special),
         ]
-        codes = sorted(
-            {token for token in special if re.fullmatch(r"[a-z]{2,3}_[A-Za-z]{2,4}", token)}
-        )
-        return {code: int(tokenizer.convert_tokens_to_ids(code)) for code in codes}
+        codes = {token for token in special if re.fullmatch(r"[a-z]{2,3}_[A-Za-z]{2,4}", token)}
+        return {code: int(tokenizer.convert_tokens_to_ids(code)) for code in sorted(codes)}
 
 
 Part = tuple[str, str]
@@ -239,9 +226,8 @@ def split(text: str, count: Callable[[str], int], limit: int) -> list[Part] | Fa
 def _packed(line: str, count: Callable[[str], int], limit: int) -> Iterator[Part]:
     """As many whole sentences as fit, with the white space behind them, until the line is used up.
     One sentence may be too long."""
-    ends = [match.span() for match in _SENTENCE_END.finditer(line) if match.start() < len(line)] + [
-        (len(line), len(line))
-    ]
+    spans = [match.span() for match in _SENTENCE_END.finditer(line) if match.start() < len(line)]
+    ends = [*spans, (len(line), len(line))]
     begin = 0
     for (stop, after), (next_stop, _) in zip(ends, [*ends[1:], (None, None)], strict=True):
         if next_stop is None or count(line[begin:next_stop]) > limit:

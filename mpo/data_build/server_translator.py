@@ -97,7 +97,8 @@ class ServerTranslator:
         stop = threading.Event()
         waiting = iter(texts)
         running: dict[Future[Result], str] = {}
-        done = refused = 0
+        refusals: list[Failure] = []
+        done = 0
         with ThreadPoolExecutor(self._config.concurrency) as pool:
             try:
                 while True:
@@ -106,25 +107,24 @@ class ServerTranslator:
                     if not running:
                         return
                     ready, _ = wait(running, return_when=FIRST_COMPLETED)
-                    texts_of = {future: running.pop(future) for future in ready}
+                    text_of = {future: running.pop(future) for future in ready}
                     good = [
                         (text, future.result())
-                        for future, text in texts_of.items()
+                        for future, text in text_of.items()
                         if future.exception() is None
                     ]
                     yield good
                     for future in ready:
                         future.result()  # raises what went wrong, now that the others are safe
-                    refusals = [
+                    done += len(good)
+                    refusals += [
                         result
                         for _, result in good
                         if isinstance(result, Failure) and result.reason == "refused"
                     ]
-                    done, refused = done + len(good) - len(refusals), refused + len(refusals)
-                    if refused >= REFUSALS and not done:
+                    if len(refusals) == done >= REFUSALS:
                         raise UserError(
-                            f"{self._address} refused the first {refused} texts:"
-                            f" {refusals[-1].detail}"
+                            f"{self._address} refused the first {done} texts: {refusals[-1].detail}"
                         )
             finally:
                 stop.set()
