@@ -25,6 +25,7 @@ import mpo_kernels
 from benchmarks.candidates import from_hidden
 from benchmarks.harness import Comparison, compare, peak_bytes
 from benchmarks.instruments import moved_bytes, numerics
+from benchmarks.instruments.accuracy import relative_error
 from benchmarks.instruments.operators import Flops
 from benchmarks.options import RESULTS, Quick, Threads, wide_console
 from benchmarks.step import StepResult
@@ -203,7 +204,7 @@ def emulated(quick: bool) -> Iterator[Bar]:
             logits = exact.clone().requires_grad_()
             with gpu_on_cpu(target, strict=False) as launches:
                 mpo_kernels.mpo_loss(logits, labels, gap).loss.backward()
-            error = numerics.relative_error(logits.grad, wide.grad)  # type: ignore[arg-type]
+            error = relative_error(logits.grad, wide.grad)
             findings = sum(not launch.findings.clean for launch in launches)
             text = (
                 f"gradient off by {error:.1e}; findings in {findings} of {len(launches)} launches"

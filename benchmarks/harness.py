@@ -9,6 +9,7 @@ right ones; one that cannot be imported or needs another device is `absent`.
 from __future__ import annotations
 
 import gc
+import math
 import os
 import statistics
 import time
@@ -19,6 +20,8 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 import torch
 from pydantic import BaseModel
 from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.instruments.accuracy import relative_error
 
 # torch's profiler would write lines of its own between the tables
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -231,7 +234,7 @@ def _check(workload: W, candidate: Candidate[W], exact: Inputs) -> tuple[Row, Lo
         return row, None
     bar = TOLERANCE[workload.dtype]
     for name, want in exact.items():
-        row.errors[name] = _relative_error(found[name], want) if name in found else float("inf")
+        row.errors[name] = _error_of(found[name], want) if name in found else float("inf")
     worst = max(row.errors, key=lambda name: row.errors[name])
     if not row.errors[worst] <= bar:
         row.status = "wrong"
@@ -291,13 +294,12 @@ def timing(seconds: list[float]) -> Timing:
     )
 
 
-def _relative_error(found: torch.Tensor, want: torch.Tensor) -> float:
-    if found.shape != want.shape:
+def _error_of(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Relative L2 distance; of another shape or with NaN, which are wrong by any bar, infinite."""
+    if found.shape != exact.shape:
         return float("inf")
-    error = float(
-        (found.detach().to(want.device).double() - want).norm() / want.norm().clamp_min(1e-30)
-    )
-    return error if error == error else float("inf")
+    error = relative_error(found.detach().to(exact.device), exact)
+    return float("inf") if math.isnan(error) else error
 
 
 def _both(row: Row) -> float:

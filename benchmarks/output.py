@@ -135,25 +135,25 @@ def _share(row: Row, peer: Row | None) -> str:
     return f"{row.both.median / peer.both.median:.2f}"
 
 
-def save(result: Result, folder: Path, console: Console, bars_too: bool = True) -> Path:
-    """`<folder>/<benchmark>.json` and, unless the caller draws one of its own, a picture of bars;
+def save(result: Result, folder: Path, console: Console, pictured: bool = True) -> Path:
+    """`<folder>/<benchmark>.json` and, unless the caller draws one of its own, a picture;
     returns the JSON's path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{result.benchmark}.json"
     path.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    if bars_too:
-        bars(result, folder / f"{result.benchmark}.png")
+    if pictured:
+        draw(result, folder / f"{result.benchmark}.png")
     console.print(f"{path} and {path.with_suffix('.png').name}")
     return path
 
 
-def bars(result: Result, path: Path) -> None:
+def draw(result: Result, path: Path) -> None:
     """Time and memory of every candidate that ran, one line of panels per comparison."""
     lines = []
     for comparison in result.comparisons:
         rows = [row for row in comparison.rows if row.both is not None]
         drawn = [
-            Bars(
+            Rectangles(
                 marked(r.candidate, r.status),
                 OURS if r.ours else COLORS[r.status],
                 _timing(r),
@@ -162,7 +162,7 @@ def bars(result: Result, path: Path) -> None:
             for r in rows
         ]
         lines.append((f"{comparison.workload}: {_listed(comparison.settings)}", drawn))
-    bar_panels(
+    panels(
         f"{result.benchmark} on {result.machine.device}, {result.machine.threads} threads",
         lines,
         path,
@@ -172,8 +172,8 @@ def bars(result: Result, path: Path) -> None:
     )
 
 
-class Bars(NamedTuple):
-    """The two bars of one candidate."""
+class Rectangles(NamedTuple):
+    """The two rectangles of one candidate."""
 
     name: str
     color: str
@@ -181,17 +181,17 @@ class Bars(NamedTuple):
     peak_bytes: int
 
 
-def bar_panels(
+def panels(
     title: str,
-    lines: Sequence[tuple[str, Sequence[Bars]]],
+    lines: Sequence[tuple[str, Sequence[Rectangles]]],
     path: Path,
     *,
     time: str,
     milliseconds: bool,
     memory: str,
 ) -> None:
-    """A picture of horizontal bars: a line of two panels, time and memory, for each titled group,
-    its first on top."""
+    """A picture of horizontal rectangles: for each titled group a line of two panels, time and
+    memory, its first candidate on top."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -55,7 +55,7 @@ def main(
         comparisons += sweeps[axis]
         _show(axis, sweeps[axis], console)
     result = Result(benchmark="scaling", machine=machine, quick=quick, comparisons=comparisons)
-    path = save(result, folder, console, bars_too=False)
+    path = save(result, folder, console, pictured=False)
     curves(sweeps, path.with_suffix(".png"), machine.device)
 
 

@@ -33,7 +33,7 @@ from rich.table import Table
 
 from benchmarks.harness import TOLERANCE, Timing, allocations, timing
 from benchmarks.options import Out, Quick, Threads, set_up
-from benchmarks.output import COLORS, OURS, Bars, Machine, bar_panels, marked
+from benchmarks.output import COLORS, OURS, Machine, Rectangles, marked, panels
 
 ROWS, MAX_TOKENS = 6, 512
 LEARNING_RATE = 1e-6
@@ -457,11 +457,11 @@ def picture(result: StepResult, path: Path) -> None:
     for found in result.configurations:
         colors = [COLORS["ok"] if side.name == PUBLISHED else OURS for side in found.sides]
         drawn = [
-            Bars(marked(s.name, s.status), color, s.seconds, s.peak_bytes)
+            Rectangles(marked(s.name, s.status), color, s.seconds, s.peak_bytes)
             for s, color in zip(found.sides, colors, strict=True)
         ]
         lines.append((found.model, drawn))
-    bar_panels(
+    panels(
         f"one training step on {result.machine.device}, {result.machine.threads} threads",
         lines,
         path,

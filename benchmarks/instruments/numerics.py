@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import mpo_kernels
+from benchmarks.instruments.accuracy import relative_error
 from mpo_kernels import oracle
 
 AXES: dict[str, tuple] = {
@@ -185,12 +186,6 @@ def results(function, given: Problem, option: str, wide: bool = False) -> dict[s
     found = {"loss": out.loss, "reward_gap": out.reward_gap, "dH": hidden.grad, "dW": weight.grad}
     found |= {"chosen": out.chosen_logps, "rejected": out.rejected_logps}
     return {name: value.detach() for name, value in found.items() if value is not None}
-
-
-def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """Relative L2 distance; exact agreement of two zero tensors is 0."""
-    difference = (found.double() - exact.double()).norm()
-    return 0.0 if difference == 0 else float(difference / exact.double().norm().clamp_min(1e-30))
 
 
 def check(case: Mapping) -> dict[str, tuple[float, float]]:

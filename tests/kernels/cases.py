@@ -1,4 +1,4 @@
-"""Inputs of the kernel tests, and the distance to the oracle."""
+"""Inputs of the kernel tests."""
 
 from __future__ import annotations
 
@@ -134,14 +134,6 @@ def rounded(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if INTERPRETED and dtype == torch.bfloat16:
         return (single.view(torch.int32) & -65536).view(torch.float32).to(dtype)
     return single.to(dtype)
-
-
-def relative_error(ours: torch.Tensor | None, theirs: torch.Tensor | None) -> float:
-    """Relative L2 distance; exact agreement of two zero tensors is 0."""
-    assert ours is not None and theirs is not None
-    assert ours.shape == theirs.shape
-    difference = (ours.double() - theirs.double()).norm()
-    return 0.0 if difference == 0 else float(difference / theirs.double().norm().clamp_min(1e-30))
 
 
 LAYOUTS = ("gaps", "transposed", "offset", "expanded")

@@ -13,13 +13,14 @@ import weakref
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-from cases import INTERPRETED, labels_of, relative_error
+from cases import INTERPRETED, labels_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import functional
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_leaves
 
 import mpo_kernels
+from benchmarks.instruments.accuracy import relative_error
 from mpo_kernels import oracle
 
 if INTERPRETED:

@@ -7,7 +7,9 @@ what nobody wrote: `gpu_on_cpu` raises on any.
 
 import pytest
 import torch
-from cases import INTERPRETED, REGIMES, check_softcap, infinities, labels_of, regime, relative_error
+from cases import INTERPRETED, REGIMES, check_softcap, infinities, labels_of, regime
+
+from benchmarks.instruments.accuracy import relative_error
 
 if INTERPRETED:
     pytest.skip("compiles kernels, which the interpreter does not", allow_module_level=True)

@@ -3,11 +3,12 @@ meets, may overflow or vanish on the way."""
 
 import pytest
 import torch
-from cases import labels_of, relative_error
+from cases import labels_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mpo_kernels
+from benchmarks.instruments.accuracy import relative_error
 from mpo_kernels import oracle
 from mpo_kernels.ops import chunks, gradients
 from mpo_kernels.ops.linear_pairs import linear_token_logprobs_op

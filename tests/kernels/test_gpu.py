@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from cases import labels_of, regime, relative_error
+from cases import labels_of, regime
 
 import mpo_kernels
+from benchmarks.instruments.accuracy import relative_error
 from mpo_kernels import oracle
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]

@@ -17,7 +17,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import INTERPRETED, labels_of, regime, relative_error
+from cases import INTERPRETED, labels_of, regime
+
+from benchmarks.instruments.accuracy import relative_error
 
 if INTERPRETED:
     pytest.skip("compiles kernels, which the interpreter does not", allow_module_level=True)

@@ -3,11 +3,12 @@ FLOPs and their memory."""
 
 import pytest
 import torch
-from cases import INTERPRETED, labels_of, relative_error
+from cases import INTERPRETED, labels_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mpo_kernels
+from benchmarks.instruments.accuracy import relative_error
 from benchmarks.instruments.operators import Flops, Memory
 from mpo_kernels import oracle
 from mpo_kernels.backends import eager

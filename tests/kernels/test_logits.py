@@ -5,20 +5,12 @@ import itertools
 
 import pytest
 import torch
-from cases import (
-    INTERPRETED,
-    REGIMES,
-    SOFTCAPS,
-    check_softcap,
-    labels_of,
-    regime,
-    relative_error,
-    rounded,
-)
+from cases import INTERPRETED, REGIMES, SOFTCAPS, check_softcap, labels_of, regime, rounded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mpo_kernels
+from benchmarks.instruments.accuracy import relative_error
 from mpo_kernels import oracle
 
 P, T = 2, 5

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from cases import relative_error
 
 import mpo_kernels
+from benchmarks.instruments.accuracy import relative_error
 from mpo_kernels import oracle
 
 S, T, D = 4, 7, 37

@@ -6,9 +6,10 @@ import shutil
 
 import pytest
 import torch
-from cases import INTERPRETED, labels_of, relative_error
+from cases import INTERPRETED, labels_of
 
 import mpo_kernels
+from benchmarks.instruments.accuracy import relative_error
 from mpo_kernels import oracle
 from mpo_kernels.ops.gradients import scaled
 from mpo_kernels.ops.linear_pairs import (

@@ -5,11 +5,12 @@ import contextlib
 
 import pytest
 import torch
-from cases import INTERPRETED, REGIMES, infinities, labels_of, regime, relative_error
+from cases import INTERPRETED, REGIMES, infinities, labels_of, regime
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mpo_kernels
+from benchmarks.instruments.accuracy import relative_error
 from mpo_kernels import oracle
 from mpo_kernels.backends import backend_for
 
