@@ -12,7 +12,7 @@ import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import BaseModel
@@ -211,26 +211,7 @@ def panels(
     for (left, right), (name, group) in zip(axes, lines, strict=True):
         rows = list(reversed(group))
         names, colors = [row.name for row in rows], [row.color for row in rows]
-        times = [row.seconds.median * unit for row in rows]
-        low = [(row.seconds.median - row.seconds.p20) * unit for row in rows]
-        high = [(row.seconds.p80 - row.seconds.median) * unit for row in rows]
-        left.barh(names, times, xerr=[low, high], color=colors, capsize=2)
-        # One candidate that is far slower must not squeeze the others: its bar is cut and its time
-        # written.
-        limit = 3 * statistics.median(times)
-        if max(times) > limit:
-            left.set_xlim(0, limit)
-            for place, value in enumerate(times):
-                if value > limit:
-                    left.text(
-                        limit,
-                        place,
-                        f"{value:.0f} ",
-                        ha="right",
-                        va="center",
-                        fontsize=8,
-                        color="white",
-                    )
+        _draw_times(left, rows, unit)
         left.set_xlabel(f"{time} (bars from the 20th to the 80th percentile)", fontsize=8)
         left.set_title(name, fontsize=8, loc="left")
         right.barh(names, [row.peak_bytes / 2**20 for row in rows], color=colors)
@@ -240,6 +221,29 @@ def panels(
             axis.tick_params(labelsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _draw_times(axis: Any, rows: Sequence[Rectangles], unit: float) -> None:
+    times = [row.seconds.median * unit for row in rows]
+    low = [(row.seconds.median - row.seconds.p20) * unit for row in rows]
+    high = [(row.seconds.p80 - row.seconds.median) * unit for row in rows]
+    axis.barh(
+        [row.name for row in rows],
+        times,
+        xerr=[low, high],
+        color=[row.color for row in rows],
+        capsize=2,
+    )
+    # One candidate that is far slower must not squeeze the others: its rectangle is cut and its
+    # time written.
+    limit = 3 * statistics.median(times)
+    if max(times) <= limit:
+        return
+    axis.set_xlim(0, limit)
+    for place, value in enumerate(times):
+        if value > limit:
+            text = f"{value:.0f} "
+            axis.text(limit, place, text, ha="right", va="center", fontsize=8, color="white")
 
 
 def marked(name: str, status: str) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import typer
 from pydantic import BaseModel
@@ -237,6 +237,26 @@ def peer_rows(peers: Iterable[Peer], targets: Sequence[str]) -> Iterator[Row]:
 
 def show(result: StaticResult, console: Console) -> None:
     """Tables of everything."""
+    console.print(_counted_bytes(result))
+    console.print(_beside_peers(result))
+    for bar in result.counted:
+        console.print(f"{bar.what}: {bar.measured} (bar {bar.promised})", markup=False)
+    for target in _targets(result):
+        console.print(_compiled(result, target))
+    console.print(
+        "instr.: instructions per logit, of the body with the least work per logit;"
+        " forward+gradient where one kernel does both. A kernel\nwithout a loop: of the path that"
+        " most programs take, and in brackets of all code. regs, spill: registers and spilled bytes"
+        " of a\nthread. bits: of one access to logits. occ.: warps that a multiprocessor holds, of"
+        " those it could. What one launch does:"
+    )
+    for (library, does), names in _grouped(
+        (row.library, row.does, row.kernel) for row in result.kernels if row.does
+    ).items():
+        console.print(f"  {library}, {', '.join(names)}: {does}", markup=False)
+
+
+def _counted_bytes(result: StaticResult) -> Table:
     table = Table(title="bf16 logits, bytes counted in the interpreter", title_justify="left")
     for column in (
         "vocabulary",
@@ -252,7 +272,10 @@ def show(result: StaticResult, console: Console) -> None:
             f"{values['bytes_of_ignored_rows']:.0f}",
             f"{values['in_place_share']:.2%}",
         )
-    console.print(table)
+    return table
+
+
+def _beside_peers(result: StaticResult) -> Table:
     table = Table(
         title="beside peers, bytes per bf16 logit, forward and backward", title_justify="left"
     )
@@ -277,22 +300,7 @@ def show(result: StaticResult, console: Console) -> None:
                 *(f"{number:.2f}" for number in numbers),
                 style="bold" if name.startswith("mpo_kernels") else None,
             )
-    console.print(table)
-    for bar in result.counted:
-        console.print(f"{bar.what}: {bar.measured} (bar {bar.promised})", markup=False)
-    for target in _targets(result):
-        console.print(_compiled(result, target))
-    console.print(
-        "instr.: instructions per logit, of the body with the least work per logit;"
-        " forward+gradient where one kernel does both. A kernel\nwithout a loop: of the path that"
-        " most programs take, and in brackets of all code. regs, spill: registers and spilled bytes"
-        " of a\nthread. bits: of one access to logits. occ.: warps that a multiprocessor holds, of"
-        " those it could. What one launch does:"
-    )
-    for (library, does), names in _grouped(
-        (row.library, row.does, row.kernel) for row in result.kernels if row.does
-    ).items():
-        console.print(f"  {library}, {', '.join(names)}: {does}", markup=False)
+    return table
 
 
 def _targets(result: StaticResult) -> list[str]:
@@ -384,59 +392,17 @@ def picture(result: StaticResult, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    targets, named = _targets(result), set()
     figure, axes = plt.subplots(3, 2, figsize=(14, 10), sharey="row", layout="constrained")
-    width = 0.86 / len(CANDIDATES)
     labels = (
         "instructions per logit:\nforward (solid) and gradient (pale)",
         "registers per thread,\nthe greater of its kernels",
+        "occupancy, %,\nthe lesser of its kernels",
     )
-    for axis, label in zip(
-        axes[:, 0], (*labels, "occupancy, %,\nthe lesser of its kernels"), strict=True
-    ):
+    for axis, label in zip(axes[:, 0], labels, strict=True):
         axis.set_ylabel(label, fontsize=9)
-    for column, (vocabulary, vocab) in enumerate(VOCABULARIES.items()):
-        instructions, registers, occupancy = axes[:, column]
-        for number, (candidate, color) in enumerate(zip(CANDIDATES, COLORS, strict=True)):
-            for group, target in enumerate(targets):
-                codes = candidate_rows(result, candidate, vocabulary, target)
-                if not codes:
-                    continue
-                x = group + (number - (len(CANDIDATES) - 1) / 2) * width
-                read = sum(code.per_logit("read") or 0.0 for code in codes)
-                gradient = sum(code.per_logit("read and write") or 0.0 for code in codes)
-                name = None if candidate in named else candidate
-                named.add(candidate)
-                instructions.bar(x, read, width * 0.92, color=color, label=name)
-                instructions.bar(x, gradient, width * 0.92, bottom=read, color=color, alpha=0.55)
-                instructions.text(
-                    x,
-                    read + gradient,
-                    f"{read + gradient:.0f}",
-                    ha="center",
-                    va="bottom",
-                    fontsize=7,
-                )
-                most = max(code.registers for code in codes)
-                registers.bar(x, most, width * 0.92, color=color)
-                if spilled := max(code.spilled_bytes for code in codes):
-                    registers.text(
-                        x,
-                        most,
-                        f"spills\n{spilled} B",
-                        ha="center",
-                        va="bottom",
-                        fontsize=7,
-                        color="#b00020",
-                    )
-                occupancy.bar(
-                    x, 100 * min(code.occupancy for code in codes), width * 0.92, color=color
-                )
-        instructions.set_title(f"vocabulary {vocab}", fontsize=11, loc="left")
-        for axis in axes[:, column]:
-            axis.set_xticks(range(len(targets)), targets)
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.margins(y=0.12)
+    named: set[str] = set()
+    for column, vocabulary in enumerate(VOCABULARIES):
+        _draw_vocabulary(result, vocabulary, axes[:, column], named)
     figure.legend(
         *axes[0, 0].get_legend_handles_labels(),
         loc="outside lower center",
@@ -452,6 +418,46 @@ def picture(result: StaticResult, path: Path) -> None:
     )
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _draw_vocabulary(
+    result: StaticResult, vocabulary: Vocabulary, axes: Any, named: set[str]
+) -> None:
+    """One column of the picture; candidates that are not yet `named` get an entry in the legend."""
+    targets = _targets(result)
+    width = 0.86 / len(CANDIDATES)
+    for number, (candidate, color) in enumerate(zip(CANDIDATES, COLORS, strict=True)):
+        for group, target in enumerate(targets):
+            codes = candidate_rows(result, candidate, vocabulary, target)
+            if not codes:
+                continue
+            x = group + (number - (len(CANDIDATES) - 1) / 2) * width
+            label = None if candidate in named else candidate
+            named.add(candidate)
+            _draw_codes(codes, axes, x, {"width": width * 0.92, "color": color}, label)
+    axes[0].set_title(f"vocabulary {VOCABULARIES[vocabulary]}", fontsize=11, loc="left")
+    for axis in axes:
+        axis.set_xticks(range(len(targets)), targets)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.margins(y=0.12)
+
+
+def _draw_codes(
+    codes: Sequence[Code], axes: Any, x: float, look: dict[str, Any], label: str | None
+) -> None:
+    """A candidate's kernels for one GPU: a rectangle on each axis, at `x`."""
+    instructions, registers, occupancy = axes
+    text = {"ha": "center", "va": "bottom", "fontsize": 7}
+    read = sum(code.per_logit("read") or 0.0 for code in codes)
+    gradient = sum(code.per_logit("read and write") or 0.0 for code in codes)
+    instructions.bar(x, read, **look, label=label)
+    instructions.bar(x, gradient, bottom=read, **look, alpha=0.55)
+    instructions.text(x, read + gradient, f"{read + gradient:.0f}", **text)
+    most = max(code.registers for code in codes)
+    registers.bar(x, most, **look)
+    if spilled := max(code.spilled_bytes for code in codes):
+        registers.text(x, most, f"spills\n{spilled} B", **text, color="#b00020")
+    occupancy.bar(x, 100 * min(code.occupancy for code in codes), **look)
 
 
 if __name__ == "__main__":

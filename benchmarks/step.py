@@ -308,7 +308,7 @@ def main(quick: Quick = False, threads: Threads = 2, out: Out = None, repetition
     device, machine, folder, console = set_up(threads, out)
     if device.type == "cuda":
         console.print("This command measures on the CPU, where both sides fit any machine.")
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoModelForCausalLM
 
     from mpo.config import load_config
     from mpo.models.inputs import load_inputs
@@ -326,9 +326,8 @@ def main(quick: Quick = False, threads: Threads = 2, out: Out = None, repetition
     }
     inputs = load_inputs(next(iter(settings.values())), console.print)
     first = inputs.examples.train[0].dominant.chosen
-    examples = [e for e in inputs.examples.train if e.dominant.chosen == first][
-        : 2 if quick else ROWS
-    ]
+    of_one_pair = [e for e in inputs.examples.train if e.dominant.chosen == first]
+    examples = of_one_pair[: 2 if quick else ROWS]
 
     def small(attention: str) -> Any:
         return AutoModelForCausalLM.from_pretrained(
@@ -338,22 +337,7 @@ def main(quick: Quick = False, threads: Threads = 2, out: Out = None, repetition
     vocab = 65536 if quick else 262144
 
     def head_dominated(attention: str) -> Any:
-        torch.manual_seed(0)
-        sizes: dict[str, Any] = {
-            "vocab_size": vocab,
-            "hidden_size": 640,
-            "intermediate_size": 2048,
-            "num_hidden_layers": 2 if quick else 18,
-        }
-        heads: dict[str, Any] = {
-            "num_attention_heads": 4,
-            "num_key_value_heads": 1,
-            "head_dim": 160,
-            "tie_word_embeddings": True,
-        }
-        return AutoModelForCausalLM.from_config(
-            LlamaConfig(**sizes, **heads), attn_implementation=attention, dtype=torch.float32
-        )
+        return _head_dominated(attention, vocab, 2 if quick else 18)
 
     configurations: list[Configuration] = []
     bars: list[Bar] = []
@@ -376,6 +360,26 @@ def main(quick: Quick = False, threads: Threads = 2, out: Out = None, repetition
     (folder / "step.json").write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
     picture(result, folder / "step.png")
     console.print(f"{folder / 'step.json'} and step.png")
+
+
+def _head_dominated(attention: str, vocab: int, layers: int) -> Any:
+    """A model of random weights, most of them in its head."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=640,
+        intermediate_size=2048,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=160,
+        tie_word_embeddings=True,
+    )
+    return AutoModelForCausalLM.from_config(
+        config, attn_implementation=attention, dtype=torch.float32
+    )
 
 
 def judge(found: Configuration, speed: float, memory: float) -> list[Bar]:
