@@ -26,6 +26,7 @@ from benchmarks.candidates import from_hidden
 from benchmarks.harness import Comparison, compare, peak_bytes
 from benchmarks.instruments import moved_bytes, numerics
 from benchmarks.instruments.accuracy import relative_error
+from benchmarks.instruments.covering import covering
 from benchmarks.instruments.operators import Flops
 from benchmarks.options import RESULTS, Quick, Threads, wide_console
 from benchmarks.step import StepResult
@@ -68,7 +69,7 @@ def main(quick: Quick = False, threads: Threads = 2) -> None:
 def accuracy(quick: bool) -> Iterator[Bar]:
     """Errors of the linear loss over a sample of the numerics matrix."""
     largest = ACCURACY_ELEMENTS // (8 if quick else 1)
-    cases = numerics.covering(numerics.AXES, list(itertools.combinations(numerics.AXES, 2)))
+    cases = covering(numerics.AXES, list(itertools.combinations(numerics.AXES, 2)))
     missed, ratios, single = [], [], []
     for case in (case for case in cases if case["vocab"] * case["hidden"] <= largest):
         try:

@@ -13,7 +13,8 @@ import pytest
 import torch
 from cases import INTERPRETED
 
-from benchmarks.instruments.numerics import AXES, EXTREMES, check, covering, ratios
+from benchmarks.instruments.covering import covering
+from benchmarks.instruments.numerics import AXES, EXTREMES, check, ratios
 
 if INTERPRETED:
     pytest.skip(

@@ -27,6 +27,7 @@ from plain_training import train_plainly
 from safetensors.torch import load_file
 from tiny import apart, native_rows, save_model, write_rows
 
+from benchmarks.instruments.covering import covering
 from mpo.config import load_config
 from mpo.training.run_folder import read_metrics
 
@@ -95,18 +96,17 @@ def interactions(cell: Cell) -> set[tuple]:
     return {*pairs, ((1, cell.stage), (2, cell.ranks), (4, cell.recompute))}
 
 
-def covering() -> list[Cell]:
-    """Few cells that hold every interaction of the full product, chosen greedily."""
-    missing, chosen = set().union(*map(interactions, ALL)), []
-    while missing:
-        chosen.append(max(ALL, key=lambda cell: len(interactions(cell) & missing)))
-        missing -= interactions(chosen[-1])
-    return [cell for cell in chosen if cell not in PLAIN.values()]
+def covering_cells() -> list[Cell]:
+    """Few cells that hold every interaction of the full product."""
+    axes = dict(zip(Cell._fields, FACTORS, strict=True))
+    together = [*itertools.combinations(axes, 2), ("stage", "ranks", "recompute")]
+    cells = [Cell(**choices) for choices in covering(axes, together)]
+    return [cell for cell in cells if cell not in PLAIN.values()]
 
 
 # And biases beside kept products: the linear layer that DeepSpeed puts in place under ZeRO-3 adds
 # them to the product itself.
-COVERING = [*covering(), Cell("qwen2", 3, 2, "2", "selective")]
+COVERING = [*covering_cells(), Cell("qwen2", 3, 2, "2", "selective")]
 
 
 def gathering(
