@@ -16,7 +16,7 @@ from mpo.data_build.filters import Filters
 from mpo.data_build.journal import Journal, key_of
 from mpo.data_build.output import Output
 from mpo.data_build.preferences import Preference, map_texts, read_preferences
-from mpo.data_build.report import make_report
+from mpo.data_build.report import BuildReport, Dropped, counted, counts_of, examples_of
 from mpo.data_build.server_translator import ServerTranslator
 from mpo.data_build.translation import Failure, Result, Translator
 from mpo.data_build.work import Work
@@ -28,7 +28,7 @@ Translations = dict[tuple[str, str], Result]
 """(source text, language): its translation, or why there is none."""
 
 
-def build(config: BuildConfig, progress: Progress) -> dict[str, Any]:
+def build(config: BuildConfig, progress: Progress) -> BuildReport:
     """Makes the rows of `config` and returns the report, which lies beside them too.
 
     Raises:
@@ -49,19 +49,24 @@ def build(config: BuildConfig, progress: Progress) -> dict[str, Any]:
         answered, unanswered = _answer(preferences, config, work)
         translations, made = _translate(answered, translator, config.languages, work)
         rows, untranslated = _assemble(answered, translations, filters, config.languages)
-        dropped = [asdict(finding) for finding in bad] + unanswered + untranslated
-        counts = {
-            "output": config.output,
-            "translated": made,
-            "translations_kept": len(translations) - made,
-            "trimmed": sum(preference.trimmed for preference in preferences),
-            "build": _identity(config),
-        }
-        report = make_report(len(preferences) + len(bad), rows, dropped, config.languages, counts)
-        output.write(report, rows, dropped)
+        dropped = unanswered + untranslated
+        report = BuildReport(
+            rows_in=len(preferences) + len(bad),
+            bad_input=counted(bad),
+            languages=counts_of(config.languages, rows, dropped),
+            examples=examples_of(bad, dropped),
+            output=config.output,
+            translated=made,
+            translations_kept=len(translations) - made,
+            trimmed=sum(preference.trimmed for preference in preferences),
+            build=_identity(config),
+        )
+        output.write(
+            report.as_dict(), rows, [*map(asdict, bad), *(row.as_dict() for row in dropped)]
+        )
         if not rows:
             reasons = ", ".join(
-                f"{reason} ({shown[0]['detail']})" for reason, shown in report["examples"].items()
+                f"{reason} ({shown[0]['detail']})" for reason, shown in report.examples.items()
             )
             raise UserError(
                 f"No row is left: {reasons}. {output.dropped} has all of them, {output.report} the"
@@ -99,7 +104,7 @@ def _open_translator(config: BuildConfig) -> Translator:
 
 def _answer(
     preferences: Sequence[Preference], config: BuildConfig, work: Work
-) -> tuple[list[Preference], list[dict[str, Any]]]:
+) -> tuple[list[Preference], list[Dropped]]:
     """The rows with the model's answers as chosen ones, where that is asked, and the rows that this
     leaves without a usable pair."""
     if config.chosen_from_model is None:
@@ -122,9 +127,9 @@ def _answer(
 
 def _with_answers(
     preferences: Sequence[Preference], answers: dict[Prompt, Result], languages: Sequence[str]
-) -> tuple[list[Preference], list[dict[str, Any]]]:
+) -> tuple[list[Preference], list[Dropped]]:
     good: list[Preference] = []
-    dropped: list[dict[str, Any]] = []
+    dropped: list[Dropped] = []
     for preference in preferences:
         answer = answers[preference.pair.prompt]
         finding: Finding | None
@@ -183,9 +188,10 @@ def _assemble(
     translations: Translations,
     filters: Filters,
     languages: Sequence[str],
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+) -> tuple[list[dict[str, Any]], list[Dropped]]:
     """Native rows, and those that are left out."""
-    rows, dropped = [], []
+    rows: list[dict[str, Any]] = []
+    dropped: list[Dropped] = []
     for preference in preferences:
         for language in languages:
             results = [translations.get((text, language), "") for text in preference.pair.texts()]
@@ -210,13 +216,5 @@ def _assemble(
 
 def _dropped(
     preference: Preference, language: str, finding: Finding, target: Pair | None
-) -> dict[str, Any]:
-    return {
-        "id": f"{preference.id}-{language}",
-        "source": finding.source,
-        "language": language,
-        "reason": finding.reason,
-        "detail": finding.detail,
-        "dominant": preference.pair.model_dump(),
-        "target": None if target is None else target.model_dump(),
-    }
+) -> Dropped:
+    return Dropped(f"{preference.id}-{language}", language, finding, preference.pair, target)

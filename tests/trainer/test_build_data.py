@@ -145,7 +145,8 @@ def through(server, folder, **options):
 
 
 def run(folder, *overrides):
-    return build(load_build_config(folder / "build.yaml", list(overrides)), Progress(enabled=False))
+    config = load_build_config(folder / "build.yaml", list(overrides))
+    return build(config, Progress(enabled=False)).as_dict()
 
 
 def rows_of(folder):
