@@ -591,7 +591,8 @@ def _agree(
     finite = want.isfinite() & fits
     error = float((got - want)[finite].norm())
     assert error <= allowed, (
-        f"{what} is off by {error:.2e} of {float(want[finite].norm()):.2e}; allowed is {allowed:.2e}"
+        f"{what} is off by {error:.2e} of {float(want[finite].norm()):.2e};"
+        f" allowed is {allowed:.2e}"
     )
 
 

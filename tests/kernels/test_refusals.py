@@ -458,10 +458,18 @@ def test_every_argument_of_a_module_reaches_its_function(module, function, monke
 @pytest.mark.parametrize("module", [mpo_kernels.MPOLoss, mpo_kernels.LinearMPOLoss])
 @pytest.mark.parametrize(
     "option",
-    [{"beta": "1"}, {"beta": float("nan")}, {"softcap": -1.0}, {"logit_scale": None}, {"reduction": "max"}, {"ignore_index": 1.0},
-     {"chunk_bytes": 0}, {"parallel": "world"}],
+    [
+        {"beta": "1"},
+        {"beta": float("nan")},
+        {"softcap": -1.0},
+        {"logit_scale": None},
+        {"reduction": "max"},
+        {"ignore_index": 1.0},
+        {"chunk_bytes": 0},
+        {"parallel": "world"},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_modules_refuse_their_options_when_they_are_made(module, option):
     if "chunk_bytes" in option and module is mpo_kernels.MPOLoss:
         pytest.skip("an option of the other")

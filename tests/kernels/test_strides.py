@@ -140,8 +140,16 @@ def test_all_tensors_at_once(call, layout):
 
 def test_no_argument_is_forgotten():
     """Each tensor of each public function is in the table above."""
-    for name in ("token_logprobs", "token_statistics", "mpo_loss", "linear_token_logprobs", "linear_token_statistics", "linear_mpo_loss",
-                 "mean_pool", "retention_loss"):  # fmt: skip
+    for name in (
+        "token_logprobs",
+        "token_statistics",
+        "mpo_loss",
+        "linear_token_logprobs",
+        "linear_token_statistics",
+        "linear_mpo_loss",
+        "mean_pool",
+        "retention_loss",
+    ):
         parameters = inspect.signature(getattr(mpo_kernels, name)).parameters.values()
         tensors = {p.name for p in parameters if "Tensor" in str(p.annotation)}
         assert tensors <= {
