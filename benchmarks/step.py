@@ -179,9 +179,9 @@ def ours(model: Any, examples: Sequence[Any], config: Any) -> tuple[Callable[[_P
     made before, as its store holds them."""
     from mpo.models import recompute
     from mpo.models.loading import bind_mpo_forward
-    from mpo.models.packing import in_micro_batches, pack_for_scoring
+    from mpo.models.packing import pack_for_scoring
+    from mpo.training.micro_batches import in_micro_batches, make_batch
     from mpo.training.reference import ReferenceStore, dominant_sequences
-    from mpo.training.train import make_batch
 
     bind_mpo_forward(model, config.loss)
     sequences = dominant_sequences(examples)

@@ -1,5 +1,4 @@
-"""From tokenised examples to one packed row, and from a step number to the rows that each rank
-computes.
+"""From tokenised sequences to one packed row, which the model takes.
 
 Everything here is host-side integers: which positions are scored and pooled is known before the
 tensors reach the device, so the forward pass never waits for one.
@@ -7,16 +6,14 @@ tensors reach the device, so the forward pass never waits for one.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
 
-from mpo.data.examples import Example, TokenizedResponse
+from mpo.data.examples import TokenizedResponse
 from mpo.models.attention import Document
-from mpo.runtime.settings import as_written
 
 Pool = Literal["response", "all"]
 
@@ -187,155 +184,6 @@ def pack_for_scoring(
     evaluation."""
     every = range(len(sequences))
     return pack(sequences, scored=every, pooled=every, pool=pool, share_prompts=share_prompts)
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """What one forward pass computes: L1 of the examples, and L2 of dominant sequences, which need
-    not be theirs."""
-
-    examples: tuple[Example, ...] = ()
-    dominant: tuple[tuple[TokenizedResponse, float], ...] = ()
-    """Each with its weight: half the number of the step's examples that have it."""
-
-    def sequences(self) -> list[TokenizedResponse]:
-        """In the order of the row: target chosen, target rejected, dominant."""
-        examples = self.examples
-        return (
-            [e.target.chosen for e in examples]
-            + [e.target.rejected for e in examples]
-            + [sequence for sequence, _ in self.dominant]
-        )
-
-    def tokens(self, share_prompts: bool) -> int:
-        """Packed tokens."""
-        return tokens_of(self.sequences(), share_prompts)
-
-
-def in_micro_batches(
-    examples: Sequence[Example], *, pairs: int, tokens: int | None, share_prompts: bool
-) -> list[MicroBatch]:
-    """Cuts the examples that one rank has in one step into micro-batches. A dominant pair that
-    several have is computed in one of them.
-
-    Without a budget of `tokens`: consecutive examples, `pairs` at a time, with the dominant pairs
-    that did not come up before. With it: first fit, the longest first, of target pairs and dominant
-    pairs alike; what is larger than the budget goes alone.
-    """
-    weights: dict[TokenizedResponse, float] = {}
-    for example in examples:
-        for sequence in example.dominant:
-            weights[sequence] = weights.get(sequence, 0.0) + 0.5
-    chunks = (
-        [examples[i : i + pairs] for i in range(0, len(examples), pairs)]
-        if tokens is None
-        else [[e] for e in examples]
-    )
-    parts: list[MicroBatch] = []
-    for chunk in chunks:
-        new = dict.fromkeys(s for e in chunk for s in e.dominant if s in weights)
-        dominant = tuple((sequence, weights.pop(sequence)) for sequence in new)
-        if tokens is None:
-            parts.append(MicroBatch(tuple(chunk), dominant))
-        else:
-            parts += [
-                MicroBatch(tuple(chunk)),
-                *([MicroBatch(dominant=dominant)] if dominant else []),
-            ]
-    return parts if tokens is None else _first_fit(parts, tokens, share_prompts)
-
-
-def _first_fit(parts: Sequence[MicroBatch], budget: int, share_prompts: bool) -> list[MicroBatch]:
-    """Joins parts where they fit the budget together, the longest first, each into the first that
-    has room."""
-    joined: list[MicroBatch] = []
-    sizes: list[int] = []
-    for size, part in sorted(
-        ((part.tokens(share_prompts), part) for part in parts), key=lambda of: -of[0]
-    ):  # stable: alike on every rank
-        place = next((i for i, other in enumerate(sizes) if other + size <= budget), None)
-        if place is None:
-            joined.append(part)
-            sizes.append(size)
-        else:
-            joined[place] = MicroBatch(
-                joined[place].examples + part.examples, joined[place].dominant + part.dominant
-            )
-            sizes[place] += size
-    return joined
-
-
-def order_of_rows(
-    examples: Sequence[Example], epoch: int, seed: int, group_by_dominant: bool
-) -> list[int]:
-    """The order in which one epoch visits the rows: a function of seed and epoch alone, so that any
-    number of ranks sees the same."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-
-    def shuffled(items: list) -> list:
-        return [items[i] for i in torch.randperm(len(items), generator=generator).tolist()]
-
-    if not group_by_dominant:
-        return shuffled(list(range(len(examples))))
-    groups: dict[tuple, list[int]] = {}
-    for index, example in enumerate(examples):
-        groups.setdefault(example.dominant, []).append(index)
-    return [index for group in shuffled(list(groups.values())) for index in shuffled(group)]
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Which rows each optimizer step computes. The rows of a run are cut from the concatenated
-    epochs, so a step may span two."""
-
-    rows: int
-    pairs_per_step: int
-    epochs: float
-    max_steps: int | None
-    repeats_first_step: bool = False
-
-    @property
-    def pairs(self) -> int:
-        """Pairs of the run, from which all else follows: `max_steps` full steps, or `epochs` passes
-        to the nearest row, at least one."""
-        if self.max_steps is not None:
-            return self.max_steps * self.pairs_per_step
-        return max(1, round(self.rows * as_written(self.epochs)))
-
-    @property
-    def steps(self) -> int:
-        """Only the last one may have fewer than `pairs_per_step`, and only where `epochs` sets the
-        end; none is empty."""
-        return -(-self.pairs // self.pairs_per_step)
-
-    def positions(self, step: int) -> range:
-        """Positions of the step's pairs in the concatenated epochs."""
-        step = 0 if self.repeats_first_step else step
-        return range(step * self.pairs_per_step, min((step + 1) * self.pairs_per_step, self.pairs))
-
-    def share(self, step: int, rank: int, world: int) -> list[int]:
-        """The rank's positions of a step. Ranks take contiguous shares, so that rows that the order
-        keeps together stay together."""
-        positions = self.positions(step)
-        share = math.ceil(len(positions) / world)
-        return list(positions[rank * share : (rank + 1) * share])
-
-
-def of_every_rank(
-    schedule: Schedule,
-    step: int,
-    rank: int,
-    world: int,
-    cut: Callable[[list[int]], list[MicroBatch]],
-) -> list[MicroBatch]:
-    """The rank's micro-batches of a step. Every rank gets the same number of them; an empty one
-    runs on a filler pair.
-
-    cut: makes micro-batches of a rank's share; a function of the positions alone, so that every
-    rank knows how many the others have.
-    """
-    batches = [cut(schedule.share(step, r, world)) for r in range(world)]
-    return batches[rank] + [MicroBatch()] * (max(map(len, batches)) - len(batches[rank]))
 
 
 def _to_device(batch, device: torch.device):

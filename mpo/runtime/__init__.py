@@ -1,1 +1,1 @@
-"""What every command stands on: errors, files, ranks, the terminal. It knows no row and no model."""
+"""What every command stands on: errors, files, ranks, the terminal. It knows no row, no model."""

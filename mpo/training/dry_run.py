@@ -13,7 +13,8 @@ from mpo.models.attention import shares_prompts
 from mpo.models.inputs import load_inputs
 from mpo.training import memory
 from mpo.training.engine import deepspeed_settings
-from mpo.training.train import Batches, schedule_of
+from mpo.training.micro_batches import Batches
+from mpo.training.schedule import schedule_of
 
 
 def describe(config: Config) -> dict[str, Any]:

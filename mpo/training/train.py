@@ -29,16 +29,6 @@ from mpo.data.run_date import with_date
 from mpo.models.attention import shares_prompts
 from mpo.models.inputs import Inputs, load_inputs
 from mpo.models.loading import MPOForward, Scores, bind_mpo_forward, load_model
-from mpo.models.packing import (
-    FILLER,
-    MicroBatch,
-    MPOBatch,
-    Schedule,
-    in_micro_batches,
-    of_every_rank,
-    order_of_rows,
-    pack,
-)
 from mpo.models.scoring import Measurement, distinct_sequences, measure_gaps
 from mpo.runtime.errors import UserError
 from mpo.runtime.files import write_json
@@ -56,8 +46,10 @@ from mpo.training.engine import (
     track,
 )
 from mpo.training.metrics import StepSums
+from mpo.training.micro_batches import Batches, in_micro_batches, make_batch
 from mpo.training.reference import LiveReference, Reference
 from mpo.training.run_folder import OutputFolder
+from mpo.training.schedule import Schedule, schedule_of
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -278,12 +270,6 @@ def _finish(
     progress.log(f"Written to {folder.root}: " + ", ".join(folder.listing()))
 
 
-def schedule_of(config: Config, rows: int) -> Schedule:
-    """The steps of a run over so many rows."""
-    train = config.train
-    return Schedule(rows, train.pairs_per_step, train.epochs, train.max_steps, train.overfit_batch)
-
-
 def precompute(config: Config) -> Path:
     """Builds the reference store of a configuration, or finds it built, and returns its folder.
 
@@ -384,62 +370,3 @@ def _self_check(
             f" store holds {stored:.4f}. Turn off dropout in the model's config, try"
             " model.attention=packed, and delete the reference folder if the model changed."
         )
-
-
-def make_batch(part: MicroBatch, reference: Reference, config: Config) -> MPOBatch:
-    """Packs a micro-batch and adds the reference's numbers. Without an example of its own it gets a
-    filler pair of weight 0."""
-    sequences = part.sequences() if part.examples else [FILLER, FILLER, *part.sequences()]
-    store = reference.of(
-        [s for e in part.examples for s in e.dominant] + [s for s, _ in part.dominant]
-    )
-    scored = len(sequences) - len(part.dominant)
-    return MPOBatch(
-        packed=pack(
-            sequences,
-            scored=range(scored),
-            pooled=range(scored, len(sequences)),
-            pool=config.loss.pool,
-            share_prompts=shares_prompts(config.model.attention),
-        ),
-        reference_gap=torch.tensor([store.gap(e) for e in part.examples] or [0.0]),
-        pair_weights=torch.tensor([1.0] * len(part.examples) or [0.0]),
-        pooled_reference=(
-            torch.stack([store.pooled(s) for s, _ in part.dominant])
-            if part.dominant
-            else torch.zeros(0, 0)
-        ),
-        pooled_weights=torch.tensor([weight for _, weight in part.dominant]),
-        languages=tuple(e.language for e in part.examples) or ("",),
-    )
-
-
-class Batches:
-    """Which rows each forward pass of a run computes."""
-
-    def __init__(self, examples: Sequence[Example], schedule: Schedule, config: Config) -> None:
-        self._examples, self._schedule, self._config = examples, schedule, config
-        self._orders: dict[int, list[int]] = {}
-
-    def micro_batches(self, step: int, rank: int, world: int) -> list[MicroBatch]:
-        """The rank's micro-batches of a step."""
-        train = self._config.train
-
-        def cut(share: Sequence[int]) -> list[MicroBatch]:
-            return in_micro_batches(
-                [self._example(p) for p in share],
-                pairs=train.pairs_per_micro_batch,
-                tokens=train.tokens_per_micro_batch,
-                share_prompts=shares_prompts(self._config.model.attention),
-            )
-
-        return of_every_rank(self._schedule, step, rank, world, cut)
-
-    def _example(self, position: int) -> Example:
-        epoch, place = divmod(position, len(self._examples))
-        if epoch not in self._orders:
-            train = self._config.train
-            self._orders[epoch] = order_of_rows(
-                self._examples, epoch, train.seed, train.group_by_dominant
-            )
-        return self._examples[self._orders[epoch][place]]

@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import mpo.training.micro_batches
 import mpo.training.reference
 import mpo.training.result
 import mpo.training.train
@@ -36,9 +37,9 @@ PLACES: dict[str, tuple[Any, str]] = {
     "reference": (mpo.training.reference, "build"),
     "gaps before": (mpo.training.train, "measure_gaps"),
     "self-check": (mpo.training.train, "_self_check"),
-    "first step": (mpo.training.train.Batches, "micro_batches"),
-    "second step": (mpo.training.train.Batches, "micro_batches"),
-    "last step": (mpo.training.train.Batches, "micro_batches"),
+    "first step": (mpo.training.micro_batches.Batches, "micro_batches"),
+    "second step": (mpo.training.micro_batches.Batches, "micro_batches"),
+    "last step": (mpo.training.micro_batches.Batches, "micro_batches"),
     "gaps after": (mpo.training.train, "measure_gaps"),
     "export": (checkpoint, "export"),
     "summary": (mpo.training.result, "summarise"),

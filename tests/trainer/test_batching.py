@@ -14,19 +14,17 @@ from tiny import example_of
 from mpo.config import Config, TrainConfig
 from mpo.data.examples import TokenizedResponse
 from mpo.models.loading import Scores
-from mpo.models.packing import (
-    MicroBatch,
-    Schedule,
-    in_micro_batches,
-    of_every_rank,
-    order_of_rows,
-    pack,
-    pack_for_scoring,
-    tokens_of,
-)
+from mpo.models.packing import pack, pack_for_scoring, tokens_of
 from mpo.training.engine import learning_rate
+from mpo.training.micro_batches import (
+    Batches,
+    MicroBatch,
+    in_micro_batches,
+    make_batch,
+    of_every_rank,
+)
 from mpo.training.reference import ReferenceStore
-from mpo.training.train import Batches, make_batch, schedule_of
+from mpo.training.schedule import Schedule, order_of_rows, schedule_of
 
 SEQUENCES = st.lists(
     st.integers(1, 6).flatmap(lambda start: st.tuples(st.just(start), st.integers(1, 5))),
