@@ -4,14 +4,14 @@ sentence that names the file."""
 import re
 import shutil
 
-from commands_worker import damage
-from test_build_data import (
+from builds import (
     expected,
     folder,  # noqa: F401  (a fixture)
     read,
     server,  # noqa: F401  (a fixture)
     through,
 )
+from commands_worker import damage
 
 from mpo.commands.app import status_of
 
