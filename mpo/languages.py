@@ -184,67 +184,58 @@ _LETTERS = {
 SCRIPTS = {code: _LETTERS[flores[-4:]] for code, (_, flores) in LANGUAGES.items()}
 """Scripts of each language, as Unicode names its letters."""
 
-_OTHER_CODES = {  # ISO 639-2 and 639-3 where FLORES takes another one, and codes that were given up
-    **{
-        "alb": "sq",
-        "ara": "ar",
-        "arm": "hy",
-        "aym": "ay",
-        "aze": "az",
-        "baq": "eu",
-        "bur": "my",
-        "chi": "zh",
-        "cmn": "zh",
-        "cze": "cs",
-    },
-    **{
-        "dut": "nl",
-        "ekk": "et",
-        "fas": "fa",
-        "fil": "tl",
-        "fre": "fr",
-        "ful": "ff",
-        "geo": "ka",
-        "ger": "de",
-        "gre": "el",
-        "gug": "gn",
-    },
-    **{
-        "ice": "is",
-        "in": "id",
-        "iw": "he",
-        "ji": "yi",
-        "jw": "jv",
-        "kur": "ku",
-        "lav": "lv",
-        "mac": "mk",
-        "mao": "mi",
-        "may": "ms",
-    },
-    **{
-        "mlg": "mg",
-        "mo": "ro",
-        "mon": "mn",
-        "msa": "ms",
-        "nep": "ne",
-        "nor": "no",
-        "ori": "or",
-        "orm": "om",
-        "per": "fa",
-        "pus": "ps",
-    },
-    **{
-        "que": "qu",
-        "rum": "ro",
-        "slo": "sk",
-        "sqi": "sq",
-        "swa": "sw",
-        "tib": "bo",
-        "uzb": "uz",
-        "wel": "cy",
-        "yid": "yi",
-    },
+_OTHER_CODES = {
+    "alb": "sq",
+    "ara": "ar",
+    "arm": "hy",
+    "aym": "ay",
+    "aze": "az",
+    "baq": "eu",
+    "bur": "my",
+    "chi": "zh",
+    "cmn": "zh",
+    "cze": "cs",
+    "dut": "nl",
+    "ekk": "et",
+    "fas": "fa",
+    "fil": "tl",
+    "fre": "fr",
+    "ful": "ff",
+    "geo": "ka",
+    "ger": "de",
+    "gre": "el",
+    "gug": "gn",
+    "ice": "is",
+    "in": "id",
+    "iw": "he",
+    "ji": "yi",
+    "jw": "jv",
+    "kur": "ku",
+    "lav": "lv",
+    "mac": "mk",
+    "mao": "mi",
+    "may": "ms",
+    "mlg": "mg",
+    "mo": "ro",
+    "mon": "mn",
+    "msa": "ms",
+    "nep": "ne",
+    "nor": "no",
+    "ori": "or",
+    "orm": "om",
+    "per": "fa",
+    "pus": "ps",
+    "que": "qu",
+    "rum": "ro",
+    "slo": "sk",
+    "sqi": "sq",
+    "swa": "sw",
+    "tib": "bo",
+    "uzb": "uz",
+    "wel": "cy",
+    "yid": "yi",
 }
+"""ISO 639-2 and 639-3 where FLORES takes another one, and codes that were given up."""
 _CODES: dict[str, str] = {
     **_OTHER_CODES,
     **{flores[:3]: code for code, (_, flores) in reversed(LANGUAGES.items())},
@@ -267,11 +258,13 @@ _SCRIPT_NAMES = {
 
 
 def canonical(language: str) -> str:
-    """One name for all usual forms of a language.
+    """One name for all usual forms of a language. What is not known stays as it is, in lower case
+    and with hyphens.
 
-    zh, ZH, zh-CN, zh_Hans_CN, zho, chi, cmn, zho_Hans and Chinese are `zh`; zh-TW and zho_Hant are
-    `zh-Hant`, sr_Latn is `sr-Latn`. What is not known stays as it is, in lower case and with
-    hyphens.
+        >>> {canonical(form) for form in "zh ZH zh-CN zh_Hans_CN zho chi cmn Chinese".split()}
+        {'zh'}
+        >>> canonical("zh-TW"), canonical("sr_Latn"), canonical("Klingon_X")
+        ('zh-Hant', 'sr-Latn', 'klingon-x')
     """
     text = language.strip().casefold()
     if text in _CODES:
@@ -299,7 +292,11 @@ def is_known(language: str) -> bool:
 
 
 def name_of(language: str) -> str:
-    """The English name of a canonical name; itself where it is not known."""
+    """The English name of a canonical name; itself where it is not known.
+
+    >>> name_of("zh-Hant")
+    'Chinese (traditional)'
+    """
     code, _, script = language.partition("-")
     if not is_known(language):
         return language
@@ -308,7 +305,11 @@ def name_of(language: str) -> str:
 
 
 def flores_of(language: str) -> str | None:
-    """The FLORES-200 code of a canonical name; None where it is not known."""
+    """The FLORES-200 code of a canonical name; None where it is not known.
+
+    >>> flores_of("zh-Hant")
+    'zho_Hant'
+    """
     code, _, script = language.partition("-")
     if code not in LANGUAGES:
         return None
@@ -355,6 +356,9 @@ def script_share(text: str, language: str) -> float:
 
     1 for a language that is not known, or without letters. The weights let a Chinese sentence bear
     a Latin name.
+
+        >>> script_share("我用 GPT", "zh")
+        0.6666666666666666
     """
     expected, weights = scripts_of(language), weighed_letters(text)
     if expected is None or not weights:

@@ -55,6 +55,9 @@ class LanguageDetector:
     """Chooses among the target languages and the dominant one, with py3langid's n-gram model,
     unless a text is clearly in none of them.
 
+        >>> LanguageDetector(["sw", "zh"], "en").detect("Ninawezaje kufungua mlango huu?")
+        'sw'
+
     Raises:
         UserError: a language that cannot be told, or two that cannot be told apart.
     """

@@ -159,6 +159,9 @@ def tokenize_rows(
 ) -> tuple[list[Example], list[Finding]]:
     """Applies the chat template and cuts to config.max_length.
 
+        (example,), _ = tokenize_rows([row], tokenizer, config.data)
+        decode_view(example.target.chosen, tokenizer)
+
     Returns:
         Examples, and the rows that cannot be trained on as tokens (none of them where
         config.on_bad_row is "error"): a response would lose all its tokens, or its first one is

@@ -117,14 +117,21 @@ def check_dominant_language(
 
 def weighted(rows: Sequence[Row], weight: float) -> list[Row]:
     """weight x rows, to the nearest: all of them as often as that takes, and evenly spaced ones
-    once more."""
+    once more.
+
+        weighted(rows, 2.5)  # of four rows: all, all, the first and the third
+    """
     whole, count = divmod(round(as_written(weight) * len(rows)), max(1, len(rows)))
     return list(rows) * whole + evenly_spaced(rows, count)
 
 
 def labels_of(names: Sequence[str]) -> dict[str, str]:
     """A short label for each source that no other has: the last parts of its path, as many as it
-    takes. One file has one label."""
+    takes. One file has one label.
+
+        >>> labels_of(["/a/x/rows.jsonl", "/a/y/rows.jsonl"])
+        {'/a/x/rows.jsonl': 'x/rows.jsonl', '/a/y/rows.jsonl': 'y/rows.jsonl'}
+    """
     paths = {name: name if name.startswith("hf:") else os.path.abspath(name) for name in names}
     labels = {}
     for name, path in paths.items():

@@ -31,6 +31,8 @@ Translations = dict[tuple[str, str], Result]
 def build(config: BuildConfig, progress: Progress) -> BuildReport:
     """Makes the rows of `config` and returns the report, which lies beside them too.
 
+        build(load_build_config(Path("build.yaml")), Progress(enabled=True)).languages["sw"].rows
+
     Raises:
         UserError: something is wrong with configuration, input, output, model or server; or no row
             is left.

@@ -26,6 +26,10 @@ class Journal:
     """Texts by key. What `add` has returned from survives a kill and a power cut; a line that one
     cut short is removed.
 
+        with Journal(Path("rows.jsonl.translations.jsonl"), "translation") as journal:
+            journal.add([{"key": key_of("Hello"), "source": "Hello", "translation": "Habari"}])
+            journal.get(key_of("Hello"))
+
     Raises:
         UserError: the file holds something else, or cannot be written.
     """

@@ -29,7 +29,12 @@ Finished = list[tuple[str, Result]]
 
 class Translator(Protocol):
     """A way to translate. Making one checks all that can be checked without work, and raises
-    UserError."""
+    UserError.
+
+        for batch in translator.translate(["Hello", "Good night"], "sw"):
+            for text, result in batch:
+                ...
+    """
 
     def identity(self, language: str) -> list[str] | None:
         """What a translation into that language depends on besides its source; None: nothing that
