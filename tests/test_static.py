@@ -36,9 +36,13 @@ def test_kernels_import_without_the_trainer_or_triton():
 
 
 def test_command_line_starts_fast_and_shows_examples():
-    """Help imports none of the libraries behind the commands."""
-    heavy = {"torch", "triton", "deepspeed", "transformers", "datasets", "omegaconf", "pydantic"}
-    for module, unwanted in (("mpo.commands.app", heavy | {"matplotlib", "numpy"}),):
+    """Help imports none of the libraries behind the commands, and `mpo plot` only those that draw
+    and check."""
+    heavy = {"torch", "triton", "deepspeed", "transformers", "datasets"}
+    for module, unwanted in (
+        ("mpo.commands.app", heavy | {"matplotlib", "numpy", "omegaconf", "pydantic"}),
+        ("mpo.training.curves", heavy),
+    ):
         script = f"import sys, {module}; print(*({unwanted} & set(sys.modules)))"
         result = subprocess.run(
             [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False

@@ -32,7 +32,8 @@ def gaps(
     """
     checked = load(config, overrides)
     with aside(as_json):
-        from mpo.evaluation.comparison import compare_models, show
+        from mpo.evaluation.comparison import compare_models
+        from mpo.evaluation.gaps import GapTable
         from mpo.models.inputs import load_inputs
         from mpo.models.pypi import resolve_model
         from mpo.runtime.progress import Progress
@@ -43,5 +44,5 @@ def gaps(
             inputs.model.path,
             *([str(trained)] if trained.is_dir() else []),
         ]
-        report = compare_models(checked, inputs, models, Progress(enabled=True))
-    print_report(report, show, as_json)
+        table = compare_models(checked, inputs, models, Progress(enabled=True))
+    print_report(table, GapTable.show, as_json)

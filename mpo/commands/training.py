@@ -128,7 +128,7 @@ def plot(
 
     `mpo plot runs/demo runs/second --to compare.png`
     """
-    from mpo.training.result import plot_runs
+    from mpo.training.curves import plot_runs
 
     picture = _new_picture(to)
     plot_runs(runs, picture)

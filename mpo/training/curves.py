@@ -8,6 +8,7 @@ have them.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,9 @@ from typing import Any, NamedTuple
 from rich.cells import cell_len, chop_cells
 
 from mpo.runtime.errors import UserError
-from mpo.runtime.files import new_file
+from mpo.runtime.files import new_file, read_object
+from mpo.runtime.terminal import distinct_names
+from mpo.training.run_folder import OutputFolder, read_metrics
 
 LETTERS = "DejaVu Sans"
 """The font that comes with matplotlib."""
@@ -45,6 +48,64 @@ class Run(NamedTuple):
     """Of metrics.jsonl."""
     result: dict[str, Any] | None
     """Of result.json, where the run is finished."""
+
+
+def plot_runs(folders: Sequence[Path], path: Path) -> None:
+    """Writes a picture of one run or several: losses and gaps over the steps, and of finished ones
+    the gaps before and after.
+
+    Raises:
+        UserError: a folder has no metrics, or damaged ones; `path` names no format, or cannot be
+            written.
+    """
+    check_target(path)
+    different = list({os.path.realpath(folder): folder for folder in folders}.values())
+    names = distinct_names([str(folder) for folder in different])
+    draw(
+        [_run(name, OutputFolder(folder)) for name, folder in zip(names, different, strict=True)],
+        path,
+    )
+
+
+def plot_run(metrics: Path, result: dict[str, Any], path: Path) -> None:
+    """Writes a picture of a finished run, without its curves where `metrics` was lost."""
+    draw(
+        [Run(metrics.parent.name, read_metrics(metrics) if metrics.exists() else [], result)],
+        path,
+    )
+
+
+def _run(name: str, folder: OutputFolder) -> Run:
+    rows = read_metrics(folder.metrics) if folder.metrics.is_file() else []
+    if not rows:
+        raise UserError(
+            f"{folder.root} has no metrics.jsonl: it is no run's folder, or its first step is not"
+            " done."
+        )
+    result = read_object(folder.result) if folder.result.is_file() else None
+    if result is not None and not _is_result(result):
+        raise UserError(
+            f"{folder.result} holds no result of a run. Restore the file, or delete it: the run's"
+            " curves are drawn without it."
+        )
+    return Run(name, rows, result)
+
+
+def _is_result(value: dict[str, Any]) -> bool:
+    try:
+        pairs = [
+            of[quantity]
+            for of in value["languages"].values()
+            for quantity in ("target_gap", "distance")
+        ]
+        numbers = [
+            pair[moment]
+            for pair in (*pairs, value["all"]["dominant_gap"])
+            for moment in ("before", "after")
+        ]
+    except (KeyError, TypeError, AttributeError):
+        return False
+    return all(number is None or isinstance(number, int | float) for number in numbers)
 
 
 def check_target(path: Path) -> None:

@@ -36,8 +36,8 @@ from mpo.runtime.interruption import Interrupted, Interruption, interruptions
 from mpo.runtime.progress import Progress
 from mpo.runtime.ranks import is_main, launcher_is_gone, on_main, start
 from mpo.training import checkpoint, checkpoint_folder, reference
-from mpo.training import result as report
 from mpo.training.cpu_adam import compile_cpu_adam
+from mpo.training.curves import plot_run
 from mpo.training.engine import (
     build_engine,
     deepspeed_settings,
@@ -48,6 +48,7 @@ from mpo.training.engine import (
 from mpo.training.metrics import StepSums
 from mpo.training.micro_batches import Batches, in_micro_batches, make_batch
 from mpo.training.reference import LiveReference, Reference
+from mpo.training.result import RunResult
 from mpo.training.run_folder import OutputFolder
 from mpo.training.schedule import Schedule, schedule_of
 
@@ -213,9 +214,9 @@ def _train(config: Config, interruption: Interruption) -> dict[str, Any]:
         )
     if config.checkpoint.export:
         checkpoint.export(engine, tokenizer, folder.model, config.zero.stage, inputs.model)
-    result = on_main(lambda: report.summarise(measured, before, after, config.loss.beta))
+    result = on_main(lambda: RunResult.of(measured, before, after, config.loss.beta))
     on_main(lambda: _finish(folder, result, config, progress))
-    return result
+    return result.as_dict()
 
 
 def _show_header(config: Config, inputs: Inputs, schedule: Schedule, progress: Progress) -> None:
@@ -253,20 +254,18 @@ def seed_step(seed: int, step: int) -> None:
     torch.manual_seed(random.Random(f"{seed} {step} {dist.get_rank()}").getrandbits(63))
 
 
-def _finish(
-    folder: OutputFolder, result: dict[str, Any], config: Config, progress: Progress
-) -> None:
+def _finish(folder: OutputFolder, result: RunResult, config: Config, progress: Progress) -> None:
     """Picture, result, table. A run with a result is finished, so that is written when all else is
     on the disk.
 
     Where no checkpoints were asked for and the model is exported, those for going on have served.
     """
     folder.flush_metrics()
-    report.plot(folder.metrics, result, folder.plot)
-    write_json(folder.result, result)
+    plot_run(folder.metrics, result.as_dict(), folder.plot)
+    write_json(folder.result, result.as_dict())
     if config.checkpoint.every is None and config.checkpoint.export:
         checkpoint_folder.remove_all(folder.checkpoints)
-    report.print_table(result, progress.console)
+    result.show(progress.console)
     progress.log(f"Written to {folder.root}: " + ", ".join(folder.listing()))
 
 

@@ -33,7 +33,6 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from deepspeed.utils import safe_get_full_optimizer_state
 from safetensors.torch import save_file
 
-import mpo.training.result
 import mpo.training.train
 from mpo.config import load_config
 from mpo.runtime.ranks import is_main
@@ -137,7 +136,7 @@ class Observer:
 
 
 def main(configuration: Path, cells: list[dict[str, Any]]) -> None:
-    mpo.training.result.plot = lambda *_: None  # drawing takes longer than the run
+    mpo.training.train.plot_run = lambda *_: None  # drawing takes longer than the run
     linear = torch.nn.functional.linear
     for cell in cells:
         torch.nn.functional.linear = linear  # ZeRO-3 puts its own there for the rest of the process

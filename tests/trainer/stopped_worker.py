@@ -25,7 +25,6 @@ from typing import Any
 
 import mpo.training.micro_batches
 import mpo.training.reference
-import mpo.training.result
 import mpo.training.train
 from mpo.config import load_config
 from mpo.training import checkpoint, checkpoint_folder
@@ -42,8 +41,8 @@ PLACES: dict[str, tuple[Any, str]] = {
     "last step": (mpo.training.micro_batches.Batches, "micro_batches"),
     "gaps after": (mpo.training.train, "measure_gaps"),
     "export": (checkpoint, "export"),
-    "summary": (mpo.training.result, "summarise"),
-    "picture": (mpo.training.result, "plot"),
+    "summary": (mpo.training.train.RunResult, "of"),
+    "picture": (mpo.training.train, "plot_run"),
     "result": (mpo.training.train, "write_json"),
 }
 

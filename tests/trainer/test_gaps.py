@@ -17,7 +17,7 @@ from mpo.config import LoraConfig, ModelConfig, load_config
 from mpo.data.rows import Message
 from mpo.data_build.answers import Answerer
 from mpo.data_build.config import AnswersConfig
-from mpo.evaluation import comparison as gaps
+from mpo.evaluation import comparison
 from mpo.evaluation.comparison import compare_models
 from mpo.models import lora
 from mpo.models.inputs import load_inputs
@@ -135,10 +135,10 @@ def compare(folders, monkeypatch, *names, overrides=()):
     )
     config = load_config(folders / "run.yaml", list(overrides))
     paths = [str(folders / name) for name in names]
-    report = compare_models(
+    table = compare_models(
         config, load_inputs(config, lambda line: None), paths, Progress(enabled=False)
     )
-    return [report["models"][path] for path in paths]
+    return [table.as_dict()["models"][path] for path in paths]
 
 
 def plain_gap(folder, pairs, tokens=None):
@@ -262,9 +262,9 @@ def test_every_model_reads_the_date_of_the_run(folders, tmp_path, monkeypatch):
         "{{ strftime_now('%d %B %Y') }}" + TEMPLATES["chatml"]
     )
     write_json(tmp_path / "run" / "config.json", {"date": "2001-02-03T04:05:06"})
-    seen, measure = [], gaps.measure_gaps
+    seen, measure = [], comparison.measure_gaps
     monkeypatch.setattr(
-        gaps,
+        comparison,
         "measure_gaps",
         lambda model, examples, **options: (
             seen.append(examples) or measure(model, examples, **options)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -112,7 +113,7 @@ def test_files_have_the_rights_that_the_umask_leaves(tmp_path, umask):
 def test_numbers_that_are_none_are_null_and_said_aloud(tmp_path, monkeypatch, command):
     """What a command reports of a model that gives NaN, whatever the command."""
     from mpo.commands.app import app
-    from mpo.evaluation import comparison as gaps
+    from mpo.evaluation import comparison
     from mpo.models import inputs
     from mpo.training import dry_run, train
 
@@ -122,7 +123,8 @@ def test_numbers_that_are_none_are_null_and_said_aloud(tmp_path, monkeypatch, co
     }
     monkeypatch.setattr(dry_run, "describe", lambda config: report)
     monkeypatch.setattr(train, "train", lambda config: report)
-    monkeypatch.setattr(gaps, "compare_models", lambda *_: report)
+    made = SimpleNamespace(as_dict=lambda: report)
+    monkeypatch.setattr(comparison, "compare_models", lambda *_: made)
     monkeypatch.setattr(inputs, "load_inputs", lambda *_: None)
     recipe = tmp_path / "run.yaml"
     recipe.write_text(

@@ -16,8 +16,7 @@ from matplotlib import font_manager
 from matplotlib import pyplot as plt
 
 from mpo.runtime.errors import UserError
-from mpo.training import curves as picture
-from mpo.training import result as report
+from mpo.training import curves
 from mpo.training.curves import Run
 
 SIX = ("ar", "bn", "ja", "ko", "sw", "zh")
@@ -125,16 +124,16 @@ def drawn(runs):
     """The figure, laid out. A letter without a glyph is an error."""
     languages = sorted(
         {language for run in runs for row in run.rows for language in row["gap"]}
-        | picture._measured(runs)
+        | curves._measured(runs)
     )
-    letters = picture._Letters([*(run.name for run in runs), *languages])
+    letters = curves._Letters([*(run.name for run in runs), *languages])
     with (
         warnings.catch_warnings(),
         plt.style.context("default"),
         matplotlib.rc_context({"font.family": letters.fonts}),
     ):
         warnings.simplefilter("error")
-        figure = picture._figure(runs, languages, letters)
+        figure = curves._figure(runs, languages, letters)
         figure.canvas.draw()
     return figure, languages, letters
 
@@ -212,7 +211,7 @@ def test_every_name_is_there(case):
     for part, run in zip(figure.subfigs[1:], finished, strict=True):
         for axis in part.axes:
             assert [text.get_text() for text in axis.get_xticklabels()] == [
-                letters.of(language, picture.CODE) for language in run.result["languages"]
+                letters.of(language, curves.CODE) for language in run.result["languages"]
             ]
     for shown, names in (
         (of_languages, languages),
@@ -277,7 +276,7 @@ def test_nothing_lies_on_anything_else(case):
 
 def test_letters_come_from_whichever_font_has_them(tmp_path, monkeypatch):
     name = "实验一"
-    assert picture._Letters([name]).of(name) == "???"
+    assert curves._Letters([name]).of(name) == "???"
     builder = FontBuilder(1000, isTTF=True)
     pen = TTGlyphPen(None)
     for move, point in ((pen.moveTo, (0, 0)), (pen.lineTo, (500, 0)), (pen.lineTo, (500, 700))):
@@ -298,7 +297,7 @@ def test_letters_come_from_whichever_font_has_them(tmp_path, monkeypatch):
         [*font_manager.fontManager.ttflist, font_manager.FontEntry(str(tmp_path / "gone.ttf"))],
     )
     font_manager.fontManager.addfont(str(tmp_path / "three.ttf"))
-    letters = picture._Letters([name, "plain"])
+    letters = curves._Letters([name, "plain"])
     assert (
         letters.of(name) == name
         and letters.fonts == ["DejaVu Sans", "Three Letters"]
@@ -324,8 +323,8 @@ def test_runs_are_drawn_once_each_under_names_of_their_own(tmp_path, monkeypatch
         for i, name in enumerate("ab")
     )
     seen = []
-    monkeypatch.setattr(picture, "draw", lambda runs, path: seen.extend(runs))
-    report.plot_runs([one, two, tmp_path / "b" / ".." / "a" / "run"], tmp_path / "x.png")
+    monkeypatch.setattr(curves, "draw", lambda runs, path: seen.extend(runs))
+    curves.plot_runs([one, two, tmp_path / "b" / ".." / "a" / "run"], tmp_path / "x.png")
     assert [(run.name, run.rows, run.result) for run in seen] == [
         ("a/run", rows(3, ("sw",), 0), result(("sw",), 0)),
         ("b/run", rows(3, ("sw",), 1), result(("sw",), 1)),
@@ -335,7 +334,7 @@ def test_runs_are_drawn_once_each_under_names_of_their_own(tmp_path, monkeypatch
 @pytest.mark.parametrize("ending", ["png", "svg", "pdf", "PNG"])
 def test_a_picture_is_written_whole_in_the_format_of_its_name(tmp_path, ending):
     path = tmp_path / "new" / f"picture.{ending}"
-    report.plot(
+    curves.plot_run(
         run_folder(tmp_path / "$run_", rows(3, ("sw",))) / "metrics.jsonl", result(("sw",)), path
     )
     beginning = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[ending.lower()]
@@ -343,7 +342,7 @@ def test_a_picture_is_written_whole_in_the_format_of_its_name(tmp_path, ending):
 
 
 def test_a_finished_run_that_lost_its_metrics_has_a_picture_of_its_result(tmp_path):
-    report.plot(tmp_path / "metrics.jsonl", result(("sw",)), tmp_path / "result.png")
+    curves.plot_run(tmp_path / "metrics.jsonl", result(("sw",)), tmp_path / "result.png")
     assert (tmp_path / "result.png").is_file()
 
 
@@ -358,7 +357,7 @@ def test_a_users_own_style_changes_nothing(tmp_path):
             "axes.prop_cycle": plt.cycler(color=["white"]),
         }
     ):
-        report.plot_runs([folder], tmp_path / "picture.png")
+        curves.plot_runs([folder], tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
@@ -393,7 +392,7 @@ def test_damaged_runs_are_refused(tmp_path, name, metrics, finished, message):
     if metrics is not None:
         (folder / "metrics.jsonl").write_text(metrics)
     with pytest.raises(UserError, match=message):
-        report.plot_runs([folder], tmp_path / "picture.png")
+        curves.plot_runs([folder], tmp_path / "picture.png")
     assert not (tmp_path / "picture.png").exists()
 
 
@@ -402,19 +401,19 @@ def test_a_name_without_a_format_is_refused_before_anything_is_read(tmp_path):
         with pytest.raises(
             UserError, match=r"names no format that can be drawn.*\.png, \.svg or \.pdf"
         ):
-            report.plot_runs([tmp_path / "nowhere"], tmp_path / name)
+            curves.plot_runs([tmp_path / "nowhere"], tmp_path / name)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
-        report.plot_runs(
+        curves.plot_runs(
             [run_folder(tmp_path / "run", rows(2, ("sw",)))], tmp_path / "file" / "picture.png"
         )
 
 
 def test_numbers_that_are_none_are_not_drawn():
     assert (
-        math.isnan(picture._number(None))
-        and math.isnan(picture._number("1"))
-        and picture._number(2) == 2.0
+        math.isnan(curves._number(None))
+        and math.isnan(curves._number("1"))
+        and curves._number(2) == 2.0
     )
     buffer = io.BytesIO()
     figure, _, _ = drawn(CASES["no number"])

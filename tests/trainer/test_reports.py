@@ -11,9 +11,9 @@ from rich.console import Console
 from tiny import example_of
 
 from mpo.data.examples import TokenizedResponse
-from mpo.evaluation import comparison as gaps
+from mpo.evaluation.gaps import GapTable, bootstrap_interval
 from mpo.models.scoring import Measurement
-from mpo.training import result as report
+from mpo.training.result import RunResult
 
 BETA = 2.0
 ANY = TokenizedResponse((1, 2), 1)
@@ -70,7 +70,8 @@ def printed(show, width=140):
 
 
 def test_the_result_of_a_run():
-    result = report.summarise(EXAMPLES, BEFORE, AFTER, BETA)
+    made = RunResult.of(EXAMPLES, BEFORE, AFTER, BETA)
+    result = made.as_dict()
     rows = {**result["languages"], "all": result["all"]}
     assert list(rows) == ["sw", "zh", "all"] and result["beta"] == BETA
     for language, expected in WORKED_OUT.items():
@@ -81,7 +82,7 @@ def test_the_result_of_a_run():
                 == expected[quantity]
             ), (language, quantity)
     assert result["l2"] == 0.25 and result["l2_relative"] == 0.0625  # 0.5^2, and over 2^2
-    lines = printed(lambda console: report.print_table(result, console))
+    lines = printed(made.show)
     assert ["sw", "2", "+0.250 → +0.750", "+0.875 → +1.000", "0.375 → 0.625", "50% → 100%"] in lines
     assert ["all", "4", "+0.312 → +0.250", "+0.938 → +1.062", "0.562 → 1.312", "50% → 75%"] in lines
     assert ["Dominant representation: L2 2.50e-01, 6.25% of its mean square."] in lines
@@ -89,8 +90,8 @@ def test_the_result_of_a_run():
 
 def test_a_gap_that_is_no_number_makes_no_number():
     broken = dataclasses.replace(BEFORE, target=torch.tensor([0.5, math.nan, 0.0, 1.0]))
-    row = gaps.summarise(EXAMPLES, {"one": broken}, BETA)["models"]["one"]
-    result = report.summarise(EXAMPLES, broken, AFTER, BETA)["languages"]
+    row = GapTable.of(EXAMPLES, {"one": broken}, BETA).as_dict()["models"]["one"]
+    result = RunResult.of(EXAMPLES, broken, AFTER, BETA).as_dict()["languages"]
     for quantity in ("target_gap", "distance", "sign_accuracy"):
         assert (
             math.isnan(row["zh"][quantity])
@@ -103,7 +104,8 @@ def test_a_gap_that_is_no_number_makes_no_number():
 
 
 def test_the_report_of_models_side_by_side():
-    made = gaps.summarise(EXAMPLES, {"one": BEFORE, "two": AFTER}, BETA)
+    table = GapTable.of(EXAMPLES, {"one": BEFORE, "two": AFTER}, BETA)
+    made = table.as_dict()
     assert made["beta"] == BETA and list(made["models"]) == ["one", "two"]
     for place, rows in enumerate(made["models"].values()):
         assert list(rows) == ["sw", "zh", "all"]
@@ -115,7 +117,7 @@ def test_the_report_of_models_side_by_side():
             for quantity in ("target_gap", "distance"):
                 low, high = row[f"{quantity}_interval"]
                 assert low <= row[quantity] <= high and low < high, (language, quantity)
-    lines = printed(lambda console: gaps.show(made, console))
+    lines = printed(table.show)
     row = made["models"]["two"]["sw"]
     intervals = {
         q: "[{:{s}}, {:{s}}]".format(*row[f"{q}_interval"], s=s)
@@ -146,16 +148,14 @@ def test_intervals_are_those_of_95_percent_of_the_resampled_means(kind):
     error = float(values.std()) / len(values) ** 0.5
     picks = numpy.random.default_rng(1).integers(0, len(values), (20_000, len(values)))
     expected = numpy.percentile(values.numpy()[picks].mean(1), [2.5, 97.5])
-    assert gaps.bootstrap_interval(values) == pytest.approx(tuple(expected), abs=0.2 * error)
+    assert bootstrap_interval(values) == pytest.approx(tuple(expected), abs=0.2 * error)
     ninety = numpy.percentile(values.numpy()[picks].mean(1), [5, 95])
     assert (abs(expected - ninety) > 0.25 * error).all()
 
 
 def test_the_interval_of_one_row_is_that_row_and_does_not_change_from_call_to_call():
-    assert gaps.bootstrap_interval(torch.tensor([0.25])) == (0.25, 0.25)
-    assert gaps.bootstrap_interval(values_of("normal")) == gaps.bootstrap_interval(
-        values_of("normal")
-    )
+    assert bootstrap_interval(torch.tensor([0.25])) == (0.25, 0.25)
+    assert bootstrap_interval(values_of("normal")) == bootstrap_interval(values_of("normal"))
 
 
 def test_each_quantity_has_the_interval_of_its_own_rows():
@@ -163,7 +163,16 @@ def test_each_quantity_has_the_interval_of_its_own_rows():
     target, anchor = values_of("normal", 40), values_of("normal", 40) * 5
     examples = [EXAMPLES[0]] * 40
     measured = Measurement(target, anchor, torch.zeros(40, 2, 1))
-    row = gaps.summarise(examples, {"one": measured}, BETA)["models"]["one"]["all"]
-    assert row["target_gap_interval"] == gaps.bootstrap_interval(target)
-    assert row["distance_interval"] == gaps.bootstrap_interval((BETA * target - anchor).abs())
+    row = GapTable.of(examples, {"one": measured}, BETA).as_dict()["models"]["one"]["all"]
+    assert row["target_gap_interval"] == bootstrap_interval(target)
+    assert row["distance_interval"] == bootstrap_interval((BETA * target - anchor).abs())
     assert row["target_gap_interval"][1] < row["distance_interval"][0]
+
+
+def test_resampling_in_parts_draws_what_it_would_draw_at_once(monkeypatch):
+    """Many rows are resampled a few draws at a time, so that memory does not grow with them."""
+    values = values_of("skewed")
+    whole = bootstrap_interval(values)
+    for together in (1, 7 * len(values), 1999 * len(values)):
+        monkeypatch.setattr("mpo.evaluation.gaps.DRAWN_AT_ONCE", together)
+        assert bootstrap_interval(values) == whole

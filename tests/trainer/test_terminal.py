@@ -13,10 +13,11 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from mpo.evaluation import comparison as gaps
+import mpo
+from mpo.evaluation.gaps import GapRow, GapTable
 from mpo.runtime.terminal import distinct_names
 from mpo.training import memory
-from mpo.training import result as report
+from mpo.training.result import RunResult
 
 LANGUAGES = ("ar", "bn", "ja", "ko", "sw", "zh")
 LONG = "/home/someone/experiments/2026/multilingual/gemma/second-attempt"
@@ -37,7 +38,7 @@ CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 def run(columns=None, **environment):
     """The last state of each line, from a terminal of so many columns, or from a pipe."""
-    here = str(Path(report.__file__).parents[1])
+    here = str(Path(mpo.__file__).parents[1])
     env = {
         **os.environ,
         "PYTHONPATH": here,
@@ -115,20 +116,17 @@ def console(columns):
     return Console(file=io.StringIO(), width=columns, highlight=False, markup=False)
 
 
-def gaps_report(paths):
-    row = {
-        "n": 100,
-        "target_gap": 1.2345,
-        "target_gap_interval": (1.1, 1.3),
-        "dominant_gap": -0.5,
-        "distance": 0.25,
-        "distance_interval": (0.125, 0.5),
-        "sign_accuracy": 0.625,
-    }
-    return {
-        "beta": 1.0,
-        "models": {path: dict.fromkeys((*LANGUAGES, "all"), row) for path in paths},
-    }
+def gap_table(paths):
+    row = GapRow(
+        n=100,
+        target_gap=1.2345,
+        target_gap_interval=(1.1, 1.3),
+        dominant_gap=-0.5,
+        distance=0.25,
+        distance_interval=(0.125, 0.5),
+        sign_accuracy=0.625,
+    )
+    return GapTable(1.0, {path: dict.fromkeys((*LANGUAGES, "all"), row) for path in paths})
 
 
 PATHS = [
@@ -151,7 +149,7 @@ def test_models_that_differ_have_names_that_differ(paths):
     )
     for columns in range(20, 170, 7):
         out = console(columns)
-        gaps.show(gaps_report(paths), out)
+        gap_table(paths).show(out)
         text = out.file.getvalue()
         cells = re.sub(r"[\s│┃]", "", text)
         for name, path in zip(names, paths, strict=True):
@@ -169,22 +167,12 @@ def test_names_are_as_short_as_they_can_be():
     assert distinct_names(["/r/x", "r/x"]) == ["/r/x", "r/x"]
 
 
-def results():
-    pair = {"before": 0.25, "after": 1.5}
-    row = {
-        "n": 6,
-        "target_gap": pair,
-        "dominant_gap": pair,
-        "distance": pair,
-        "sign_accuracy": {"before": 0.5, "after": 1.0},
-    }
-    return {
-        "beta": 1.0,
-        "languages": dict.fromkeys(LANGUAGES, row),
-        "all": row,
-        "l2": 0.001,
-        "l2_relative": 0.01,
-    }
+def result():
+    before = GapRow(6, 0.25, (0.0, 0.0), 0.25, 0.25, (0.0, 0.0), 0.5)
+    after = GapRow(6, 1.5, (0.0, 0.0), 1.5, 1.5, (0.0, 0.0), 1.0)
+    languages = (*LANGUAGES, "all")
+    models = {"before": dict.fromkeys(languages, before), "after": dict.fromkeys(languages, after)}
+    return RunResult(GapTable(1.0, models), l2=0.001, l2_relative=0.01)
 
 
 def test_every_number_of_a_table_is_whole_at_any_width():
@@ -195,7 +183,7 @@ def test_every_number_of_a_table_is_whole_at_any_width():
     rows = [{"gpus": n, **dict.fromkeys(parts, 14.25)} for n in (1, 2, 4)]
     for columns in range(20, 150, 5):
         out = console(columns)
-        report.print_table(results(), out)
+        result().show(out)
         text = out.file.getvalue()
         assert text.count("+0.250") == text.count("+1.500") == 2 * 7 and text.count("100%") == 7, (
             columns
