@@ -160,11 +160,11 @@ class ChatTemplate:
             ):
                 return alone, ids[len(alone) :]
         prompt_ids, rest = self._ids(before), self._ids(text[len(before) :])
-        place = len(ids) - len(rest)
-        told_apart = ids[place:] == rest and decode(ids[:place], self._tokenizer) == decode(
-            prompt_ids, self._tokenizer
-        )
-        return (prompt_ids, rest) if told_apart else None
+        start = len(ids) - len(rest)
+        written = decode(ids[:start], self._tokenizer)
+        if ids[start:] == rest and written == decode(prompt_ids, self._tokenizer):
+            return prompt_ids, rest
+        return None
 
     def _end(self, response: list[int], behind: str) -> int:
         """Where scoring ends: behind the first special token after the answer, or at the end of the
@@ -173,8 +173,8 @@ class ChatTemplate:
         Counted from the end, since the answer may hold special tokens itself.
         """
         count = sum(token in self._special for token in self._ids(behind))
-        places = [place for place, token in enumerate(response) if token in self._special]
-        return places[-count] + 1 if count else len(response)
+        positions = [i for i, token in enumerate(response) if token in self._special]
+        return positions[-count] + 1 if count else len(response)
 
     def _rendered(
         self, conversation: list[dict[str, str]], add_generation_prompt: bool = False

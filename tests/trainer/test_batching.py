@@ -199,9 +199,8 @@ def test_steps_cut_the_rows_of_a_run_without_a_rest(rows, per_step, epochs, max_
             step
         )
     again = Schedule(rows, per_step, epochs, max_steps, repeats_first_step=True)
-    assert again.steps == schedule.steps and {again.positions(i) for i in range(again.steps)} == {
-        steps[0]
-    }
+    assert again.steps == schedule.steps
+    assert {again.positions(i) for i in range(again.steps)} == {steps[0]}
 
 
 @given(
@@ -295,8 +294,7 @@ def test_order_is_a_function_of_seed_and_epoch(grouped):
     examples = [SimpleNamespace(dominant=(i // 3, -(i // 3))) for i in range(30)]
     order = order_of_rows(examples, 1, 7, grouped)
     assert sorted(order) == list(range(30)) and order == order_of_rows(examples, 1, 7, grouped)
-    assert order != order_of_rows(examples, 2, 7, grouped) and order != order_of_rows(
-        examples, 1, 8, grouped
-    )
+    assert order != order_of_rows(examples, 2, 7, grouped)
+    assert order != order_of_rows(examples, 1, 8, grouped)
     if grouped:
         assert all(len({i // 3 for i in order[k : k + 3]}) == 1 for k in range(0, 30, 3))

@@ -60,9 +60,8 @@ def test_rows_come_out_that_validate_and_train_read_as_they_are(folder):
         for k, v in json.loads((folder / "out/rows.jsonl.report.json").read_text()).items()
         if k != "sha256"
     }
-    assert report["rows_in"] == COUNT and report["languages"] == {
-        name: {"rows": COUNT, "dropped": {}} for name in LANGUAGES_HERE
-    }
+    assert report["rows_in"] == COUNT
+    assert report["languages"] == {name: {"rows": COUNT, "dropped": {}} for name in LANGUAGES_HERE}
     assert rows_of(folder) == expected() and dropped_of(folder) == []
     # looking up is no work to keep
     assert not (folder / "out/rows.jsonl.translations.jsonl").exists()
@@ -126,11 +125,9 @@ def test_a_table_for_people_and_status_2_for_mistakes(folder):
         "input=[gone.jsonl]",
         f"output={folder / 'other.jsonl'}",
     )
-    assert (
-        refused.returncode == 2
-        and "Error: No input at " in refused.stderr
-        and "gone.jsonl" in refused.stderr
-    )
+    assert refused.returncode == 2
+    assert "Error: No input at " in refused.stderr
+    assert "gone.jsonl" in refused.stderr
     assert "Traceback" not in refused.stderr
 
 
@@ -175,9 +172,8 @@ def test_terminated_killed_and_finished_without_asking_twice(folder, server):
     assert all(server.asked[job] == 1 for job in kept)
     # at most the one in flight, each time
     assert max(server.asked.values()) <= 2 and sum(server.asked.values()) <= 6 * COUNT + 2
-    assert report["translations_kept"] == len(kept) and report["translated"] == 6 * COUNT - len(
-        kept
-    )
+    assert report["translations_kept"] == len(kept)
+    assert report["translated"] == 6 * COUNT - len(kept)
     server.reset()
     assert run(folder)["translated"] == 0 and not server.asked
 
@@ -377,9 +373,8 @@ def test_bad_input_is_refused_or_counted(folder, row, message):
     )
     with pytest.raises(UserError) as error:
         run(folder)
-    assert f"prefs.jsonl:3: {message}" in str(
-        error.value
-    ) and "or set on_bad_row=drop to leave them out" in str(error.value)
+    assert f"prefs.jsonl:3: {message}" in str(error.value)
+    assert "or set on_bad_row=drop to leave them out" in str(error.value)
     report = run(folder, "on_bad_row=drop")
     assert report["bad_input"] == {message.split(":")[0]: 1} and report["rows_in"] == 3
     assert rows_of(folder) == expected(2) and dropped_of(folder)[0]["source"] == "prefs.jsonl:3"
@@ -541,9 +536,8 @@ def test_the_page_on_data_shows_configurations_and_defaults_as_they_are():
     whole, *sections = (
         yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     )
-    assert [BuildConfig.model_validate({**whole, **section}) for section in sections] and len(
-        sections
-    ) == 4
+    assert [BuildConfig.model_validate({**whole, **section}) for section in sections]
+    assert len(sections) == 4
     defaults = FiltersConfig().model_dump()
     named = dict(re.findall(r"`(\w+): ([\w.]+)`", page))
     assert {name: str(defaults.pop(name)) for name in list(defaults)} == named

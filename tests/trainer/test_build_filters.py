@@ -110,27 +110,19 @@ def test_thresholds_and_switches_of_filters():
 
     english = "How may one carry clothes out of the shop and not pay for them"
     assert problem_of(EN, english) == "wrong_language"
-    assert (
-        problem_of(EN, english, detect_from=None) is None
-        and problem_of(EN, english, detect_from=99) is None
-    )
+    assert problem_of(EN, english, detect_from=None) is None
+    assert problem_of(EN, english, detect_from=99) is None
     assert problem_of(EN, english, "tn", ("tn",)) is None  # a language that detection does not know
     assert problem_of(EN, f"{SW} &quot;", html_entities="drop") == "html_entities"
     assert problem_of(EN, f"{SW} &amp;quot;", html_entities="keep") is None
     assert problem_of(EN, ZH, min_script_share=0, detect_from=None) is None
-    assert (
-        problem_of(EN, "Nguo?", min_length_ratio=0) is None
-        and problem_of(EN, SW, max_length_ratio=0.5) == "length_ratio"
-    )
+    assert problem_of(EN, "Nguo?", min_length_ratio=0) is None
+    assert problem_of(EN, SW, max_length_ratio=0.5) == "length_ratio"
     looping = "Nguo, " + "nguo za " * 8
-    assert (
-        problem_of(EN, looping, max_repeats=None) is None
-        and problem_of(EN, looping, max_repeats=9) is None
-    )
+    assert problem_of(EN, looping, max_repeats=None) is None
+    assert problem_of(EN, looping, max_repeats=9) is None
     assert problem_of("Say clothes " + "again " * 8, looping) is None  # the source goes round too
-    assert (
-        weighted_length("a b") == 2
-        and weighted_length("我a") == 4
-        and weighted_length("한") == 2
-        and weighted_length("কি") == 1
-    )
+    assert weighted_length("a b") == 2
+    assert weighted_length("我a") == 4
+    assert weighted_length("한") == 2
+    assert weighted_length("কি") == 1

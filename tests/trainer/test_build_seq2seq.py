@@ -145,11 +145,9 @@ def test_batches_and_line_breaks_change_nothing_in_a_translation(nllb):
 def test_a_translation_without_an_end_is_told(nllb):
     source = preferences(1)[0]["chosen"]
     ((result,),) = translator(nllb, max_new_tokens=8).translate([source], "sw")
-    assert (
-        isinstance(result[1], Failure)
-        and result[1].reason == "truncated"
-        and "max_new_tokens" in result[1].detail
-    )
+    assert isinstance(result[1], Failure)
+    assert result[1].reason == "truncated"
+    assert "max_new_tokens" in result[1].detail
     ((result,),) = translator(nllb, max_source_tokens=8).translate(
         [source.replace(".", "").replace(",", "")], "sw"
     )
@@ -176,9 +174,8 @@ def test_split_keeps_sentences_together_as_long_as_they_fit():
 
 
 def test_every_code_is_one_of_nllb_and_other_kinds_are_understood(tmp_path, nllb):
-    assert {flores for _, flores in LANGUAGES.values()} <= set(FAIRSEQ_LANGUAGE_CODES) and set(
-        SCRIPTS
-    ) == set(LANGUAGES)
+    assert {flores for _, flores in LANGUAGES.values()} <= set(FAIRSEQ_LANGUAGE_CODES)
+    assert set(SCRIPTS) == set(LANGUAGES)
     assert {n: code for n, (code, _) in translator(nllb)._codes.items()} == {
         "en": "eng_Latn",
         "sw": "swh_Latn",

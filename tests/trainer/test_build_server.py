@@ -34,12 +34,10 @@ def test_the_server_is_asked_politely_and_only_the_translation_is_taken(folder, 
     assert rows_of(folder) == expected()
     assert 2 <= server.most_under_way <= 3
     body = server.bodies[0]
-    assert (
-        body["temperature"] == 0
-        and body["model"] == "tiny"
-        and body["max_tokens"] == 77
-        and len(body["messages"]) == 1
-    )
+    assert body["temperature"] == 0
+    assert body["model"] == "tiny"
+    assert body["max_tokens"] == 77
+    assert len(body["messages"]) == 1
     assert "from English into Swahili" in body["messages"][0]["content"]
     assert not any("Authorization" in headers for headers in server.headers)
 

@@ -50,9 +50,8 @@ def test_native_rows(tmp_path):
     assert not bad and len(loaded) == 6
     assert loaded[0].source == "rows.jsonl:1" and loaded[1].source == "rows.jsonl:3"
     assert (loaded[0].language, loaded[1].language) == ("sw", "zh")
-    assert loaded[0].dominant == loaded[1].dominant and hash(loaded[0].dominant) == hash(
-        loaded[1].dominant
-    )
+    assert loaded[0].dominant == loaded[1].dominant
+    assert hash(loaded[0].dominant) == hash(loaded[1].dominant)
     assert loaded[2].target.conversation() == [{"role": "user", "content": "sw question number 1?"}]
 
 
@@ -64,10 +63,8 @@ def test_published_rows_get_a_language_and_lose_their_entities(tmp_path):
     path.write_text(json.dumps([row, published_row()]), encoding="utf-8")
     loaded, bad = load_rows([str(path)], config())
     assert not bad and [r.language for r in loaded] == ["sw", "sw"]
-    assert (
-        loaded[0].target.chosen == 'Sema "hapana" & uende.'
-        and loaded[0].source == "published.json[0]"
-    )
+    assert loaded[0].target.chosen == 'Sema "hapana" & uende.'
+    assert loaded[0].source == "published.json[0]"
     assert [m.role for m in loaded[0].dominant.prompt] == ["user"]
 
 
@@ -359,7 +356,8 @@ def test_parquet_and_dataset_folders_hold_the_same_rows(tmp_path):
     expected, _ = load_rows([str(write_rows(tmp_path / "rows.jsonl", rows))], config())
     for name in ("rows.parquet", "folder"):
         loaded, bad = load_rows([str(tmp_path / name)], config())
-        assert not bad and [(r.language, r.dominant, r.target) for r in loaded] == [
+        assert not bad
+        assert [(r.language, r.dominant, r.target) for r in loaded] == [
             (r.language, r.dominant, r.target) for r in expected
         ]
         assert loaded[2].source == f"{name}[2]"
@@ -421,9 +419,8 @@ def test_a_label_is_the_shortest_end_of_a_path_that_no_other_file_has(paths, abs
     for name in names:
         mine = os.path.abspath(name)
         others = {os.path.abspath(other) for other in names} - {mine}
-        assert f"/{mine}".endswith(f"/{labels[name]}") and not any(
-            other.endswith(f"/{labels[name]}") for other in others
-        )
+        assert f"/{mine}".endswith(f"/{labels[name]}")
+        assert not any(other.endswith(f"/{labels[name]}") for other in others)
         shorter = labels[name].partition("/")[2]
         assert not shorter or any(other.endswith(f"/{shorter}") for other in others)
         assert absolute or labels[f"./{name}"] == labels[name]
@@ -487,9 +484,8 @@ def test_other_columns_of_a_table_do_not_matter(tmp_path, name):
             table = table.append_column(column, values)
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
     loaded, bad = load_rows([str(tmp_path / "rows.parquet")], config())
-    assert not bad and [row.target.chosen for row in loaded] == [
-        row["target"]["chosen"] for row in rows
-    ]
+    assert not bad
+    assert [row.target.chosen for row in loaded] == [row["target"]["chosen"] for row in rows]
 
 
 @pytest.mark.parametrize("column", ["language", "dominant", "target"])
@@ -574,11 +570,9 @@ def test_splits_of_the_hub_are_given_as_they_are(monkeypatch, name):
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     rows = list(objects(name, "b", COLUMNS))
-    assert (
-        asked == [("a/b", name.removeprefix("hf:a/b").removeprefix(":") or "train")]
-        and rows[1][0] == "b[1]"
-        and len(rows) == 6
-    )
+    assert asked == [("a/b", name.removeprefix("hf:a/b").removeprefix(":") or "train")]
+    assert rows[1][0] == "b[1]"
+    assert len(rows) == 6
     for none in ("hf:", "hf::train"):
         with pytest.raises(UserError, match="names no dataset"):
             list(objects(none, "b", COLUMNS))
@@ -677,7 +671,8 @@ def test_every_beginning_of_a_file_is_refused_or_read(tmp_path):
                 loaded, _ = load_rows([str(tmp_path / "rows")], config())
             except UserError:
                 continue
-            assert kind == "lines" and [row.target.chosen for row in loaded] == [
+            assert kind == "lines"
+            assert [row.target.chosen for row in loaded] == [
                 row["target"]["chosen"] for row in rows[: len(loaded)]
             ]
             assert size in (

@@ -85,9 +85,8 @@ def test_names_are_one_for_every_language_of_the_table(code, case, script, regio
             continue  # that is nb
         assert canonical(case(separator.join(filter(None, (first, written, region))))) == expected
     assert canonical(LANGUAGES[code][0].upper()) == code
-    assert flores_of(expected) == own[:4] + (written or own[-4:]) and name_of(expected).startswith(
-        LANGUAGES[code][0]
-    )
+    assert flores_of(expected) == own[:4] + (written or own[-4:])
+    assert name_of(expected).startswith(LANGUAGES[code][0])
     assert scripts_of(code) == SCRIPTS[code] and is_known(expected)
     if flores_of(expected) == own:
         assert flores_of(expected) in FAIRSEQ_LANGUAGE_CODES
@@ -102,9 +101,8 @@ def test_configurations_and_checks_know_one_name():
         ("zh", "sw", "no"),
         "en",
     )
-    assert DataConfig(train=["x"], languages="ZH").languages == ("zh",) and DataConfig(
-        train=["x"], languages=False
-    ).languages == ("no",)
+    assert DataConfig(train=["x"], languages="ZH").languages == ("zh",)
+    assert DataConfig(train=["x"], languages=False).languages == ("no",)
     assert DataConfig(train=["x"], dominant_language=False).dominant_language == "no"
     build = {
         "input": "p.jsonl",
@@ -112,19 +110,15 @@ def test_configurations_and_checks_know_one_name():
         "translator": {"seq2seq": {"path": "x", "codes": {"zh-TW": "zho_Hant"}}},
     }
     made = BuildConfig.model_validate({**build, "languages": ["zh-Hant", "SW"]})
-    assert (
-        made.input == ("p.jsonl",)
-        and made.languages == ("zh-Hant", "sw")
-        and made.translator.seq2seq.codes == {"zh-Hant": "zho_Hant"}
-    )
+    assert made.input == ("p.jsonl",)
+    assert made.languages == ("zh-Hant", "sw")
+    assert made.translator.seq2seq.codes == {"zh-Hant": "zho_Hant"}
     with pytest.raises(ValueError, match="one is there twice"):
         BuildConfig.model_validate({**build, "languages": ["zh-CN", "zho_Hans"]})
     with pytest.raises(ValueError, match="holds the dominant language, en"):
         BuildConfig.model_validate({**build, "languages": ["eng"]})
-    assert (
-        script_share("你好 ok", "zh-Hant") == script_share("你好 ok", "zh") < 1
-        and script_share("Dobro", "sr-Latn") == 1
-    )
+    assert script_share("你好 ok", "zh-Hant") == script_share("你好 ok", "zh") < 1
+    assert script_share("Dobro", "sr-Latn") == 1
 
 
 # Which language a text is in
@@ -178,16 +172,12 @@ def test_what_cannot_be_told_is_said():
         LanguageDetector(("klingon",), "en")
     with pytest.raises(UserError, match="zh and zh-Hant cannot be told apart"):
         LanguageDetector(("zh", "zh-Hant"), "en")
-    assert (
-        told_apart("zh", "en")
-        and not told_apart("zh", "zh-Hant")
-        and not told_apart("no", "nb")
-        and not told_apart("tlh", "en")
-    )
-    assert (
-        clearly_in_another("tlh", *TEXTS["en"]["shoplifting"]) is None
-        and clearly_in_another("en", "1 + 1", "") is None
-    )
+    assert told_apart("zh", "en")
+    assert not told_apart("zh", "zh-Hant")
+    assert not told_apart("no", "nb")
+    assert not told_apart("tlh", "en")
+    assert clearly_in_another("tlh", *TEXTS["en"]["shoplifting"]) is None
+    assert clearly_in_another("en", "1 + 1", "") is None
     for language, texts in TEXTS.items():
         for three in texts.values():
             assert clearly_in_another(language, *three) is None

@@ -135,7 +135,8 @@ def test_scored_is_the_answer_and_its_end_of_turn_and_nothing_else(template, kin
             rewritten = template == "thinking" and "</think>" in answer
             assert [b.reason for b in bad] == [
                 "answer_rewritten" if rewritten else "answer_joined_with_template"
-            ] and (joined or rewritten)
+            ]
+            assert joined or rewritten
             return
         prompt, scored = decode_view(examples[0].target.chosen, tokenizer)
         # The space before an answer is in its first token, as the model writes it, where the
@@ -256,9 +257,8 @@ def test_a_pad_token_that_is_the_end_of_turn_is_still_scored():
 
 def test_equal_content_is_equal_so_that_shared_pairs_are_found():
     (one, two), _ = tokenize_rows([row(), row()], make_tokenizer(), config())
-    assert one.dominant.chosen == two.dominant.chosen and hash(one.dominant.chosen) == hash(
-        two.dominant.chosen
-    )
+    assert one.dominant.chosen == two.dominant.chosen
+    assert hash(one.dominant.chosen) == hash(two.dominant.chosen)
     assert one.dominant.chosen != one.dominant.rejected
 
 

@@ -128,11 +128,9 @@ def test_what_becomes_of_texts_as_tokens_is_said(
         else report(tmp_path, model_of(template), [plain, odd])
     )
     (item,) = found["suspicious"]
-    assert (
-        item["source"] == ("held_out.jsonl:1" if held_out else "rows.jsonl:2")
-        and item["reason"] == reason
-        and detail in item["detail"]
-    )
+    assert item["source"] == ("held_out.jsonl:1" if held_out else "rows.jsonl:2")
+    assert item["reason"] == reason
+    assert detail in item["detail"]
 
 
 @pytest.mark.parametrize("held_out", [False, True])
@@ -190,9 +188,8 @@ def test_every_message_that_a_template_leaves_out_or_rewrites_is_said(tmp_path, 
                 for item in report(tmp_path, str(folder), [whole])["suspicious"]
                 if "target" in item["detail"]
             ]
-            assert [item["reason"] for item in found] == [
-                "left_out_by_template"
-            ] and f"target {role} message" in found[0]["detail"]
+            assert [item["reason"] for item in found] == ["left_out_by_template"]
+            assert f"target {role} message" in found[0]["detail"]
 
 
 def test_letters_that_the_tokenizer_cannot_write_are_said(tmp_path):
