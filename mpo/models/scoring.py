@@ -17,6 +17,7 @@ from mpo.models.attention import shares_prompts_of
 from mpo.models.loading import Scores
 from mpo.models.packing import Pool, pack_for_scoring
 from mpo.runtime.files import new_folder
+from mpo.runtime.ranks import summed
 
 TOKENS_PER_BATCH = 4096
 """Packed tokens of one forward pass without gradients. It bounds memory; the scores do not depend
@@ -61,7 +62,8 @@ def score_sequences(
         advance(sum(len(batch) for batch in batches[start : start + world]))
     engine.train(was_training)
     assert pooled is not None, "score_sequences needs at least one sequence"
-    return Scores(_sum_over_ranks(mean_logp, device), _sum_over_ranks(pooled, device))
+    # each row is non-zero on one rank only, so the sums are exact
+    return Scores(summed(mean_logp, device), summed(pooled, device))
 
 
 @dataclass(frozen=True)
@@ -151,12 +153,3 @@ def _batches(sequences: Sequence[TokenizedResponse]) -> list[list[int]]:
             batches[-1].append(i)
             tokens += length
     return batches
-
-
-def _sum_over_ranks(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Each row is non-zero on one rank only, so the sum is exact."""
-    if dist.get_world_size() == 1:
-        return tensor
-    on_device = tensor.to(device)
-    dist.all_reduce(on_device)
-    return on_device.cpu()

@@ -9,7 +9,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import deepspeed
 import deepspeed.comm as dist
@@ -20,6 +20,7 @@ from deepspeed.accelerator import get_accelerator
 from mpo.runtime.errors import UserError
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 def start() -> torch.device:
@@ -132,8 +133,8 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def on_main(work: Callable[[], T]) -> T:
-    """Runs `work` on rank 0 while the others wait, and gives its result to every rank, which may
+def on_main(work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
+    """Calls `work` on rank 0 while the others wait, and gives its result to every rank, which may
     not share its file system.
 
     What it raises is raised on rank 0; the other ranks raise UserError with the same words, so that
@@ -142,7 +143,7 @@ def on_main(work: Callable[[], T]) -> T:
     result, failure = None, None
     if is_main():
         try:
-            result = work()
+            result = work(*arguments, **options)
         except Exception as error:
             failure = error
     outcome: list[Any] = [
@@ -156,3 +157,26 @@ def on_main(work: Callable[[], T]) -> T:
     if outcome[1] is not None:
         raise UserError(outcome[1])
     return outcome[0]
+
+
+def of_every_rank(value: T) -> list[T]:
+    """The value that each rank calls this with, in the order of the ranks, on every rank."""
+    values = [value] * dist.get_world_size()
+    if len(values) > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def first_failure(failure: str | None) -> str | None:
+    """What went wrong on the first rank where something did, on every rank; None where nothing
+    did."""
+    return next((failure for failure in of_every_rank(failure) if failure is not None), None)
+
+
+def summed(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The sum over the ranks of a tensor on the CPU, which travels through this rank's device."""
+    if dist.get_world_size() == 1:
+        return tensor
+    on_device = tensor.to(device)
+    dist.all_reduce(on_device)
+    return on_device.cpu()

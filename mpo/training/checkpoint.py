@@ -16,7 +16,6 @@ from typing import Any
 
 import deepspeed
 import deepspeed.comm as dist
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mpo.config import ModelConfig
@@ -24,7 +23,7 @@ from mpo.models import lora
 from mpo.models.loading import load_model
 from mpo.runtime.errors import UserError
 from mpo.runtime.files import new_folder, publish, remove, sync_file, write_json
-from mpo.runtime.ranks import is_main, on_main
+from mpo.runtime.ranks import first_failure, is_main, of_every_rank, on_main
 from mpo.training import portable
 from mpo.training.checkpoint_folder import (
     INCOMPLETE,
@@ -48,21 +47,11 @@ def save(
     Returns None, or on every rank why it could not be written, such as a full disk; older
     checkpoints are then as they were.
     """
-    name = name_of(step)
-    incomplete = checkpoints / f"{name}{INCOMPLETE}"
-
-    def prepare() -> str | None:
-        remove_incomplete(checkpoints)
-        try:
-            incomplete.mkdir(parents=True)
-        except OSError as error:
-            return str(error)
-        return None
-
-    problem = on_main(prepare)
-    written: dict[str, int] = {}
+    incomplete = checkpoints / f"{name_of(step)}{INCOMPLETE}"
+    problem = on_main(_make_room, incomplete)
+    files: dict[str, int] = {}
     if problem is None:
-        with _writes_of(engine, written) as failures:
+        with _writes_of(engine) as (written, failures):
             engine.save_checkpoint(
                 str(checkpoints),
                 tag=incomplete.name,
@@ -70,47 +59,61 @@ def save(
                 save_latest=False,
                 exclude_frozen_parameters=_is_partly_frozen(engine),
             )
-        of_ranks: list[tuple[list[str], dict[str, int]]] = [(failures, written)]
-        if dist.get_world_size() > 1:
-            of_ranks = [([], {})] * dist.get_world_size()
-            torch.distributed.all_gather_object(of_ranks, (failures, written))
-        problem = next((failure for theirs, _ in of_ranks for failure in theirs), None)
-        written = {path: size for _, theirs in of_ranks for path, size in theirs.items()}
+        problem = first_failure(failures[0] if failures else None)
+        files = {path: size for theirs in of_every_rank(written) for path, size in theirs.items()}
+    if problem is None:
+        state = {
+            "step": step,
+            "world_size": dist.get_world_size(),
+            "zero_stage": zero_stage,
+            "files": files,
+        }
+        problem = on_main(_publish, incomplete, state, keep)
+    return None if problem is None else on_main(_give_up, incomplete, step, problem)
 
-    def finish() -> str | None:
-        failure = problem
-        if failure is None:
-            try:
-                state = {
-                    "step": step,
-                    "world_size": dist.get_world_size(),
-                    "zero_stage": zero_stage,
-                    "files": written,
-                }
-                write_json(incomplete / STATE, state)
-                publish(incomplete, checkpoints / name)
-                remove_old(checkpoints, step, keep)
-                return None
-            except (OSError, UserError) as error:
-                failure = str(error)
-        remove(incomplete)
-        there = names(checkpoints)
-        older = f"The newest one is {there[-1]}." if there else "There is no older one."
-        return (
-            f"The checkpoint after step {step} could not be written to {checkpoints}: {failure}."
-            f" {older}"
-        )
 
-    return on_main(finish)
+def _make_room(incomplete: Path) -> str | None:
+    """Makes the folder to write to. Returns None, or why that cannot be done."""
+    remove_incomplete(incomplete.parent)
+    try:
+        incomplete.mkdir(parents=True)
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def _publish(incomplete: Path, state: dict[str, Any], keep: int) -> str | None:
+    """Gives a checkpoint whose files are all written its name, and removes what is older than the
+    newest `keep`. Returns None, or why that cannot be done."""
+    checkpoints, step = incomplete.parent, state["step"]
+    try:
+        write_json(incomplete / STATE, state)
+        publish(incomplete, checkpoints / name_of(step))
+        remove_old(checkpoints, step, keep)
+    except (OSError, UserError) as error:
+        return str(error)
+    return None
+
+
+def _give_up(incomplete: Path, step: int, problem: str) -> str:
+    """Removes what was written so far, and says what that means."""
+    remove(incomplete)
+    there = names(incomplete.parent)
+    older = f"The newest one is {there[-1]}." if there else "There is no older one."
+    return (
+        f"The checkpoint after step {step} could not be written to {incomplete.parent}: {problem}."
+        f" {older}"
+    )
 
 
 @contextmanager
-def _writes_of(engine: deepspeed.DeepSpeedEngine, written: dict[str, int]) -> Iterator[list[str]]:
+def _writes_of(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[dict[str, int], list[str]]]:
     """Within the block what this rank cannot write is noted instead of raised: the ranks must go
     through DeepSpeed's collectives together.
 
-    Yields the list of failures. `written` gets name and size of each file, when it is on the disk.
+    Yields name and size of each file, when it is on the disk, and the list of failures.
     """
+    written: dict[str, int] = {}
     failures: list[str] = []
     writer = engine.checkpoint_engine
     original = writer.save
@@ -126,7 +129,7 @@ def _writes_of(engine: deepspeed.DeepSpeedEngine, written: dict[str, int]) -> It
     # the script does what `mpo export` does
     writer.save, engine._copy_recovery_script = save_noting, lambda folder: None
     try:
-        yield failures
+        yield written, failures
     finally:
         del writer.save, engine._copy_recovery_script
 

@@ -9,13 +9,13 @@ import time
 from collections.abc import Callable
 
 import deepspeed
-import deepspeed.comm as dist
 import ninja
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.ops.op_builder import CPUAdamBuilder
 
 from mpo.runtime.errors import UserError
+from mpo.runtime.ranks import first_failure
 
 
 def compile_cpu_adam(log: Callable[[str], None]) -> None:
@@ -37,14 +37,9 @@ def compile_cpu_adam(log: Callable[[str], None]) -> None:
     )
     began = time.perf_counter()
     first_of_node = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    failure = _load() if first_of_node else None
-    failures: list[str | None] = [failure]
-    if dist.get_world_size() > 1:
-        failures = [None] * dist.get_world_size()
-        torch.distributed.all_gather_object(failures, failure)
-    if not any(failures) and not first_of_node:
-        failures = [_load()]
-    problem = next((f for f in failures if f), None)
+    problem = first_failure(_load() if first_of_node else None)
+    if problem is None and not first_of_node:
+        problem = _load()
     if problem is not None:
         raise UserError(problem)
     seconds = time.perf_counter() - began

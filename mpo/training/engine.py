@@ -7,6 +7,8 @@ import difflib
 import importlib.util
 import math
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 from transformers import PreTrainedModel
+from transformers.integrations import HfDeepSpeedConfig
 
 from mpo.config import Config, TrainConfig
 from mpo.runtime.errors import UserError
@@ -171,6 +174,20 @@ def _merge(settings: dict[str, Any], extra: dict[str, Any], where: str) -> None:
             )
         else:
             settings[key] = value
+
+
+@contextmanager
+def partitioned_loading(settings: dict[str, Any]) -> Iterator[None]:
+    """Within the block transformers divides the weights over the ranks while it loads them, where
+    the settings are those of ZeRO-3. The engine is made within it, too."""
+    # transformers keeps a weak reference to it
+    keep_alive = (
+        HfDeepSpeedConfig(settings) if settings["zero_optimization"]["stage"] == 3 else None
+    )
+    try:
+        yield
+    finally:
+        del keep_alive
 
 
 def build_engine(

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import deepspeed.comm as dist
 import torch
 
 from mpo.models.loading import MPOForward
 from mpo.models.packing import MPOBatch
+from mpo.runtime.ranks import summed
 
 _L1, _L2, _TOKENS, _PADDED, _STOP, _FIRST_LANGUAGE = range(6)
 
@@ -43,11 +43,7 @@ class StepSums:
                     place = _FIRST_LANGUAGE + 2 * self._languages.index(language)
                     sums[place] += gap * weight
                     sums[place + 1] += weight
-        if dist.get_world_size() > 1:
-            on_device = sums.to(device)
-            dist.all_reduce(on_device)
-            sums = on_device.cpu()
-        return StepTotals(self._languages, sums.tolist())
+        return StepTotals(self._languages, summed(sums, device).tolist())
 
 
 @dataclass(frozen=True)

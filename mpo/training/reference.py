@@ -8,7 +8,6 @@ while training.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -228,7 +227,7 @@ def build(
     """
     sequences = dominant_sequences(examples)
     pieces = [sequences[first : first + PART] for first in range(0, len(sequences), PART)]
-    done = on_main(lambda: parts.finished([len(piece) for piece in pieces]))
+    done = on_main(parts.finished, [len(piece) for piece in pieces])
     scores = []
     for number, mine in enumerate(pieces):
         if number in done:
@@ -236,7 +235,7 @@ def build(
             advance(len(mine))
         else:
             part = score_sequences(engine, mine, pool=pool, device=device, advance=advance)
-            on_main(functools.partial(parts.keep, number, part))
+            on_main(parts.keep, number, part)
         scores.append(part)
     whole = Scores(
         torch.cat([part.mean_logp for part in scores]), torch.cat([part.pooled for part in scores])

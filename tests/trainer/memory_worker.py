@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 from test_model import mpo_batch, some_sequences
-from transformers.integrations import HfDeepSpeedConfig
 
 from mpo.config import Config, load_config
 from mpo.models.loading import bind_mpo_forward, load_model
 from mpo.runtime.ranks import leave, start
 from mpo.training import memory
-from mpo.training.engine import build_engine, deepspeed_settings
+from mpo.training.engine import build_engine, deepspeed_settings, partitioned_loading
 
 
 def storages() -> dict[int, torch.UntypedStorage]:
@@ -45,11 +44,10 @@ def measure(config: Config) -> int:
     # comes
     before = storages()
     settings = deepspeed_settings(config)
-    keep_alive = HfDeepSpeedConfig(settings) if config.zero.stage == 3 else None
-    engine, _ = build_engine(
-        bind_mpo_forward(load_model(config.model), config.loss), config, settings
-    )
-    del keep_alive
+    with partitioned_loading(settings):
+        engine, _ = build_engine(
+            bind_mpo_forward(load_model(config.model), config.loss), config, settings
+        )
     batch = mpo_batch(some_sequences())
     batch = dataclasses.replace(
         batch, pooled_reference=torch.randn(2, engine.module.config.hidden_size)

@@ -383,7 +383,6 @@ class Engine:
 
 @pytest.fixture
 def one_rank(monkeypatch):
-    monkeypatch.setattr(checkpoint, "on_main", lambda work: work())
     monkeypatch.setattr(checkpoint.dist, "get_world_size", lambda: 1)
 
 
@@ -455,12 +454,15 @@ def test_a_full_disk_on_one_rank_costs_the_checkpoint_on_all(tmp_path, one_rank,
     publishes."""
     assert save(tmp_path, 1) is None
     monkeypatch.setattr(checkpoint.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(checkpoint.dist, "broadcast_object_list", lambda outcome, src: None)
     fails = [["No space left on device"] if rank == r else [] for r in range(2)]
 
     def gather(everyone, mine):
-        everyone[:] = [(fails[0] or mine[0], mine[1]), (fails[1], {"rank1_optim_states.pt": 6})]
+        is_of_files = isinstance(mine, dict)
+        other = {"rank1_optim_states.pt": 6} if is_of_files else (fails[1] or [None])[0]
+        everyone[:] = [mine if is_of_files else (fails[0] or [mine])[0], other]
 
-    monkeypatch.setattr(checkpoint.torch.distributed, "all_gather_object", gather)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     failure = save(tmp_path, 2)
     assert "No space left on device" in failure and steps_in(tmp_path) == ["step-00000001"]
     fails[rank] = []

@@ -133,6 +133,7 @@ def compare(folders, monkeypatch, *names, overrides=()):
     monkeypatch.setattr(
         "mpo.models.scoring.dist", SimpleNamespace(get_rank=lambda: 0, get_world_size=lambda: 1)
     )
+    monkeypatch.setattr("mpo.runtime.ranks.dist.get_world_size", lambda: 1)
     config = load_config(folders / "run.yaml", list(overrides))
     paths = [str(folders / name) for name in names]
     table = compare_models(

@@ -86,7 +86,7 @@ def rows_of_four():
 def builder(monkeypatch):
     """Builds a store of four pieces of two sequences, whose values are a number and the last token
     id. Yields (build, sizes scored)."""
-    monkeypatch.setattr(reference, "on_main", lambda work: work())
+    monkeypatch.setattr(reference, "on_main", lambda work, *arguments: work(*arguments))
     monkeypatch.setattr(reference, "PART", 2)
     monkeypatch.setattr(reference, "PATIENCE", 0.01)
     calls = []
