@@ -178,7 +178,7 @@ def ours(model: Any, examples: Sequence[Any], config: Any) -> tuple[Callable[[_P
     """The trainer's own batches and forward, and the tokens of a step. The reference's numbers are
     made before, as its store holds them."""
     from mpo.models import recompute
-    from mpo.models.loading import bind_mpo_forward
+    from mpo.models.forward import bind_mpo_forward
     from mpo.models.packing import pack_for_scoring
     from mpo.training.micro_batches import in_micro_batches, make_batch
     from mpo.training.reference import ReferenceStore, dominant_sequences

@@ -184,6 +184,10 @@ class LossConfig(Section):
     chunk_bytes: int | None = Field(default=None, ge=1, lt=2**63)
     """Byte budget of one chunk of logits under `linear`. null: the kernel's default."""
 
+    def total(self, l1: Any, l2: Any) -> Any:
+        """L of L1 and L2, numbers or tensors."""
+        return l1 + self.retention_weight * l2
+
 
 class ReferenceConfig(Section):
     """Where the numbers of the model before training come from."""

@@ -14,8 +14,9 @@ from mpo.data.examples import Example, tokenize_rows
 from mpo.data.rows import Row
 from mpo.evaluation.gaps import GapTable
 from mpo.models import lora
+from mpo.models.forward import bind_mpo_forward
 from mpo.models.inputs import Inputs, check_ids, check_positions
-from mpo.models.loading import bind_mpo_forward, check_model, load_model, load_tokenizer
+from mpo.models.loading import check_model, load_model, load_tokenizer
 from mpo.models.scoring import Measurement, distinct_sequences, measure_gaps
 from mpo.runtime.errors import UserError
 from mpo.runtime.progress import Progress

@@ -1,18 +1,10 @@
-"""The model: loading it, and the forward pass that is bound on it.
-
-One engine forward per backward: a packed row goes through the backbone once, the LM head sees only
-the rows that predict scored target tokens and computes the loss in there, and the dominant rows are
-pooled in fp32. The forward is bound on the Hugging Face instance and the loss on its `lm_head`
-module, so that checkpoint keys stay as they are and ZeRO-3's hooks gather the head's weight for
-exactly one call.
-"""
+"""Loading a model: which files it has, what is refused before a weight is read, its tokenizer."""
 
 from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jinja2.exceptions import TemplateRuntimeError
@@ -25,41 +17,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from mpo.config import LossConfig, ModelConfig
+from mpo.config import ModelConfig
 from mpo.models import attention, lora, quantized, recompute
-from mpo.models.packing import MPOBatch, PackedSequences
 from mpo.models.weights import check_weights, damaged, first_line, refuse_partial
 from mpo.runtime.errors import UserError
-from mpo_kernels import (
-    MPOLossOutput,
-    linear_mpo_loss,
-    linear_token_logprobs,
-    mean_pool,
-    mpo_loss,
-    retention_loss,
-)
 
 SUPPORTED = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 """Model types whose forward is `lm_head(model(...).last_hidden_state)`, with a soft-cap at most."""
-
-
-class MPOForward(NamedTuple):
-    """Sums over the pairs of one micro-batch; the trainer divides by the number of pairs of the
-    whole step."""
-
-    loss: torch.Tensor  # () sum over pairs of weight * (L1 + retention_weight * L2), differentiable
-    # () float32, detached: sum over pairs of weight * (beta * RG - RG_reference)^2
-    l1: torch.Tensor
-    l2: torch.Tensor  # () float32, detached: sum over pairs of weight * L2
-    reward_gap: torch.Tensor  # (P,) float32, detached
-
-
-class Scores(NamedTuple):
-    """What the reference store and the evaluation keep of a sequence."""
-
-    # (S,) float32: log-probability of the response divided by its number of tokens
-    mean_logp: torch.Tensor
-    pooled: torch.Tensor  # (S, D) float32
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -286,96 +250,3 @@ def _quantization(config: ModelConfig) -> dict[str, Any]:
         if config.quantize is None
         else quantized.options(config.quantize, getattr(torch, config.dtype))
     )
-
-
-def bind_mpo_forward(model: PreTrainedModel, loss: LossConfig) -> PreTrainedModel:
-    """Replaces `forward` of this instance and of its LM head. Calls take one keyword:
-
-    model(batch=MPOBatch) -> MPOForward        loss of a micro-batch, differentiable
-    model(batch=PackedSequences) -> Scores     mean log-probabilities and pooled hidden states; call it under no_grad
-    """
-    head_options: dict[str, Any] = {
-        "softcap": getattr(model.config, "final_logit_softcapping", None)
-    }
-    packed_attention = model.config._attn_implementation == attention.NAME
-
-    def hidden_states(self: PreTrainedModel, packed: PackedSequences) -> torch.Tensor:
-        extra = {"documents": packed.documents} if packed_attention else {}
-        outputs = self.model(
-            input_ids=packed.input_ids,
-            position_ids=packed.position_ids,
-            attention_mask=None,
-            use_cache=False,
-            **extra,
-        )
-        return outputs.last_hidden_state[0]  # (N, D), after the final norm
-
-    def head_forward(
-        self: torch.nn.Linear,
-        hidden: torch.Tensor,
-        labels: torch.Tensor,
-        pairs: dict[str, torch.Tensor] | None = None,
-    ) -> torch.Tensor | MPOLossOutput:
-        """hidden (M, D), labels (M,) -> (M,) log-probs; with `pairs` the L1 of the pairs, summed
-        with their weights."""
-        if pairs is None:
-            return linear_token_logprobs(
-                hidden,
-                self.weight,
-                labels,
-                bias=self.bias,
-                chunk_bytes=loss.chunk_bytes,
-                **head_options,
-            )
-        # A sum, not a loss per pair: a pair's coefficient is then known in the forward pass, and
-        # the head takes three products, not four.
-        options = dict(pairs, beta=loss.beta, reduction="sum", **head_options)
-        if loss.head == "logits":
-            logits = torch.nn.functional.linear(hidden, self.weight, self.bias)  # (M, V)
-            return mpo_loss(
-                logits,
-                labels.to(logits.device, non_blocking=True),
-                inplace_backward=logits.requires_grad,
-                **options,
-            )
-        return linear_mpo_loss(
-            hidden, self.weight, labels, bias=self.bias, chunk_bytes=loss.chunk_bytes, **options
-        )
-
-    def forward(self: PreTrainedModel, *, batch: MPOBatch | PackedSequences) -> MPOForward | Scores:
-        packed = batch.packed if isinstance(batch, MPOBatch) else batch
-        hidden = hidden_states(self, packed)
-        scored = hidden[packed.scored_rows]  # (M, D)
-        if isinstance(batch, PackedSequences):
-            logps = self.lm_head(scored, packed.labels)
-            # A response's mean log-probability is the mean of its rows, which is what pooling a
-            # column computes.
-            mean_logp = mean_pool(logps[:, None], cu_seqlens=packed.scored_cu_seqlens)[:, 0]
-            return Scores(
-                mean_logp,
-                mean_pool(hidden[packed.pooled_rows], cu_seqlens=packed.pooled_cu_seqlens),
-            )
-        target = self.lm_head(
-            scored,
-            packed.labels,
-            {
-                "reference_gap": batch.reference_gap,
-                "pair_weights": batch.pair_weights,
-                "cu_seqlens": packed.scored_cu_seqlens,
-            },
-        )
-        l2 = hidden.new_zeros((), dtype=torch.float32)
-        if packed.pooled_rows.numel():  # its shape, which the host knows
-            l2 = retention_loss(
-                hidden[packed.pooled_rows],
-                batch.pooled_reference,
-                cu_seqlens=packed.pooled_cu_seqlens,
-                sequence_weights=batch.pooled_weights,
-                reduction="sum",
-            )
-        total = target.loss + loss.retention_weight * l2
-        return MPOForward(total, target.loss.detach(), l2.detach(), target.reward_gap)
-
-    model.forward = MethodType(forward, model)
-    model.lm_head.forward = MethodType(head_forward, model.lm_head)
-    return model

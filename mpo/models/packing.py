@@ -60,7 +60,7 @@ class PackedSequences:
 
 
 @dataclass(frozen=True)
-class MPOBatch:
+class Batch:
     """P weighted pairs in one packed row: target chosen, target rejected, then distinct dominant
     sequences.
 
@@ -76,7 +76,7 @@ class MPOBatch:
     pooled_weights: torch.Tensor
     languages: tuple[str, ...]  # P
 
-    def to(self, device: torch.device) -> MPOBatch:
+    def to(self, device: torch.device) -> Batch:
         return _to_device(self, device)
 
 

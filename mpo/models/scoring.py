@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from mpo.data.examples import Example, TokenizedResponse
 from mpo.models.attention import shares_prompts_of
-from mpo.models.loading import Scores
+from mpo.models.forward import Scores
 from mpo.models.packing import Pool, pack_for_scoring
 from mpo.runtime.files import new_folder
 from mpo.runtime.ranks import summed

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from mpo.models.loading import MPOForward
-from mpo.models.packing import MPOBatch
+from mpo.config import LossConfig
+from mpo.models.forward import Outputs
+from mpo.models.packing import Batch
 from mpo.runtime.ranks import summed
 
 _L1, _L2, _TOKENS, _PADDED, _STOP, _FIRST_LANGUAGE = range(6)
@@ -21,9 +22,9 @@ class StepSums:
 
     def __init__(self, languages: Sequence[str]) -> None:
         self._languages = languages
-        self._parts: list[tuple[MPOBatch, MPOForward]] = []
+        self._parts: list[tuple[Batch, Outputs]] = []
 
-    def add(self, batch: MPOBatch, output: MPOForward) -> None:
+    def add(self, batch: Batch, output: Outputs) -> None:
         """Keeps the numbers of a micro-batch, and nothing of its graph."""
         self._parts.append((batch, output._replace(loss=output.loss.detach())))
 
@@ -58,7 +59,7 @@ class StepTotals:
         """Whether any rank was asked to stop."""
         return self.sums[_STOP] > 0
 
-    def means(self, pairs: int, retention_weight: float) -> dict[str, Any]:
+    def means(self, pairs: int, loss: LossConfig) -> dict[str, Any]:
         """Loss, L1 and L2 per pair, the mean reward gap per language in nats per token, and the
         packed tokens of the step.
 
@@ -75,7 +76,7 @@ class StepTotals:
             if count
         }
         return {
-            "loss": l1 + retention_weight * l2,
+            "loss": loss.total(l1, l2),
             "l1": l1,
             "l2": l2,
             "gap": gaps,

@@ -14,7 +14,7 @@ import torch
 from mpo.config import Config
 from mpo.data.examples import Example, TokenizedResponse
 from mpo.models.attention import shares_prompts
-from mpo.models.packing import FILLER, MPOBatch, pack, tokens_of
+from mpo.models.packing import FILLER, Batch, pack, tokens_of
 from mpo.training.reference import Reference
 from mpo.training.schedule import Schedule, order_of_rows
 
@@ -112,7 +112,7 @@ def of_every_rank(
     return batches[rank] + [MicroBatch()] * (max(map(len, batches)) - len(batches[rank]))
 
 
-def make_batch(part: MicroBatch, reference: Reference, config: Config) -> MPOBatch:
+def make_batch(part: MicroBatch, reference: Reference, config: Config) -> Batch:
     """Packs a micro-batch and adds the reference's numbers. Without an example of its own it gets a
     filler pair of weight 0."""
     sequences = part.sequences() if part.examples else [FILLER, FILLER, *part.sequences()]
@@ -120,7 +120,7 @@ def make_batch(part: MicroBatch, reference: Reference, config: Config) -> MPOBat
         [s for e in part.examples for s in e.dominant] + [s for s, _ in part.dominant]
     )
     scored = len(sequences) - len(part.dominant)
-    return MPOBatch(
+    return Batch(
         packed=pack(
             sequences,
             scored=range(scored),

@@ -28,7 +28,7 @@ from mpo.config import ModelConfig
 from mpo.data.examples import Example, TokenizedResponse
 from mpo.data.run_date import parts_folder
 from mpo.models import attention, lora
-from mpo.models.loading import Scores
+from mpo.models.forward import Scores
 from mpo.models.packing import FILLER, Pool, pack_for_scoring
 from mpo.models.scoring import score_sequences
 from mpo.runtime.claims import Claim

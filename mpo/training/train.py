@@ -27,8 +27,9 @@ from mpo.config import Config, ReferenceConfig
 from mpo.data.examples import Example
 from mpo.data.run_date import with_date
 from mpo.models.attention import shares_prompts
+from mpo.models.forward import Outputs, Scores, bind_mpo_forward
 from mpo.models.inputs import Inputs, load_inputs
-from mpo.models.loading import MPOForward, Scores, bind_mpo_forward, load_model
+from mpo.models.loading import load_model
 from mpo.models.scoring import Measurement, distinct_sequences, measure_gaps
 from mpo.runtime.errors import UserError
 from mpo.runtime.files import write_json
@@ -163,7 +164,7 @@ def _train(config: Config, interruption: Interruption) -> dict[str, Any]:
             skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
 
             seconds = time.perf_counter() - began
-            means = totals.means(pairs, config.loss.retention_weight)
+            means = totals.means(pairs, config.loss)
             row = {
                 "step": step + 1,
                 "epoch": schedule.positions(step).stop / schedule.rows,
@@ -356,7 +357,7 @@ def _self_check(
     )
     batch = make_batch(part, values, config).to(device)
     with torch.no_grad():
-        output: MPOForward = engine(batch=batch)
+        output: Outputs = engine(batch=batch)
     size = float(batch.pooled_reference.square().mean())
     relative = float(output.l2) / len(probe) / max(size, 1e-30)
     gaps = measure_gaps(engine, [first], pool=config.loss.pool, device=device)

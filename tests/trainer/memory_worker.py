@@ -16,7 +16,8 @@ import torch
 from test_model import mpo_batch, some_sequences
 
 from mpo.config import Config, load_config
-from mpo.models.loading import bind_mpo_forward, load_model
+from mpo.models.forward import bind_mpo_forward
+from mpo.models.loading import load_model
 from mpo.runtime.ranks import leave, start
 from mpo.training import memory
 from mpo.training.engine import build_engine, deepspeed_settings, partitioned_loading

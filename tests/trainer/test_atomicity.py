@@ -24,7 +24,7 @@ from test_train import project  # noqa: F401  (a fixture)
 from tiny import example_of, native_rows, save_model, write_rows
 
 from mpo.config import load_config
-from mpo.models.loading import Scores
+from mpo.models.forward import Scores
 from mpo.models.scoring import Measurement
 from mpo.runtime.errors import UserError
 from mpo.runtime.files import new_folder, remove_incomplete, write_json

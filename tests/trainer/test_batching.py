@@ -13,7 +13,7 @@ from tiny import example_of
 
 from mpo.config import Config, TrainConfig
 from mpo.data.examples import TokenizedResponse
-from mpo.models.loading import Scores
+from mpo.models.forward import Scores
 from mpo.models.packing import pack, pack_for_scoring, tokens_of
 from mpo.training.engine import learning_rate
 from mpo.training.micro_batches import (

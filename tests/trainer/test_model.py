@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mpo.config import LossConfig, ModelConfig
 from mpo.data.examples import TokenizedResponse
 from mpo.models import attention
-from mpo.models.loading import bind_mpo_forward, check_model, load_model
-from mpo.models.packing import MPOBatch, pack, pack_for_scoring
+from mpo.models.forward import bind_mpo_forward
+from mpo.models.loading import check_model, load_model
+from mpo.models.packing import Batch, pack, pack_for_scoring
 from mpo.runtime.errors import UserError
 
 VOCAB = 61
@@ -94,7 +95,7 @@ def test_a_neighbour_changes_nothing(architecture):
 def mpo_batch(sequences, weights=(1.0,), pool="response", share=True):
     """One pair: sequences 0 and 1 are the target's, 2 and 3 the dominant ones."""
     generator = torch.Generator().manual_seed(3)
-    return MPOBatch(
+    return Batch(
         packed=pack(sequences, scored=[0, 1], pooled=[2, 3], pool=pool, share_prompts=share),
         reference_gap=torch.tensor([0.7]),
         pair_weights=torch.tensor(weights),

@@ -16,7 +16,8 @@ from tiny import build_model, example_of, save_model
 
 from mpo.config import ModelConfig
 from mpo.data.examples import TokenizedResponse
-from mpo.models.loading import Scores, load_tokenizer
+from mpo.models.forward import Scores
+from mpo.models.loading import load_tokenizer
 from mpo.runtime import claims
 from mpo.runtime.claims import Claim
 from mpo.runtime.errors import UserError
