@@ -43,8 +43,12 @@ def attach(model: torch.nn.Module, config: LoraConfig) -> None:
         else list(config.target_modules)
     )
     settings = peft.LoraConfig(
-        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=wanted, task_type="CAUSAL_LM"
-    )  # fmt: skip
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=wanted,
+        task_type="CAUSAL_LM",
+    )
     try:
         peft.inject_adapter_in_model(settings, model)
     except ValueError as error:
@@ -191,8 +195,10 @@ def check(path: str, base: PreTrainedModel) -> None:
             f" {first_line(error)}.{damaged(Path(path))}"
         ) from error
     shapes = {
-        name: f"{found[name]} there, {shape} in the model" for name, shape in expected.items() if found.get(name, shape) != shape
-    }  # fmt: skip
+        name: f"{found[name]} there, {shape} in the model"
+        for name, shape in expected.items()
+        if found.get(name, shape) != shape
+    }
     refuse_differences(
         f"The adapters in {path}",
         expected.keys() - found.keys(),

@@ -36,8 +36,10 @@ def options(kind: Kind, dtype: torch.dtype) -> dict[str, Any]:
     if kind == "int8":
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, **head)}
     return {
-        "quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, **head)
-    }  # fmt: skip
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, **head
+        )
+    }
 
 
 def kind_of(model: PreTrainedModel) -> str | None:
