@@ -66,15 +66,18 @@ def build(config: BuildConfig, progress: Progress) -> BuildReport:
         output.write(
             report.as_dict(), rows, [*map(asdict, bad), *(row.as_dict() for row in dropped)]
         )
-        if not rows:
-            reasons = ", ".join(
-                f"{reason} ({shown[0]['detail']})" for reason, shown in report.examples.items()
-            )
-            raise UserError(
-                f"No row is left: {reasons}. {output.dropped} has all of them, {output.report} the"
-                " counts."
-            )
+    if not rows:
+        raise _nothing_left(report, output)
     return report
+
+
+def _nothing_left(report: BuildReport, output: Output) -> UserError:
+    reasons = ", ".join(
+        f"{reason} ({shown[0]['detail']})" for reason, shown in report.examples.items()
+    )
+    return UserError(
+        f"No row is left: {reasons}. {output.dropped} has all of them, {output.report} the counts."
+    )
 
 
 def _identity(config: BuildConfig) -> dict[str, Any]:

@@ -106,6 +106,23 @@ def native_rows(dominants: int = 3, languages: tuple[str, ...] = ("sw", "zh")) -
     ]
 
 
+def published_row(**changes):
+    """One row in the published form, about nothing."""
+    row = {
+        "source_conversations": [
+            {"from": "human", "value": "How do I open the old door without a key?"}
+        ],
+        "source_chosen": {"from": "gpt", "value": "Ask the owner of the house for a key."},
+        "source_rejected": {"from": "gpt", "value": "Just break the window and climb in."},
+        "target_conversations": [
+            {"from": "human", "value": "Ninawezaje kufungua mlango wa zamani bila ufunguo wake?"}
+        ],
+        "target_chosen": {"from": "gpt", "value": "Muombe mwenye nyumba akupe ufunguo."},
+        "target_rejected": {"from": "gpt", "value": "Vunja dirisha na uingie ndani."},
+    }
+    return {**row, **changes}
+
+
 def example_of(source: str, language: str, *sequences: TokenizedResponse) -> Example:
     """An example of four sequences, in the order of `Example.sequences`; its texts do not
     matter."""
