@@ -342,6 +342,9 @@ class Config(Section):
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Reads, overrides and checks the configuration of a run.
 
+    >>> load_config("demo", ["loss.beta=1.5"]).loss.beta
+    1.5
+
     Args:
         path: YAML file, or the bare name of a recipe that ships with the package, such as `demo`.
         overrides: `section.field=value` strings; the value is parsed as YAML.
@@ -353,7 +356,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 
 def recipes() -> dict[str, Path]:
-    """The configurations that ship with the package, by name."""
+    """The configurations that ship with the package, by name.
+
+    >>> recipes()["demo"].name
+    'demo.yaml'
+    """
     return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
 
 

@@ -221,6 +221,8 @@ def load_build_config(path: Path, overrides: list[str] | None = None) -> BuildCo
     """Reads, overrides and checks the configuration of a build. Input files and models are looked
     for beside it first, then here.
 
+    load_build_config(Path("build.yaml"), ["languages=[sw]"]).languages == ("sw",)
+
     Raises:
         UserError: as mpo.config.load_config.
     """

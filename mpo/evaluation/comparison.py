@@ -29,6 +29,11 @@ def compare_models(
 ) -> GapTable:
     """Measures each model, one after the other in one process.
 
+    config = load_config("demo")
+    inputs = load_inputs(config, print)
+    models = [inputs.model.path, "runs/demo/model"]
+    compare_models(config, inputs, models, Progress(enabled=True)).show(console())
+
     Each model reads the rows with its own tokenizer and chat template, cut to data.max_length of
     its own tokens.
 

@@ -151,7 +151,11 @@ def _cells(language: str, name: str, row: GapRow, first: bool) -> Iterator[str]:
 
 def bootstrap_interval(values: torch.Tensor, seed: int = 0) -> tuple[float, float]:
     """The 95 % interval of the mean of (n,) values: percentiles of means over resampled rows, with
-    the same draws at every call."""
+    the same draws at every call.
+
+    >>> bootstrap_interval(torch.tensor([0.25]))
+    (0.25, 0.25)
+    """
     generator = torch.Generator().manual_seed(seed)
     n, means = values.numel(), list[torch.Tensor]()
     together = max(1, DRAWN_AT_ONCE // n)

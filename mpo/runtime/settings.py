@@ -130,6 +130,8 @@ Checked = TypeVar("Checked", bound=Section)
 def read_settings(path: Path, overrides: list[str] | None, kind: type[Checked]) -> Checked:
     """Reads, overrides and checks a YAML file.
 
+    build = read_settings(Path("build.yaml"), ["languages=[sw]"], BuildConfig)
+
     Args:
         path: the file.
         overrides: `section.field=value` strings; the value is parsed as YAML.
@@ -189,7 +191,13 @@ def _explain(path: Path, error: ValidationError, kind: type[Section]) -> str:
 
 
 def nearest(name: str, known: list[str], what: str) -> str:
-    """What an unknown name may have meant, in words."""
+    """What an unknown name may have meant, in words.
+
+    >>> nearest("betta", ["beta", "pool"], "fields")
+    "did you mean 'beta'?"
+    >>> nearest("x", ["beta", "pool"], "fields")
+    'known fields: beta, pool.'
+    """
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean '{near[0]}'?" if near else f"known {what}: {', '.join(known)}."
 
@@ -212,5 +220,9 @@ def _fields_at(location: tuple[int | str, ...], kind: type[Section]) -> list[str
 
 def as_written(value: float) -> Fraction:
     """The decimal number that a configuration's float stands for: 1.1 x 100 rows are 110, where
-    floats make it a little more."""
+    floats make it a little more.
+
+    >>> as_written(1.1) * 100 == 110, 1.1 * 100 == 110
+    (True, False)
+    """
     return Fraction(str(value))

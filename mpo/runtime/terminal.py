@@ -56,7 +56,11 @@ def show_table(table: Table, console: Console) -> None:
 
 
 def distinct_names(paths: Sequence[str]) -> list[str]:
-    """As much of the end of each path as tells it from the others: `a/model` and `b/model`."""
+    """As much of the end of each path as tells it from the others.
+
+    >>> distinct_names(["runs/a/model", "runs/b/model"])
+    ['a/model', 'b/model']
+    """
     parts = [Path(path).parts for path in paths]
     for count in range(1, max(map(len, parts), default=0) + 1):
         names = [str(Path(*part[-count:])) for part in parts]

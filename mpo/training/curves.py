@@ -54,6 +54,8 @@ def plot_runs(folders: Sequence[Path], path: Path) -> None:
     """Writes a picture of one run or several: losses and gaps over the steps, and of finished ones
     the gaps before and after.
 
+    plot_runs([Path("runs/demo"), Path("runs/second")], Path("compare.png"))
+
     Raises:
         UserError: a folder has no metrics, or damaged ones; `path` names no format, or cannot be
             written.
@@ -122,6 +124,8 @@ def check_target(path: Path) -> None:
 
 def draw(runs: Sequence[Run], path: Path) -> None:
     """Writes the picture of at least one run; its format is that of the name's ending.
+
+    draw([Run("demo", read_metrics(Path("runs/demo/metrics.jsonl")), None)], Path("demo.svg"))
 
     Raises:
         UserError: the ending is no format, or the file cannot be written.

@@ -39,7 +39,10 @@ class RunResult:
     def of(
         cls, examples: Sequence[Example], before: Measurement, after: Measurement, beta: float
     ) -> RunResult:
-        """The result of a run on R measured examples."""
+        """The result of a run on R measured examples.
+
+        RunResult.of(examples, before, after, beta=1.0).as_dict()["all"]["distance"]["after"]
+        """
         change = (after.pooled - before.pooled).square().mean()
         return cls(
             GapTable.of(examples, {"before": before, "after": after}, beta),

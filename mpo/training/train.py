@@ -57,6 +57,8 @@ from mpo.training.schedule import Schedule, schedule_of
 def train(config: Config) -> dict[str, Any]:
     """Runs MPO training and returns the result that is also written to `<output_dir>/result.json`.
 
+    train(load_config("demo", ["output_dir=runs/short"]))["all"]["distance"]
+
     Raises:
         UserError: bad configuration, data, model or output folder (before training starts), or
             repeated non-finite gradients.
