@@ -244,57 +244,57 @@ def _draw_curves(
     style for each run."""
     from matplotlib.lines import Line2D
 
-    curves, gaps = part.subplots(1, 2)
-    looks: list[dict[str, Any]] = [
-        {
-            "color": f"C{i % 10}",
-            "marker": MARKERS[i // 10 % len(MARKERS)] if len(languages) > 10 else None,
-        }
-        for i in range(len(languages))
-    ]
-    for place, run in enumerate(runs):
-        for colour, (key, _) in enumerate(CURVES):
-            _curve(
-                curves,
-                _above_0(run, key),
-                place,
-                color=f"C{colour}",
-                width=2 if key == "loss" else 1.2,
-            )
-        for language, look in zip(languages, looks, strict=True):
-            _curve(
-                gaps,
-                [(row["step"], _number(row["gap"].get(language))) for row in run.rows],
-                place,
-                **look,
-            )
-    if curves.get_lines():
-        curves.set_yscale("log")
-    curves.set(xlabel="optimizer step", ylabel="loss", title="Training loss")
-    gaps.set(
-        xlabel="optimizer step", ylabel="nats per token", title="Reward gap of each step's rows"
-    )
-    quantities = {
-        label if any(_above_0(run, key) for run in runs) else f"{label}: never above 0": Line2D(
-            [], [], color=f"C{colour}"
-        )
-        for colour, (key, label) in enumerate(CURVES)
-    }
-    of_languages = {
-        letters.of(language, CODE): Line2D([], [], markersize=4, **look)
-        for language, look in zip(languages, looks, strict=True)
-    }
-    for axis, entries, ncol in ((curves, quantities, 3), (gaps, of_languages, columns)):
-        axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-        _legend(
-            axis, entries, loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=4.5, ncol=ncol
-        )
+    losses, gaps = part.subplots(1, 2)
+    _draw_losses(losses, runs)
+    _draw_gaps(gaps, runs, languages, letters, columns)
     if len(runs) > 1:
         of_runs = {
             letters.of(run.name): Line2D([], [], color="black", **_style(place))
             for place, run in enumerate(runs)
         }
         _legend(part, of_runs, loc="outside upper center", ncol=1, handlelength=5)
+
+
+def _draw_losses(axis: Any, runs: Sequence[Run]) -> None:
+    """Loss, L1 and L2 on a logarithmic axis."""
+    from matplotlib.lines import Line2D
+
+    entries = {}
+    for colour, (key, label) in enumerate(CURVES):
+        seen = any(_above_0(run, key) for run in runs)
+        name = label if seen else f"{label}: never above 0"
+        entries[name] = Line2D([], [], color=f"C{colour}")
+    for place, run in enumerate(runs):
+        for colour, (key, _) in enumerate(CURVES):
+            width = 2 if key == "loss" else 1.2
+            _curve(axis, _above_0(run, key), place, color=f"C{colour}", width=width)
+    if axis.get_lines():
+        axis.set_yscale("log")
+    axis.set(xlabel="optimizer step", ylabel="loss", title="Training loss")
+    _legend_below(axis, entries, columns=3)
+
+
+def _draw_gaps(
+    axis: Any, runs: Sequence[Run], languages: Sequence[str], letters: _Letters, columns: int
+) -> None:
+    """The reward gap of each language; after ten of them colours come again, with marks."""
+    from matplotlib.lines import Line2D
+
+    looks: dict[str, dict[str, Any]] = {}
+    for number, language in enumerate(languages):
+        mark = MARKERS[number // 10 % len(MARKERS)] if len(languages) > 10 else None
+        looks[language] = {"color": f"C{number % 10}", "marker": mark}
+    for place, run in enumerate(runs):
+        for language, look in looks.items():
+            points = [(row["step"], _number(row["gap"].get(language))) for row in run.rows]
+            _curve(axis, points, place, **look)
+    entries = {
+        letters.of(language, CODE): Line2D([], [], markersize=4, **look)
+        for language, look in looks.items()
+    }
+    title = "Reward gap of each step's rows"
+    axis.set(xlabel="optimizer step", ylabel="nats per token", title=title)
+    _legend_below(axis, entries, columns)
 
 
 def _above_0(run: Run, key: str) -> list[tuple[int, float]]:
@@ -349,59 +349,49 @@ def _legend(where: Any, entries: dict[str, Any], **options: Any) -> None:
         text.set(text=name, parse_math=False)
 
 
+def _legend_below(axis: Any, entries: dict[str, Any], columns: int) -> None:
+    """A legend under an axis of steps, which are whole numbers."""
+    axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 4.5}
+    _legend(axis, entries, ncol=columns, **place)
+
+
 def _draw_result(part: Any, run: Run, letters: _Letters, named: bool) -> None:
     """Bars of one finished run, before and after."""
     result = run.result
     assert result is not None
     if named:
         part.suptitle(letters.of(run.name), fontsize=10, parse_math=False)
-    languages = list(result["languages"])
-    labels = [letters.of(language, CODE) for language in languages]
-    crowded = (
-        len(languages) * (1 + max((letters.width(language) for language in languages), default=0))
-        > 55
-    )
-    colours = {"before": "#b8bfc9", "after": "#1f77b4"}
-    both = part.subplots(1, 2)
-    panels = zip(
-        both,
-        ("target_gap", "distance"),
-        ("Reward gap per language", "Distance to the dominant gap"),
-        strict=True,
-    )
-    for axis, quantity, title in panels:
-        for shift, moment in ((-0.2, "before"), (0.2, "after")):
-            heights = [
-                _number(result["languages"][language][quantity][moment]) for language in languages
-            ]
-            axis.bar(
-                [place + shift for place in range(len(languages))],
-                heights,
-                0.4,
-                label=moment,
-                color=colours[moment],
-            )
-        turned: dict[str, Any] = (
-            {"rotation": 60, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
-        )
-        axis.set_xticks(range(len(languages)), labels, parse_math=False, **turned)
-        axis.set_xlim(-0.6, max(len(languages), 3) - 0.4)
+    gaps, distances = part.subplots(1, 2)
+    for axis, quantity, title in (
+        (gaps, "target_gap", "Reward gap per language"),
+        (distances, "distance", "Distance to the dominant gap"),
+    ):
+        pairs = {language: row[quantity] for language, row in result["languages"].items()}
+        _bars(axis, pairs, letters)
         axis.set(ylabel="nats per token", title=title)
         axis.axhline(0, color="black", linewidth=0.8)
     for moment, style in (("before", ":"), ("after", "-")):
-        both[0].axhline(
-            _number(result["all"]["dominant_gap"][moment]),
-            color="#d62728",
-            linestyle=style,
-            label=f"dominant {moment}",
-        )
-    part.legend(
-        *both[0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncol=4,
-        frameon=False,
-        fontsize=8,
-    )
+        height = _number(result["all"]["dominant_gap"][moment])
+        gaps.axhline(height, color="#d62728", linestyle=style, label=f"dominant {moment}")
+    handles, labels = gaps.get_legend_handles_labels()
+    place = {"loc": "outside lower center", "ncol": 4}
+    part.legend(handles, labels, frameon=False, fontsize=8, **place)
+
+
+def _bars(axis: Any, pairs: dict[str, dict[str, Any]], letters: _Letters) -> None:
+    """Two bars for each language, whose names are turned where they would touch."""
+    places = range(len(pairs))
+    for shift, moment, colour in ((-0.2, "before", "#b8bfc9"), (0.2, "after", "#1f77b4")):
+        heights = [_number(pair[moment]) for pair in pairs.values()]
+        axis.bar([place + shift for place in places], heights, 0.4, label=moment, color=colour)
+    longest = max(map(letters.width, pairs), default=0)
+    turned: dict[str, Any] = {}
+    if len(pairs) * (1 + longest) > 55:
+        turned = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
+    labels = [letters.of(language, CODE) for language in pairs]
+    axis.set_xticks(places, labels, parse_math=False, **turned)
+    axis.set_xlim(-0.6, max(len(pairs), 3) - 0.4)
 
 
 def _number(value: Any) -> float:
