@@ -114,6 +114,10 @@ class ModelConfig(Section):
     """Load the frozen weights in 4 or 8 bits through bitsandbytes; needs `lora`. Works on a CPU
     too, slowly."""
 
+    def base(self) -> ModelConfig:
+        """The same model without new adapters."""
+        return self.model_copy(update={"lora": None})
+
 
 class DataConfig(Section):
     """Which rows are trained on and which are only measured.

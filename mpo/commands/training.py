@@ -79,7 +79,7 @@ def precompute(config: ConfigFile, overrides: Overrides = None) -> None:
     `deepspeed --num_gpus 8 --module mpo precompute llama-3.1-8b reference.store=stores/llama`
     """
     checked = load(config, overrides)
-    from mpo.training.train import precompute
+    from mpo.training.precompute import precompute
 
     folder = precompute(checked)
     if is_main():

@@ -17,7 +17,7 @@ from mpo.models import lora
 from mpo.models.forward import bind_mpo_forward
 from mpo.models.inputs import Inputs, check_ids, check_positions
 from mpo.models.loading import check_model, load_model, load_tokenizer
-from mpo.models.scoring import Measurement, distinct_sequences, measure_gaps
+from mpo.models.scoring import Measurement, Scorer, distinct_sequences
 from mpo.runtime.errors import UserError
 from mpo.runtime.progress import Progress
 from mpo.runtime.ranks import start
@@ -55,10 +55,9 @@ def compare_models(
         with progress.task(
             f"Gaps of {names[path]}", len(distinct_sequences(examples[path]))
         ) as advance:
-            measured[path] = measure_gaps(
-                model, examples[path], pool=config.loss.pool, device=device, advance=advance
-            )
-        del model
+            scorer = Scorer(model, config.loss.pool, device)
+            measured[path] = scorer.measure(examples[path], advance)
+        del model, scorer
     return GapTable.of(next(iter(examples.values())), measured, config.loss.beta)
 
 

@@ -74,7 +74,6 @@ class Batch:
     pooled_reference: torch.Tensor  # (S'', D) float32
     # (S'',) float32: share of each sequence in the pairs' L2, summed over pairs
     pooled_weights: torch.Tensor
-    languages: tuple[str, ...]  # P
 
     def to(self, device: torch.device) -> Batch:
         return _to_device(self, device)

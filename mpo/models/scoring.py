@@ -6,16 +6,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import deepspeed.comm as dist
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from mpo.data.examples import Example, TokenizedResponse
 from mpo.models.attention import shares_prompts_of
 from mpo.models.forward import Scores
-from mpo.models.packing import Pool, pack_for_scoring
+from mpo.models.packing import PackedSequences, Pool, pack_for_scoring
 from mpo.runtime.files import new_folder
 from mpo.runtime.ranks import summed
 
@@ -24,46 +26,6 @@ TOKENS_PER_BATCH = 4096
 on the number of ranks."""
 MEASURED = "gaps.safetensors"
 """The file of a measurement that is kept."""
-
-
-def score_sequences(
-    engine: torch.nn.Module,
-    sequences: Sequence[TokenizedResponse],
-    *,
-    pool: Pool,
-    device: torch.device,
-    advance: Callable[[int], None] = lambda count: None,
-) -> Scores:
-    """Mean log-probability and pooled hidden state of each sequence, on the CPU in fp32, on every
-    rank.
-
-    The ranks share the work: rank r takes every world-th batch. Under ZeRO-3 a forward pass is a
-    collective, so all ranks run the same number of passes. `advance` is called with the number of
-    sequences done since its last call.
-    """
-    share_prompts = shares_prompts_of(getattr(engine, "module", engine))
-    batches = _batches(sequences)
-    rank, world = dist.get_rank(), dist.get_world_size()
-    mean_logp = torch.zeros(len(sequences))
-    pooled: torch.Tensor | None = None
-    was_training = engine.training
-    engine.eval()
-    for start in range(0, len(batches), world):
-        mine = batches[min(start + rank, len(batches) - 1)]
-        packed = pack_for_scoring([sequences[i] for i in mine], pool, share_prompts).to(device)
-        with torch.no_grad():
-            scores = engine(batch=packed)
-        if pooled is None:
-            pooled = torch.zeros(len(sequences), scores.pooled.shape[1])
-        # a rank without a batch of its own repeats the last one and drops the result
-        if start + rank < len(batches):
-            mean_logp[mine] = scores.mean_logp.float().cpu()
-            pooled[mine] = scores.pooled.float().cpu()
-        advance(sum(len(batch) for batch in batches[start : start + world]))
-    engine.train(was_training)
-    assert pooled is not None, "score_sequences needs at least one sequence"
-    # each row is non-zero on one rank only, so the sums are exact
-    return Scores(summed(mean_logp, device), summed(pooled, device))
 
 
 @dataclass(frozen=True)
@@ -104,29 +66,84 @@ def sign_accuracy(gaps: torch.Tensor) -> float:
     return float(torch.where(gaps.isnan(), gaps, (gaps > 0).to(gaps.dtype)).mean())
 
 
-def measure_gaps(
-    engine: torch.nn.Module,
-    examples: Sequence[Example],
-    *,
-    pool: Pool,
-    device: torch.device,
-    advance: Callable[[int], None] = lambda count: None,
-) -> Measurement:
-    """Reward gap of the target and of the dominant pair of each example. Sequences that examples
-    share are scored once."""
-    unique = distinct_sequences(examples)
-    place = {sequence: i for i, sequence in enumerate(unique)}
-    scores = score_sequences(engine, unique, pool=pool, device=device, advance=advance)
+@dataclass(frozen=True)
+class Scorer:
+    """A model that scores sequences without gradients.
 
-    def gap(pairs: torch.Tensor) -> torch.Tensor:
-        chosen, rejected = scores.mean_logp[pairs].unbind(1)
-        return chosen - rejected
+        scorer = Scorer(engine, "response", device)
+        scorer.measure(examples).target.mean()
 
-    target, dominant = (
-        torch.tensor([[place[sequence] for sequence in pair] for pair in pairs])
-        for pairs in ([e.target for e in examples], [e.dominant for e in examples])
-    )
-    return Measurement(target=gap(target), dominant=gap(dominant), pooled=scores.pooled[dominant])
+    Under ZeRO-3 a forward pass is a collective, so both methods are called by all ranks.
+    """
+
+    engine: torch.nn.Module
+    """A bound model, or the DeepSpeed engine around one."""
+    pool: Pool
+    device: torch.device
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The bound model."""
+        return cast(PreTrainedModel, getattr(self.engine, "module", self.engine))
+
+    def pack(self, sequences: Sequence[TokenizedResponse]) -> PackedSequences:
+        """Sequences in one row on the model's device, all of them scored and pooled."""
+        share_prompts = shares_prompts_of(self.model)
+        return pack_for_scoring(sequences, self.pool, share_prompts).to(self.device)
+
+    def scores(
+        self,
+        sequences: Sequence[TokenizedResponse],
+        advance: Callable[[int], None] = lambda count: None,
+    ) -> Scores:
+        """Mean log-probability and pooled hidden state of each sequence, on the CPU in fp32, on
+        every rank.
+
+        The ranks share the work: rank r takes every world-th batch, and all run the same number of
+        passes. `advance` is called with the number of sequences done since its last call.
+        """
+        batches = _batches(sequences)
+        rank, world = dist.get_rank(), dist.get_world_size()
+        mean_logp = torch.zeros(len(sequences))
+        pooled: torch.Tensor | None = None
+        was_training = self.engine.training
+        self.engine.eval()
+        for start in range(0, len(batches), world):
+            mine = batches[min(start + rank, len(batches) - 1)]
+            with torch.no_grad():
+                scores = self.engine(batch=self.pack([sequences[i] for i in mine]))
+            if pooled is None:
+                pooled = torch.zeros(len(sequences), scores.pooled.shape[1])
+            # a rank without a batch of its own repeats the last one and drops the result
+            if start + rank < len(batches):
+                mean_logp[mine] = scores.mean_logp.float().cpu()
+                pooled[mine] = scores.pooled.float().cpu()
+            advance(sum(len(batch) for batch in batches[start : start + world]))
+        self.engine.train(was_training)
+        assert pooled is not None, "there is at least one sequence"
+        # each row is non-zero on one rank only, so the sums are exact
+        return Scores(summed(mean_logp, self.device), summed(pooled, self.device))
+
+    def measure(
+        self, examples: Sequence[Example], advance: Callable[[int], None] = lambda count: None
+    ) -> Measurement:
+        """Reward gap of the target and of the dominant pair of each example. Sequences that
+        examples share are scored once."""
+        unique = distinct_sequences(examples)
+        place = {sequence: i for i, sequence in enumerate(unique)}
+        scores = self.scores(unique, advance)
+
+        def gap(pairs: torch.Tensor) -> torch.Tensor:
+            chosen, rejected = scores.mean_logp[pairs].unbind(1)
+            return chosen - rejected
+
+        target, dominant = (
+            torch.tensor([[place[sequence] for sequence in pair] for pair in pairs])
+            for pairs in ([e.target for e in examples], [e.dominant for e in examples])
+        )
+        return Measurement(
+            target=gap(target), dominant=gap(dominant), pooled=scores.pooled[dominant]
+        )
 
 
 def distinct_sequences(examples: Sequence[Example]) -> list[TokenizedResponse]:

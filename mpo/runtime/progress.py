@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
@@ -22,6 +21,9 @@ BAR = 20
 """Columns of a bar, which is drawn where nothing else needs them."""
 GAP = 2
 """Columns between the parts of a line."""
+
+
+ShowStep = Callable[[int, Sequence[str], bool], None]
 
 
 class Progress:
@@ -58,21 +60,17 @@ class Progress:
             self.log(f"{name}: {done}/{total} {unit} in {time.monotonic() - began:.1f} s")
 
     @contextmanager
-    def steps(
-        self, total: int, done: int, every: int
-    ) -> Iterator[Callable[[dict[str, Any]], None]]:
-        """A bar over optimizer steps. Yields the call that shows a row of metrics; a log gets every
+    def steps(self, total: int, done: int, every: int) -> Iterator[ShowStep]:
+        """A bar over optimizer steps. Yields the call that shows one: how many are done, details
+        with the most important first, and whether a log gets it in any case; else it gets every
         `every`-th."""
         with self._bars() as bars:
             bar = bars.add_task("Training", total=total, completed=done, details=())
 
-            def show(row: dict[str, Any]) -> None:
-                details = _details(row)
-                bars.update(bar, completed=row["step"], details=details)
-                if not self._bars_move and (
-                    row["step"] % every == 0 or row["step"] == total or row["skipped"]
-                ):
-                    self.log("  ".join([f"step {row['step']}/{total}", *details]))
+            def show(step: int, details: Sequence[str], is_remarkable: bool = False) -> None:
+                bars.update(bar, completed=step, details=details)
+                if not self._bars_move and (step % every == 0 or step == total or is_remarkable):
+                    self.log("  ".join([f"step {step}/{total}", *details]))
 
             yield show
 
@@ -83,19 +81,6 @@ class Progress:
             transient=not self._bars_move,
             disable=not self._bars_move,
         )
-
-
-def _details(row: dict[str, Any]) -> list[str]:
-    """A step's metrics, the most important first: a narrow terminal shows as many as fit."""
-    gaps = [f"{language} {gap:+.2f}" for language, gap in row["gap"].items()]
-    return [
-        f"loss {row['loss']:.4f}",
-        *(["SKIPPED: non-finite gradients"] if row["skipped"] else []),
-        f"L1 {row['l1']:.4f}",
-        f"L2 {row['l2']:.2e}",
-        f"{row['pairs'] / row['seconds']:.2f} pairs/s",
-        *([f"gap {gaps[0]}", *gaps[1:]] if gaps else []),
-    ]
 
 
 class _Line(ProgressColumn):

@@ -23,6 +23,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from mpo.config import Config, TrainConfig
 from mpo.runtime.errors import UserError
 from mpo.runtime.settings import as_written
+from mpo.training.metrics import StepMetrics
 
 
 def deepspeed_settings(config: Config) -> dict[str, Any]:
@@ -65,6 +66,15 @@ def deepspeed_settings(config: Config) -> dict[str, Any]:
             f"zero.deepspeed.zero_optimization: {' '.join(lines[1:3]) or lines[0]}"
         ) from error
     return settings
+
+
+def refuse_attention_without_backward(config: Config, device: torch.device) -> None:
+    """Raises UserError where the model's attention cannot be trained on the device."""
+    if config.model.attention == "flex_attention" and device.type == "cpu":
+        raise UserError(
+            "model.attention=flex_attention has no backward pass on a CPU. Set"
+            " model.attention=packed, which runs anywhere."
+        )
 
 
 SET_BY = {
@@ -135,11 +145,12 @@ def _trackers(config: Config) -> dict[str, Any]:
     return {section: {"enabled": True, **settings} for section, (_, settings) in asked.items()}
 
 
-def track(engine: deepspeed.DeepSpeedEngine, row: dict[str, Any]) -> None:
+def track(engine: deepspeed.DeepSpeedEngine, metrics: StepMetrics) -> None:
     """Hands a row of metrics to the live trackers, the gaps as one curve per language. DeepSpeed
     writes on rank 0 only."""
     if not engine.monitor.enabled:
         return
+    row = metrics.as_row()
     numbers = {
         key: value
         for key, value in row.items()
@@ -222,6 +233,8 @@ class OptimizerGuard:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, zero_stage: int) -> None:
+        self.skipped_in_a_row = 0
+        """Steps that were skipped since the last one that was not."""
         self._dropped = False
         if zero_stage == 0:
             optimizer.register_step_pre_hook(self._drop_non_finite_gradients)
@@ -238,7 +251,9 @@ class OptimizerGuard:
     def skipped(self, engine: deepspeed.DeepSpeedEngine) -> bool:
         """Whether the step just done left the weights as they were."""
         dropped, self._dropped = self._dropped, False
-        return dropped or not engine.was_step_applied()
+        skipped = dropped or not engine.was_step_applied()
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        return skipped
 
     def grad_norm(self, engine: deepspeed.DeepSpeedEngine) -> float | None:
         """Global L2 norm of the step's gradient before clipping, or None where DeepSpeed does not

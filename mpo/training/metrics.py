@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from mpo.config import LossConfig
 from mpo.models.forward import Outputs
 from mpo.models.packing import Batch
 from mpo.runtime.ranks import summed
+from mpo.training.micro_batches import MicroBatch
 
 _L1, _L2, _TOKENS, _PADDED, _STOP, _FIRST_LANGUAGE = range(6)
 
@@ -20,74 +21,129 @@ class StepSums:
     """Collects this rank's micro-batches of a step. Nothing is read back from the device before
     `reduce`."""
 
-    def __init__(self, languages: Sequence[str]) -> None:
-        self._languages = languages
-        self._parts: list[tuple[Batch, Outputs]] = []
+    def __init__(self) -> None:
+        self._parts: list[tuple[MicroBatch, Batch, Outputs]] = []
 
-    def add(self, batch: Batch, output: Outputs) -> None:
+    def add(self, part: MicroBatch, batch: Batch, output: Outputs) -> None:
         """Keeps the numbers of a micro-batch, and nothing of its graph."""
-        self._parts.append((batch, output._replace(loss=output.loss.detach())))
+        self._parts.append((part, batch, output._replace(loss=output.loss.detach())))
 
-    def reduce(self, stop_requested: bool, device: torch.device) -> StepTotals:
+    def reduce(
+        self, stop_requested: bool, languages: Sequence[str], device: torch.device
+    ) -> StepTotals:
         """Sums over all ranks in one collective; its read-back is the step's only wait for the
         device."""
-        sums = torch.zeros(_FIRST_LANGUAGE + 2 * len(self._languages), dtype=torch.float64)
+        sums = torch.zeros(_FIRST_LANGUAGE + 2 * len(languages), dtype=torch.float64)
         sums[_STOP] = float(stop_requested)
-        for batch, output in self._parts:
+        for part, batch, output in self._parts:
             sums[_L1] += output.l1.double().cpu()
             sums[_L2] += output.l2.double().cpu()
             sums[_TOKENS] += batch.packed.input_ids.numel()
             sums[_PADDED] += batch.packed.padded_tokens()
-            gaps, weights = output.reward_gap.tolist(), batch.pair_weights.tolist()
-            for language, gap, weight in zip(batch.languages, gaps, weights, strict=True):
-                if weight:  # a filler is of no language
-                    place = _FIRST_LANGUAGE + 2 * self._languages.index(language)
-                    sums[place] += gap * weight
-                    sums[place + 1] += weight
-        return StepTotals(self._languages, summed(sums, device).tolist())
+            # a filler pair is of no example
+            for example, gap in zip(part.examples, output.reward_gap.tolist(), strict=False):
+                place = _FIRST_LANGUAGE + 2 * languages.index(example.language)
+                sums[place] += gap
+                sums[place + 1] += 1
+        l1, l2, tokens, padded, stops, *by_language = summed(sums, device).tolist()
+        counted = zip(languages, by_language[::2], by_language[1::2], strict=True)
+        return StepTotals(
+            l1=l1,
+            l2=l2,
+            gap={language: total / count for language, total, count in counted if count},
+            tokens=int(tokens),
+            padded_tokens=int(padded),
+            stop_requested=stops > 0,
+        )
 
 
 @dataclass(frozen=True)
 class StepTotals:
-    """Sums over the pairs of one step, the same on every rank."""
+    """Of all pairs of one step, the same on every rank."""
 
-    languages: Sequence[str]
-    sums: Sequence[float]
+    l1: float
+    """Sum over the pairs."""
+    l2: float
+    """Sum over the pairs."""
+    gap: Mapping[str, float]
+    """Mean reward gap of each language that the step has, in nats per token."""
+    tokens: int
+    """Packed; none of them is padding."""
+    padded_tokens: int
+    """What the same micro-batches would have as rectangles."""
+    stop_requested: bool
+    """Whether any rank was asked to stop."""
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What one optimizer step did."""
+
+    step: int
+    """Steps done, this one among them."""
+    epoch: float
+    """Passes over the rows that are done."""
+    pairs: int
+    totals: StepTotals
+    objective: LossConfig
+    """Which knows the loss of L1 and L2."""
+    learning_rate: float
+    grad_norm: float | None
+    """Before clipping; None where DeepSpeed does not tell."""
+    skipped: bool
+    """Whether the weights stayed as they were, because a gradient was not finite."""
+    seconds: float
+    peak_memory_gib: float
 
     @property
-    def stop_requested(self) -> bool:
-        """Whether any rank was asked to stop."""
-        return self.sums[_STOP] > 0
+    def l1(self) -> float:
+        """Per pair."""
+        return self.totals.l1 / self.pairs
 
-    def means(self, pairs: int, loss: LossConfig) -> dict[str, Any]:
-        """Loss, L1 and L2 per pair, the mean reward gap per language in nats per token, and the
-        packed tokens of the step.
+    @property
+    def l2(self) -> float:
+        """Per pair."""
+        return self.totals.l2 / self.pairs
 
-        None of these is padding; `padding_avoided` is the share of it that the same micro-batches
-        would have as rectangles.
-        """
-        l1, l2 = self.sums[_L1] / pairs, self.sums[_L2] / pairs
-        by_language = self.sums[_FIRST_LANGUAGE:]
-        gaps = {
-            language: total / count
-            for language, total, count in zip(
-                self.languages, by_language[::2], by_language[1::2], strict=True
-            )
-            if count
-        }
+    @property
+    def loss(self) -> float:
+        """Per pair."""
+        return self.objective.total(self.l1, self.l2)
+
+    @property
+    def padding_avoided(self) -> float:
+        """The share of padding that the same micro-batches would have as rectangles."""
+        padded = self.totals.padded_tokens
+        return round(1 - self.totals.tokens / padded, 4) if padded else 0.0
+
+    def as_row(self) -> dict[str, Any]:
+        """A line of `metrics.jsonl`."""
         return {
-            "loss": loss.total(l1, l2),
-            "l1": l1,
-            "l2": l2,
-            "gap": gaps,
-            **self._tokens(),
+            "step": self.step,
+            "epoch": self.epoch,
+            "pairs": self.pairs,
+            "loss": self.loss,
+            "l1": self.l1,
+            "l2": self.l2,
+            "gap": dict(self.totals.gap),
+            "tokens": self.totals.tokens,
+            "padding_avoided": self.padding_avoided,
+            "learning_rate": self.learning_rate,
+            "grad_norm": self.grad_norm,
+            "skipped": self.skipped,
+            "seconds": self.seconds,
+            "tokens_per_second": round(self.totals.tokens / self.seconds, 1),
+            "peak_memory_gib": self.peak_memory_gib,
         }
 
-    def _tokens(self) -> dict[str, Any]:
-        tokens = int(self.sums[_TOKENS])
-        return {
-            "tokens": tokens,
-            "padding_avoided": (
-                round(1 - tokens / self.sums[_PADDED], 4) if self.sums[_PADDED] else 0.0
-            ),
-        }
+    def in_words(self) -> list[str]:
+        """For people, the most important first: a narrow terminal shows as many as fit."""
+        gaps = [f"{language} {gap:+.2f}" for language, gap in self.totals.gap.items()]
+        return [
+            f"loss {self.loss:.4f}",
+            *(["SKIPPED: non-finite gradients"] if self.skipped else []),
+            f"L1 {self.l1:.4f}",
+            f"L2 {self.l2:.2e}",
+            f"{self.pairs / self.seconds:.2f} pairs/s",
+            *([f"gap {gaps[0]}", *gaps[1:]] if gaps else []),
+        ]

@@ -15,7 +15,7 @@ from mpo.config import Config
 from mpo.data.examples import Example, TokenizedResponse
 from mpo.models.attention import shares_prompts
 from mpo.models.packing import FILLER, Batch, pack, tokens_of
-from mpo.training.reference import Reference
+from mpo.training.reference import ReferenceStore
 from mpo.training.schedule import Schedule, order_of_rows
 
 
@@ -36,6 +36,10 @@ class MicroBatch:
             + [e.target.rejected for e in examples]
             + [sequence for sequence, _ in self.dominant]
         )
+
+    def reference_sequences(self) -> list[TokenizedResponse]:
+        """Whose reference values its batch takes."""
+        return [s for e in self.examples for s in e.dominant] + [s for s, _ in self.dominant]
 
     def tokens(self, share_prompts: bool) -> int:
         """Packed tokens."""
@@ -112,13 +116,10 @@ def of_every_rank(
     return batches[rank] + [MicroBatch()] * (max(map(len, batches)) - len(batches[rank]))
 
 
-def make_batch(part: MicroBatch, reference: Reference, config: Config) -> Batch:
-    """Packs a micro-batch and adds the reference's numbers. Without an example of its own it gets a
-    filler pair of weight 0."""
+def make_batch(part: MicroBatch, store: ReferenceStore, config: Config) -> Batch:
+    """Packs a micro-batch and adds the reference's numbers, which `store` holds. Without an example
+    of its own it gets a filler pair of weight 0."""
     sequences = part.sequences() if part.examples else [FILLER, FILLER, *part.sequences()]
-    store = reference.of(
-        [s for e in part.examples for s in e.dominant] + [s for s, _ in part.dominant]
-    )
     scored = len(sequences) - len(part.dominant)
     return Batch(
         packed=pack(
@@ -136,7 +137,6 @@ def make_batch(part: MicroBatch, reference: Reference, config: Config) -> Batch:
             else torch.zeros(0, 0)
         ),
         pooled_weights=torch.tensor([weight for _, weight in part.dominant]),
-        languages=tuple(e.language for e in part.examples) or ("",),
     )
 
 
@@ -146,6 +146,8 @@ class Batches:
     def __init__(self, examples: Sequence[Example], schedule: Schedule, config: Config) -> None:
         self._examples, self._schedule, self._config = examples, schedule, config
         self._orders: dict[int, list[int]] = {}
+        self.languages = sorted({e.language for e in examples})
+        """Of all rows."""
 
     def micro_batches(self, step: int, rank: int, world: int) -> list[MicroBatch]:
         """The rank's micro-batches of a step."""

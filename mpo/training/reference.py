@@ -18,7 +18,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-import deepspeed
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -29,8 +28,8 @@ from mpo.data.examples import Example, TokenizedResponse
 from mpo.data.run_date import parts_folder
 from mpo.models import attention, lora
 from mpo.models.forward import Scores
-from mpo.models.packing import FILLER, Pool, pack_for_scoring
-from mpo.models.scoring import score_sequences
+from mpo.models.packing import FILLER, Pool
+from mpo.models.scoring import Scorer
 from mpo.runtime.claims import Claim
 from mpo.runtime.errors import UserError
 from mpo.runtime.files import (
@@ -66,14 +65,138 @@ class ReferenceStore:
         chosen, rejected = (self.rows[sequence] for sequence in example.dominant)
         return float(self.scores.mean_logp[chosen] - self.scores.mean_logp[rejected])
 
-    def of(self, sequences: Sequence[TokenizedResponse]) -> ReferenceStore:
-        """The store that holds these sequences: itself."""
-        return self
-
     def pooled(self, sequence: TokenizedResponse) -> torch.Tensor:
         """(D,) fp32 pooled hidden state of one dominant sequence under the reference: the constant
         of L2."""
         return self.scores.pooled[self.rows[sequence]]
+
+    @classmethod
+    def of(cls, sequences: Sequence[TokenizedResponse], scores: Scores) -> ReferenceStore:
+        """The scores of these sequences, in their order."""
+        return cls({sequence: i for i, sequence in enumerate(sequences)}, scores)
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        manifest: dict[str, Any],
+        examples: Sequence[Example],
+        date: datetime | None,
+        build_values: Callable[[Parts], Scores],
+        log: Callable[[str], None],
+    ) -> ReferenceStore:
+        """The store at `folder`, built where there is none. Of several processes that want it at
+        once one builds and the others wait for it.
+
+        Called by all ranks. `build_values` gets the finished parts, which are kept beside the store
+        until it is whole, so that an interrupted build goes on where it was.
+
+        Args:
+            manifest: what the values depend on, `identity`.
+            date: the date that the chat template may have printed, which the store keeps for
+                whoever uses it later.
+        Raises:
+            UserError: the store is of something else or damaged, or cannot be written; or what
+                `build_values` raises.
+        """
+        folder = Path(os.path.realpath(folder))  # of a link to itself too
+        claim = Claim(folder.with_name(f".{folder.name}.lock"))
+        try:
+            store = cls._find_or_claim(folder, manifest, examples, claim, log)
+            if store is not None:
+                log(f"Reference {folder} ({len(store.rows)} sequences)")
+                return store
+            kept = {**manifest, "date": None if date is None else date.isoformat()}
+            parts = Parts(parts_folder(folder), kept)
+            store = cls.of(dominant_sequences(examples), build_values(parts))
+            on_main(store._publish, folder, kept, examples, claim)
+            on_main(parts.remove)
+            return store
+        finally:
+            claim.release()
+
+    @classmethod
+    def _find_or_claim(
+        cls,
+        folder: Path,
+        manifest: dict[str, Any],
+        examples: Sequence[Example],
+        claim: Claim,
+        log: Callable[[str], None],
+    ) -> ReferenceStore | None:
+        """The store, once nobody builds it; or None, when it is ours to build."""
+        store = on_main(cls.load, folder, manifest, examples)
+        said = False
+        while store is None:
+            holder = on_main(claim.take)
+            if holder is None:
+                # another process may have built it until now
+                return on_main(cls.load, folder, manifest, examples)
+            if not said:
+                log(
+                    f"Another process ({holder}) builds the reference store {folder}. Waiting for"
+                    " it."
+                )
+                said = True
+            time.sleep(PATIENCE)
+        return store
+
+    def _publish(
+        self, folder: Path, manifest: dict[str, Any], examples: Sequence[Example], claim: Claim
+    ) -> None:
+        if claim.is_held:
+            remove_incomplete(folder.parent, folder.name)
+        # one that does not see the lock may have been faster
+        if ReferenceStore.load(folder, manifest, examples) is None:
+            self.save(folder, manifest)
+
+    def save(self, folder: Path, manifest: dict[str, Any]) -> None:
+        """Writes the store; an interruption leaves no store or a whole one. Raises UserError where
+        it cannot be written."""
+        with new_folder(folder) as temporary:
+            _write_scores(temporary / "values.safetensors", self.scores)
+            write_json(temporary / "manifest.json", manifest)
+
+    @classmethod
+    def load(
+        cls, folder: Path, manifest: dict[str, Any], examples: Sequence[Example]
+    ) -> ReferenceStore | None:
+        """The store at `folder`, or None where there is none.
+
+        Raises:
+            UserError: the store belongs to another model, attention, dtype, pooling or data; or it
+                is damaged, or something else lies there.
+        """
+        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+            return None
+        again = (
+            f"Name another reference.store, or delete {folder}: the same command then builds it"
+            " again."
+        )
+        if not (folder / "manifest.json").is_file():
+            raise UserError(
+                f"{folder} holds no whole reference store: there is no file manifest.json in it."
+                f" {again}"
+            )
+        try:
+            stored = read_object(folder / "manifest.json")
+        except UserError as error:
+            raise UserError(f"The reference store {folder} is damaged: {error}") from error
+        if changes := _differing(stored, manifest):
+            raise UserError(
+                f"The reference store {folder} was built for something else"
+                f" ({'; '.join(changes)}). Train into another output_dir, name another"
+                f" reference.store, or delete {folder} and run `mpo precompute` with this"
+                " configuration to build it again."
+            )
+        sequences = dominant_sequences(examples)
+        try:
+            scores = _read_scores(folder / "values.safetensors", len(sequences))
+        except _Damaged as problem:
+            raise UserError(
+                f"The reference store {folder} is damaged: {problem}. {again}"
+            ) from problem
+        return cls.of(sequences, scores)
 
 
 def dominant_sequences(examples: Sequence[Example]) -> list[TokenizedResponse]:
@@ -147,77 +270,8 @@ def digest(sequences: Sequence[TokenizedResponse]) -> str:
     )
 
 
-def open_store(
-    folder: Path,
-    manifest: dict[str, Any],
-    examples: Sequence[Example],
-    date: datetime | None,
-    build_values: Callable[[Parts], Scores],
-    log: Callable[[str], None],
-) -> ReferenceStore:
-    """The store at `folder`, built where there is none. Of several processes that want it at once
-    one builds and the others wait for it.
-
-    Called by all ranks. `build_values` gets the finished parts, which are kept beside the store
-    until it is whole, so that an interrupted build goes on where it was.
-
-    Args:
-        manifest: what the values depend on, `identity`.
-        date: the date that the chat template may have printed, which the store keeps for whoever
-            uses it later.
-    Raises:
-        UserError: the store is of something else or damaged, or cannot be written; or what
-            `build_values` raises.
-    """
-    folder = Path(os.path.realpath(folder))  # of a link to itself too
-
-    def find() -> ReferenceStore | None:
-        return load(folder, manifest, examples)
-
-    store = on_main(find)
-    claim = Claim(folder.with_name(f".{folder.name}.lock"))
-    said = False
-    while store is None:
-        holder = on_main(claim.take)
-        if holder is None:
-            break
-        if not said:
-            log(f"Another process ({holder}) builds the reference store {folder}. Waiting for it.")
-            said = True
-        time.sleep(PATIENCE)
-    try:
-        store = store or on_main(find)  # another process may have built it until now
-        if store is not None:
-            log(f"Reference {folder} ({len(store.rows)} sequences)")
-            return store
-        kept = {**manifest, "date": None if date is None else date.isoformat()}
-        parts = Parts(parts_folder(folder), kept)
-        scores = build_values(parts)
-        store = ReferenceStore(
-            {sequence: i for i, sequence in enumerate(dominant_sequences(examples))}, scores
-        )
-
-        def finish() -> None:
-            if claim.is_held:
-                remove_incomplete(folder.parent, folder.name)
-            if find() is None:  # one that does not see the lock may have been faster
-                save(store, folder, kept)
-            parts.remove()
-
-        on_main(finish)
-        return store
-    finally:
-        claim.release()
-
-
 def build(
-    engine: torch.nn.Module,
-    examples: Sequence[Example],
-    parts: Parts,
-    *,
-    pool: Pool,
-    device: torch.device,
-    advance: Callable[[int], None],
+    scorer: Scorer, examples: Sequence[Example], parts: Parts, advance: Callable[[int], None]
 ) -> Scores:
     """Scores every distinct dominant sequence with the model as it is now, the ranks sharing the
     work; finished parts are not done again.
@@ -234,7 +288,7 @@ def build(
             part = done[number]
             advance(len(mine))
         else:
-            part = score_sequences(engine, mine, pool=pool, device=device, advance=advance)
+            part = scorer.scores(mine, advance)
             on_main(parts.keep, number, part)
         scores.append(part)
     whole = Scores(
@@ -310,80 +364,42 @@ class Parts:
 class Reference(Protocol):
     """Where the reference's values come from."""
 
-    def of(self, sequences: Sequence[TokenizedResponse]) -> ReferenceStore:
-        """A store that holds these dominant sequences. On every rank as often as on the others: it
-        may run the model."""
+    def look_up(self, sequences: Sequence[TokenizedResponse]) -> ReferenceStore:
+        """Values that hold these dominant sequences. It may run the model, which under ZeRO-3 is a
+        collective: every rank looks up as often as the others."""
 
 
+@dataclass(frozen=True)
+class StoredReference:
+    """The reference whose values were computed before training. A look-up waits for no rank."""
+
+    store: ReferenceStore
+
+    def look_up(self, sequences: Sequence[TokenizedResponse]) -> ReferenceStore:
+        """The whole store."""
+        return self.store
+
+
+@dataclass(frozen=True)
 class LiveReference:
     """The reference of a model with adapters: the same model with them off, computed where it is
     needed and never stored."""
 
-    def __init__(self, engine: deepspeed.DeepSpeedEngine, pool: Pool, device: torch.device) -> None:
-        self._engine, self._pool, self._device = engine, pool, device
+    scorer: Scorer
 
-    def of(self, sequences: Sequence[TokenizedResponse]) -> ReferenceStore:
+    def look_up(self, sequences: Sequence[TokenizedResponse]) -> ReferenceStore:
         """The values of these sequences: one forward pass on every rank, each on its own, where a
         rank without any runs on the filler."""
         distinct = list(dict.fromkeys(sequences)) or [FILLER]
-        was_training = self._engine.training
-        self._engine.eval()
-        with torch.no_grad(), lora.adapters_off(self._engine.module):
-            scores = self._engine(
-                batch=pack_for_scoring(
-                    distinct, self._pool, attention.shares_prompts_of(self._engine.module)
-                ).to(self._device)
-            )
-        self._engine.train(was_training)
-        return ReferenceStore(
-            {s: i for i, s in enumerate(distinct)},
-            Scores(scores.mean_logp.float().cpu(), scores.pooled.float().cpu()),
+        engine = self.scorer.engine
+        was_training = engine.training
+        engine.eval()
+        with torch.no_grad(), lora.adapters_off(self.scorer.model):
+            scores = engine(batch=self.scorer.pack(distinct))
+        engine.train(was_training)
+        return ReferenceStore.of(
+            distinct, Scores(scores.mean_logp.float().cpu(), scores.pooled.float().cpu())
         )
-
-
-def save(store: ReferenceStore, folder: Path, manifest: dict[str, Any]) -> None:
-    """Writes the store; an interruption leaves no store or a whole one. Raises UserError where it
-    cannot be written."""
-    with new_folder(folder) as temporary:
-        _write_scores(temporary / "values.safetensors", store.scores)
-        write_json(temporary / "manifest.json", manifest)
-
-
-def load(
-    folder: Path, manifest: dict[str, Any], examples: Sequence[Example]
-) -> ReferenceStore | None:
-    """The store at `folder`, or None where there is none.
-
-    Raises:
-        UserError: the store belongs to another model, attention, dtype, pooling or data; or it is
-            damaged, or something else lies there.
-    """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return None
-    again = (
-        f"Name another reference.store, or delete {folder}: the same command then builds it again."
-    )
-    if not (folder / "manifest.json").is_file():
-        raise UserError(
-            f"{folder} holds no whole reference store: there is no file manifest.json in it."
-            f" {again}"
-        )
-    try:
-        stored = read_object(folder / "manifest.json")
-    except UserError as error:
-        raise UserError(f"The reference store {folder} is damaged: {error}") from error
-    if changes := _differing(stored, manifest):
-        raise UserError(
-            f"The reference store {folder} was built for something else ({'; '.join(changes)})."
-            f" Train into another output_dir, name another reference.store, or delete {folder} and"
-            " run `mpo precompute` with this configuration to build it again."
-        )
-    sequences = dominant_sequences(examples)
-    try:
-        scores = _read_scores(folder / "values.safetensors", len(sequences))
-    except _Damaged as problem:
-        raise UserError(f"The reference store {folder} is damaged: {problem}. {again}") from problem
-    return ReferenceStore({sequence: i for i, sequence in enumerate(sequences)}, scores)
 
 
 def _differing(stored: dict[str, Any], manifest: dict[str, Any]) -> list[str]:

@@ -1,57 +1,41 @@
 """The training run, from a configuration to a table: one function that reads from top to bottom.
 
-    reference store -> gaps before -> step-0 self-check -> steps -> checkpoint -> gaps after ->
-    export -> report
-
-Gradients are exact averages over the pairs of a step whatever the number of ranks and
-micro-batches: each micro-batch's backward starts from (sum over its pairs) * world / (pairs of the
-step), and DeepSpeed averages over ranks.
+reference -> gaps before -> step-0 self-check -> steps -> checkpoint -> gaps after -> export ->
+result
 """
 
 from __future__ import annotations
 
-import random
-import time
-from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import deepspeed
-import deepspeed.comm as dist
-import torch
 from transformers import set_seed
-from transformers.integrations import HfDeepSpeedConfig
 
-from mpo.config import Config, ReferenceConfig
-from mpo.data.examples import Example
-from mpo.data.run_date import with_date
-from mpo.models.attention import shares_prompts
-from mpo.models.forward import Outputs, Scores, bind_mpo_forward
-from mpo.models.inputs import Inputs, load_inputs
-from mpo.models.loading import load_model
-from mpo.models.scoring import Measurement, distinct_sequences, measure_gaps
+from mpo.config import Config
+from mpo.models.scoring import Scorer
 from mpo.runtime.errors import UserError
 from mpo.runtime.files import write_json
 from mpo.runtime.interruption import Interrupted, Interruption, interruptions
-from mpo.runtime.progress import Progress
 from mpo.runtime.ranks import is_main, launcher_is_gone, on_main, start
-from mpo.training import checkpoint, checkpoint_folder, reference
-from mpo.training.cpu_adam import compile_cpu_adam
+from mpo.training import checkpoint, checkpoint_folder
 from mpo.training.curves import plot_run
-from mpo.training.engine import (
-    build_engine,
-    deepspeed_settings,
-    learning_rate,
-    peak_memory_gib,
-    track,
-)
-from mpo.training.metrics import StepSums
-from mpo.training.micro_batches import Batches, in_micro_batches, make_batch
-from mpo.training.reference import LiveReference, Reference
+from mpo.training.engine import refuse_attention_without_backward, track
+from mpo.training.metrics import StepMetrics
+from mpo.training.micro_batches import Batches
 from mpo.training.result import RunResult
-from mpo.training.run_folder import OutputFolder
-from mpo.training.schedule import Schedule, schedule_of
+from mpo.training.run import (
+    Run,
+    claim_folder,
+    load_engine,
+    measure,
+    measured_before,
+    open_reference,
+    read_run,
+    say_what_differs,
+    show_header,
+)
+from mpo.training.self_check import self_check
+from mpo.training.step import Stepper
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -74,301 +58,136 @@ def train(config: Config) -> dict[str, Any]:
 def _train(config: Config, interruption: Interruption) -> dict[str, Any]:
     device = start()
     set_seed(config.train.seed)
-    progress = Progress(enabled=is_main())
 
-    # Everything that can be refused is refused before the weights are loaded.
-    if config.model.attention == "flex_attention" and device.type == "cpu":
-        raise UserError(
-            "model.attention=flex_attention has no backward pass on a CPU. Set"
-            " model.attention=packed, which runs anywhere."
-        )
-    settings = deepspeed_settings(config)
-    config = on_main(lambda: with_date(config))
-    inputs = load_inputs(config, progress.log)
-    tokenizer, examples, measured, dropped = (
-        inputs.tokenizer,
-        inputs.examples.train,
-        inputs.examples.measured,
-        inputs.examples.dropped,
-    )
-    folder = OutputFolder(Path(config.output_dir))
-    identity = on_main(lambda: reference.model_identity(inputs.model, tokenizer))
-    digest, threads = reference.rows_digest(examples, measured), torch.get_num_threads()
-    on_main(lambda: folder.open(config, digest, identity, threads))
-    if dropped:
-        on_main(lambda: folder.write_dropped(dropped))
-    if (began_with := on_main(lambda: folder.other_threads(threads))) is not None:
-        progress.log(
-            f"WARNING: This run began with {began_with} CPU thread(s) a rank and goes on with"
-            f" {threads}, which changes the last bits of a CPU's sums. Set"
-            f" OMP_NUM_THREADS={began_with} to go on bit for bit."
-        )
-    if versions := on_main(folder.other_versions):
-        progress.log(
-            f"WARNING: This run began with {', '.join(versions)}. What it computes from here on may"
-            " differ in its last bits."
-        )
+    # Refuse and open: before the weights are loaded.
+    refuse_attention_without_backward(config, device)
+    run = read_run(config, device)
+    claim_folder(run)
+    if run.inputs.examples.dropped:
+        on_main(run.folder.write_dropped, run.inputs.examples.dropped)
+    say_what_differs(run)
+    show_header(run)
 
-    schedule = schedule_of(config, len(examples))
-    _show_header(config, inputs, schedule, progress)
-    if config.zero.offload_optimizer:
-        compile_cpu_adam(progress.log)
-    # from_pretrained looks for it
-    keep_alive = HfDeepSpeedConfig(settings) if config.zero.stage == 3 else None
-    model = bind_mpo_forward(load_model(inputs.model), config.loss)
-    engine, guard = build_engine(model, config, settings)
-    del keep_alive
+    # Load, and measure what the model is before training.
+    engine, guard = load_engine(run)
+    scorer = Scorer(engine, config.loss.pool, device)
+    reference = open_reference(run, scorer)
+    before = measured_before(run, scorer)
 
-    values = _open_reference(engine, inputs, identity, config, folder, device, progress)
-    before = on_main(lambda: Measurement.load(folder.before, len(measured)))
-    if before is None:
-        with progress.task("Gaps before training", len(distinct_sequences(measured))) as advance:
-            before = measure_gaps(
-                engine, measured, pool=config.loss.pool, device=device, advance=advance
-            )
-        measured_before = before
-        on_main(lambda: measured_before.save(folder.before))
+    # Go on where a checkpoint is, or begin.
+    done = _resume(run, engine)
+    if done is None:
+        self_check(run, scorer, reference)
+    if lost := on_main(run.folder.truncate_metrics, done or 0):
+        run.progress.log(f"WARNING: {lost}")
 
-    first_step = 0
-    latest = on_main(lambda: checkpoint_folder.newest(folder.checkpoints, progress.log))
-    if latest is not None:
-        first_step = checkpoint.load(engine, latest, config.zero.stage)
-        progress.log(f"Going on from {latest.folder} ({first_step} of {schedule.steps} steps done)")
-    else:
-        _self_check(engine, examples, values, config, device)
-    if lost := on_main(lambda: folder.truncate_metrics(first_step)):
-        progress.log(f"WARNING: {lost}")
-
-    batches = Batches(examples, schedule, config)
-    languages = sorted({e.language for e in examples})
-    skipped_in_a_row = 0
-    with (
-        interruption.deferred("after this step, with a checkpoint"),
-        progress.steps(schedule.steps, first_step, config.log_every) as show,
-    ):
-        for step in range(first_step, schedule.steps):
-            began = time.perf_counter()
-            seed_step(config.train.seed, step)
-            last = step + 1 == schedule.steps
-            rate = learning_rate(config.train, step, schedule.steps)
-            for group in engine.optimizer.param_groups:
-                group["lr"] = rate
-            sums = StepSums(languages)
-            pairs = len(schedule.positions(step))
-            for part in batches.micro_batches(step, dist.get_rank(), dist.get_world_size()):
-                batch = make_batch(part, values, config)
-                output = engine(batch=batch.to(device))
-                engine.backward(output.loss * (dist.get_world_size() / pairs), scale_wrt_gas=False)
-                sums.add(batch, output)
-            totals = sums.reduce(interruption.requested or launcher_is_gone(), device)
-            engine.step()
-            skipped = guard.skipped(engine)
-            skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
-
-            seconds = time.perf_counter() - began
-            means = totals.means(pairs, config.loss)
-            row = {
-                "step": step + 1,
-                "epoch": schedule.positions(step).stop / schedule.rows,
-                "pairs": pairs,
-                **means,
-                "learning_rate": rate,
-                "grad_norm": guard.grad_norm(engine),
-                "skipped": skipped,
-                "seconds": seconds,
-                "tokens_per_second": round(means["tokens"] / seconds, 1),
-                "peak_memory_gib": peak_memory_gib(device),
-            }
-            track(engine, row)
-            if (
-                is_main()
-                and ((step + 1) % config.log_every == 0 or skipped or last)
-                and (failure := folder.append_metrics(row))
-            ):
-                progress.log(f"WARNING: {failure} Training goes on.")
-            show(row)
-            if skipped_in_a_row >= config.train.max_skipped_steps:
-                raise UserError(
-                    f"{skipped_in_a_row} steps in a row had non-finite gradients (last: step"
-                    f" {step + 1}, loss {row['loss']}). The weights are as they were before them."
-                    " Lower train.learning_rate, or use model.dtype=float32."
-                )
-            # After the last step always, before anything else: what comes after it may be
-            # interrupted or fail, and is done again.
-            stop, every = totals.stop_requested, config.checkpoint.every
-            if stop or last or (every is not None and (step + 1) % every == 0):
-                failure = checkpoint.save(
-                    engine, folder.checkpoints, step + 1, config.zero.stage, config.checkpoint.keep
-                )
-                if failure and stop:
-                    raise UserError(failure)
-                if failure:
-                    progress.log(f"WARNING: {failure} The run goes on.")
-            if stop:
-                raise Interrupted(
-                    f"Stopped after step {step + 1} of {schedule.steps}. The same command goes on"
-                    f" from {folder.checkpoints}."
-                )
+    stepper = Stepper(run, engine, guard, reference, Batches(run.examples, run.schedule, config))
+    _take_steps(run, stepper, done or 0, interruption)
     interruption.heed()
 
-    with progress.task("Gaps after training", len(distinct_sequences(measured))) as advance:
-        after = measure_gaps(
-            engine, measured, pool=config.loss.pool, device=device, advance=advance
-        )
+    # Measure, export, result.
+    after = measure(run, scorer, "Gaps after training")
     if config.checkpoint.export:
-        checkpoint.export(engine, tokenizer, folder.model, config.zero.stage, inputs.model)
-    result = on_main(lambda: RunResult.of(measured, before, after, config.loss.beta))
-    on_main(lambda: _finish(folder, result, config, progress))
+        checkpoint.export(
+            engine, run.inputs.tokenizer, run.folder.model, config.zero.stage, run.inputs.model
+        )
+    result = on_main(RunResult.of, run.measured, before, after, config.loss.beta)
+    on_main(_finish, run, result)
     return result.as_dict()
 
 
-def _show_header(config: Config, inputs: Inputs, schedule: Schedule, progress: Progress) -> None:
-    """The run in a few lines: model, rows, dropped rows, batch arithmetic."""
-    train, examples, dropped = config.train, inputs.examples.train, inputs.examples.dropped
-    dominant = len({e.dominant for e in examples})
-    progress.log(
-        f"Model     {config.model.path} ({config.model.dtype}), ZeRO-{config.zero.stage},"
-        f" {dist.get_world_size()} rank(s)"
-    )
-    progress.log(f"Training  {_by_language(examples)}, sharing {dominant} dominant pairs")
-    progress.log(f"Measured  {_by_language(inputs.examples.measured)}")
-    if dropped:
-        reasons = ", ".join(
-            f"{n} {reason}" for reason, n in Counter(b.reason for b in dropped).most_common()
+def _resume(run: Run, engine: deepspeed.DeepSpeedEngine) -> int | None:
+    """Restores the newest checkpoint. Returns how many steps it has done, or None without one."""
+    newest = on_main(checkpoint_folder.newest, run.folder.checkpoints, run.progress.log)
+    if newest is None:
+        return None
+    done = checkpoint.load(engine, newest, run.config.zero.stage)
+    steps = run.schedule.steps
+    run.progress.log(f"Going on from {newest.folder} ({done} of {steps} steps done)")
+    return done
+
+
+def _take_steps(run: Run, stepper: Stepper, done: int, interruption: Interruption) -> None:
+    """The optimizer steps that are left.
+
+    Raises:
+        UserError: repeated non-finite gradients.
+        Interrupted: a rank was asked to stop.
+    """
+
+    def is_to_stop() -> bool:
+        return interruption.requested or launcher_is_gone()
+
+    steps = run.schedule.steps
+    with (
+        interruption.deferred("after this step, with a checkpoint"),
+        run.progress.steps(steps, done, run.config.log_every) as show,
+    ):
+        for number in range(done, steps):
+            metrics = stepper.step(number, is_to_stop)
+            _record(run, stepper.engine, metrics)
+            show(metrics.step, metrics.in_words(), metrics.skipped)
+            _stop_if_skipped_too_often(run, stepper.guard.skipped_in_a_row, metrics)
+            _checkpoint_if_due(run, stepper.engine, metrics)
+            _stop_if_asked(run, metrics)
+
+
+def _record(run: Run, engine: deepspeed.DeepSpeedEngine, metrics: StepMetrics) -> None:
+    """Hands the numbers to the trackers and, where they are due, to metrics.jsonl."""
+    track(engine, metrics)
+    is_last = metrics.step == run.schedule.steps
+    if not is_main() or not (
+        metrics.step % run.config.log_every == 0 or metrics.skipped or is_last
+    ):
+        return
+    if failure := run.folder.append_metrics(metrics.as_row()):
+        run.progress.log(f"WARNING: {failure} Training goes on.")
+
+
+def _stop_if_skipped_too_often(run: Run, in_a_row: int, metrics: StepMetrics) -> None:
+    if in_a_row >= run.config.train.max_skipped_steps:
+        raise UserError(
+            f"{in_a_row} steps in a row had non-finite gradients (last: step"
+            f" {metrics.step}, loss {metrics.loss}). The weights are as they were before them."
+            " Lower train.learning_rate, or use model.dtype=float32."
         )
-        progress.log(f"Dropped   {len(dropped)} rows ({reasons}); see dropped_rows.jsonl")
-    progress.log(
-        f"Steps     {schedule.steps} of {train.pairs_per_step} pairs (micro-batches of"
-        f" {train.pairs_per_micro_batch}), learning rate {train.learning_rate:g}"
-        f" {train.schedule}, beta {config.loss.beta:g}, retention weight"
-        f" {config.loss.retention_weight:g}"
+
+
+def _checkpoint_if_due(run: Run, engine: deepspeed.DeepSpeedEngine, metrics: StepMetrics) -> None:
+    """After the last step always, before anything else: what comes after it may be interrupted or
+    fail, and is done again."""
+    stop, options = metrics.totals.stop_requested, run.config.checkpoint
+    is_last = metrics.step == run.schedule.steps
+    if not (stop or is_last or (options.every is not None and metrics.step % options.every == 0)):
+        return
+    failure = checkpoint.save(
+        engine, run.folder.checkpoints, metrics.step, run.config.zero.stage, options.keep
     )
+    if failure and stop:
+        raise UserError(failure)
+    if failure:
+        run.progress.log(f"WARNING: {failure} The run goes on.")
 
 
-def _by_language(examples: Sequence[Example]) -> str:
-    counts = Counter(e.language for e in examples)
-    languages = ", ".join(f"{language} {n}" for language, n in sorted(counts.items()))
-    return f"{len(examples)} rows ({languages})"
+def _stop_if_asked(run: Run, metrics: StepMetrics) -> None:
+    if metrics.totals.stop_requested:
+        raise Interrupted(
+            f"Stopped after step {metrics.step} of {run.schedule.steps}. The same command goes on"
+            f" from {run.folder.checkpoints}."
+        )
 
 
-def seed_step(seed: int, step: int) -> None:
-    """Makes what a step draws (dropout) a function of seed, step and rank, so that a run that goes
-    on draws what it would have drawn."""
-    torch.manual_seed(random.Random(f"{seed} {step} {dist.get_rank()}").getrandbits(63))
-
-
-def _finish(folder: OutputFolder, result: RunResult, config: Config, progress: Progress) -> None:
+def _finish(run: Run, result: RunResult) -> None:
     """Picture, result, table. A run with a result is finished, so that is written when all else is
     on the disk.
 
     Where no checkpoints were asked for and the model is exported, those for going on have served.
     """
+    folder, options = run.folder, run.config.checkpoint
     folder.flush_metrics()
     plot_run(folder.metrics, result.as_dict(), folder.plot)
     write_json(folder.result, result.as_dict())
-    if config.checkpoint.every is None and config.checkpoint.export:
+    if options.every is None and options.export:
         checkpoint_folder.remove_all(folder.checkpoints)
-    result.show(progress.console)
-    progress.log(f"Written to {folder.root}: " + ", ".join(folder.listing()))
-
-
-def precompute(config: Config) -> Path:
-    """Builds the reference store of a configuration, or finds it built, and returns its folder.
-
-    Raises:
-        UserError: bad configuration, data or model; or a store of something else is there.
-    """
-    device = start()
-    progress = Progress(enabled=is_main())
-    settings = deepspeed_settings(config)
-    config = on_main(lambda: with_date(config))
-    inputs = load_inputs(config, progress.log)
-    folder = OutputFolder(Path(config.output_dir))
-    identity = on_main(lambda: reference.model_identity(inputs.model, inputs.tokenizer))
-    if config.reference.store is None:  # else nothing is written there
-        rows = reference.rows_digest(inputs.examples.train, inputs.examples.measured)
-        threads = torch.get_num_threads()
-        on_main(lambda: folder.open(config, rows, identity, threads, may_be_finished=True))
-    keep_alive = HfDeepSpeedConfig(settings) if config.zero.stage == 3 else None
-    model = bind_mpo_forward(
-        load_model(inputs.model.model_copy(update={"lora": None})), config.loss
-    )
-    # Scoring needs no optimizer; only ZeRO-3 needs an engine, which gathers the weights.
-    engine: Any = (
-        deepspeed.initialize(model=model, config=settings)[0]
-        if keep_alive
-        else cast(torch.nn.Module, model).to(device)
-    )
-    stored = config.model_copy(update={"reference": ReferenceConfig(store=config.reference.store)})
-    _open_reference(engine, inputs, identity, stored, folder, device, progress)
-    dist.barrier()
-    return store_folder(config, folder)
-
-
-def store_folder(config: Config, folder: OutputFolder) -> Path:
-    """Where the run's reference store is."""
-    return folder.reference if config.reference.store is None else Path(config.reference.store)
-
-
-def _open_reference(
-    engine: deepspeed.DeepSpeedEngine,
-    inputs: Inputs,
-    identity: dict[str, Any],
-    config: Config,
-    folder: OutputFolder,
-    device: torch.device,
-    progress: Progress,
-) -> Reference:
-    """The run's reference: the store, built on first use, or the model itself with its adapters
-    off."""
-    if config.reference.mode == "live":
-        return LiveReference(engine, config.loss.pool, device)
-    examples, path, pool = inputs.examples.train, store_folder(config, folder), config.loss.pool
-    manifest = reference.identity(identity, examples, pool)
-
-    def build(parts: reference.Parts) -> Scores:
-        with progress.task(
-            "Reference store", len(reference.dominant_sequences(examples))
-        ) as advance:
-            return reference.build(
-                engine, examples, parts, pool=pool, device=device, advance=advance
-            )
-
-    return reference.open_store(path, manifest, examples, inputs.data.date, build, progress.log)
-
-
-def _self_check(
-    engine: deepspeed.DeepSpeedEngine,
-    examples: Sequence[Example],
-    values: Reference,
-    config: Config,
-    device: torch.device,
-) -> None:
-    """Before the first step the policy is the reference: L2 must vanish and the dominant gap must
-    reproduce the store.
-
-    A difference means that training would pull toward the wrong place: dropout that is on, a store
-    of another model, a packed neighbour that leaks. Compared in training mode, packed with other
-    sequences than the store's.
-    """
-    probe = examples[:2]
-    first = probe[0]
-    store = values.of(reference.dominant_sequences(probe))
-    (part,) = in_micro_batches(
-        probe, pairs=len(probe), tokens=None, share_prompts=shares_prompts(config.model.attention)
-    )
-    batch = make_batch(part, values, config).to(device)
-    with torch.no_grad():
-        output: Outputs = engine(batch=batch)
-    size = float(batch.pooled_reference.square().mean())
-    relative = float(output.l2) / len(probe) / max(size, 1e-30)
-    gaps = measure_gaps(engine, [first], pool=config.loss.pool, device=device)
-    gap, stored = float(gaps.dominant[0]), store.gap(first)
-    bf16 = config.model.dtype == "bfloat16"
-    if not relative <= (1e-3 if bf16 else 1e-6) or not abs(gap - stored) <= (0.1 if bf16 else 1e-3):
-        raise UserError(
-            f"Step-0 self-check failed on {first.source}: before any training, relative L2 is"
-            f" {relative:.2e} (should be 0) and the dominant gap is {gap:.4f} while the reference"
-            f" store holds {stored:.4f}. Turn off dropout in the model's config, try"
-            " model.attention=packed, and delete the reference folder if the model changed."
-        )
+    result.show(run.progress.console)
+    run.progress.log(f"Written to {folder.root}: " + ", ".join(folder.listing()))

@@ -33,6 +33,7 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from deepspeed.utils import safe_get_full_optimizer_state
 from safetensors.torch import save_file
 
+import mpo.training.run
 import mpo.training.train
 from mpo.config import load_config
 from mpo.runtime.ranks import is_main
@@ -52,7 +53,7 @@ class Observer:
     def watching(self) -> Iterator[None]:
         """Within it, the engine that `mpo.training.train.train` builds is watched from its first
         call on."""
-        build = mpo.training.train.build_engine
+        build = mpo.training.run.build_engine
         fetch = PartitionedParameterCoordinator.fetch_sub_module
 
         def build_engine(*arguments: Any) -> Any:
@@ -66,12 +67,12 @@ class Observer:
             self._fetching = module
             fetch(coordinator, module, *arguments, **options)
 
-        mpo.training.train.build_engine = build_engine
+        mpo.training.run.build_engine = build_engine
         PartitionedParameterCoordinator.fetch_sub_module = fetch_sub_module
         try:
             yield
         finally:
-            mpo.training.train.build_engine = build
+            mpo.training.run.build_engine = build
             PartitionedParameterCoordinator.fetch_sub_module = fetch
 
     def _watch(self, engine: Any) -> None:

@@ -24,22 +24,23 @@ from pathlib import Path
 from typing import Any
 
 import mpo.training.micro_batches
-import mpo.training.reference
+import mpo.training.run
 import mpo.training.train
 from mpo.config import load_config
+from mpo.models.scoring import Scorer
 from mpo.training import checkpoint, checkpoint_folder
 
 PLACES: dict[str, tuple[Any, str]] = {
-    "rows": (mpo.training.train, "load_inputs"),
-    "weights": (mpo.training.train, "load_model"),
-    "engine": (mpo.training.train, "build_engine"),
-    "reference": (mpo.training.reference, "build"),
-    "gaps before": (mpo.training.train, "measure_gaps"),
-    "self-check": (mpo.training.train, "_self_check"),
+    "rows": (mpo.training.run, "load_inputs"),
+    "weights": (mpo.training.run, "load_model"),
+    "engine": (mpo.training.run, "build_engine"),
+    "reference": (mpo.training.run, "build"),
+    "gaps before": (Scorer, "measure"),
+    "self-check": (mpo.training.train, "self_check"),
     "first step": (mpo.training.micro_batches.Batches, "micro_batches"),
     "second step": (mpo.training.micro_batches.Batches, "micro_batches"),
     "last step": (mpo.training.micro_batches.Batches, "micro_batches"),
-    "gaps after": (mpo.training.train, "measure_gaps"),
+    "gaps after": (Scorer, "measure"),
     "export": (checkpoint, "export"),
     "summary": (mpo.training.train.RunResult, "of"),
     "picture": (mpo.training.train, "plot_run"),

@@ -29,6 +29,7 @@ from mpo.models.scoring import Measurement
 from mpo.runtime.errors import UserError
 from mpo.runtime.files import new_folder, remove_incomplete, write_json
 from mpo.training import checkpoint, checkpoint_folder, reference
+from mpo.training.reference import ReferenceStore
 from mpo.training.run_folder import OutputFolder, read_metrics
 
 KILLED, REFUSED, DONE_ANYWAY, WRONG = 9, 3, 4, 5
@@ -189,10 +190,10 @@ def example(i):
 @both
 def test_a_store_is_there_whole_or_not_at_all(tmp_path, how):
     scores = Scores(torch.arange(2.0), torch.ones(2, 3))
-    store = reference.ReferenceStore({}, scores)
+    store = ReferenceStore({}, scores)
 
     def check(folder, done):
-        found = reference.load(folder / "store", {"weights": "a"}, [example(0)])
+        found = ReferenceStore.load(folder / "store", {"weights": "a"}, [example(0)])
         assert (
             found is not None
             if done
@@ -203,7 +204,7 @@ def test_a_store_is_there_whole_or_not_at_all(tmp_path, how):
         tmp_path,
         how,
         lambda f: None,
-        lambda f: reference.save(store, f / "store", {"weights": "a"}),
+        lambda f: store.save(f / "store", {"weights": "a"}),
         check,
     )
 

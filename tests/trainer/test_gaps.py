@@ -17,11 +17,11 @@ from mpo.config import LoraConfig, ModelConfig, load_config
 from mpo.data.rows import Message
 from mpo.data_build.answers import Answerer
 from mpo.data_build.config import AnswersConfig
-from mpo.evaluation import comparison
 from mpo.evaluation.comparison import compare_models
 from mpo.models import lora
 from mpo.models.inputs import load_inputs
 from mpo.models.loading import load_model, load_tokenizer
+from mpo.models.scoring import Scorer
 from mpo.runtime.errors import UserError
 from mpo.runtime.files import write_json
 from mpo.runtime.progress import Progress
@@ -263,12 +263,12 @@ def test_every_model_reads_the_date_of_the_run(folders, tmp_path, monkeypatch):
         "{{ strftime_now('%d %B %Y') }}" + TEMPLATES["chatml"]
     )
     write_json(tmp_path / "run" / "config.json", {"date": "2001-02-03T04:05:06"})
-    seen, measure = [], comparison.measure_gaps
+    seen, measure = [], Scorer.measure
     monkeypatch.setattr(
-        comparison,
-        "measure_gaps",
-        lambda model, examples, **options: (
-            seen.append(examples) or measure(model, examples, **options)
+        Scorer,
+        "measure",
+        lambda scorer, examples, *advance: (
+            seen.append(examples) or measure(scorer, examples, *advance)
         ),
     )
     compare(

@@ -132,11 +132,11 @@ def test_a_signal_while_libraries_load_ends_in_one_sentence(project, module, num
 AT_WEIGHTS_AND_EXIT = """
 import atexit, os, signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
-import mpo.training.train
+import mpo.training.run
 def load_model(*arguments):
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGTERM)
-mpo.training.train.load_model = load_model
+mpo.training.run.load_model = load_model
 def stop_again():
     for number in (signal.SIGTERM, signal.SIGINT):
         os.kill(os.getpid(), number)

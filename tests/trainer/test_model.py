@@ -101,7 +101,6 @@ def mpo_batch(sequences, weights=(1.0,), pool="response", share=True):
         pair_weights=torch.tensor(weights),
         pooled_reference=torch.randn(2, 32, generator=generator),
         pooled_weights=torch.tensor([weights[0] / 2] * 2),
-        languages=("sw",),
     )
 
 

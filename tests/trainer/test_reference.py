@@ -22,6 +22,7 @@ from mpo.runtime import claims
 from mpo.runtime.claims import Claim
 from mpo.runtime.errors import UserError
 from mpo.training import reference
+from mpo.training.reference import ReferenceStore
 
 
 def example(i=0):
@@ -32,7 +33,7 @@ def example(i=0):
 def store_of(examples):
     sequences = reference.dominant_sequences(examples)
     scores = Scores(torch.arange(len(sequences)).float(), torch.randn(len(sequences), 5))
-    return reference.ReferenceStore({s: i for i, s in enumerate(sequences)}, scores)
+    return ReferenceStore({s: i for i, s in enumerate(sequences)}, scores)
 
 
 def test_round_trip(tmp_path):
@@ -40,9 +41,9 @@ def test_round_trip(tmp_path):
     store = store_of(examples)
     assert len(store.rows) == 4  # two distinct dominant pairs
     manifest = {"format": 1, "weights": "abc"}
-    assert reference.load(tmp_path / "reference", manifest, examples) is None
-    reference.save(store, tmp_path / "reference", manifest)
-    loaded = reference.load(tmp_path / "reference", manifest, examples)
+    assert ReferenceStore.load(tmp_path / "reference", manifest, examples) is None
+    store.save(tmp_path / "reference", manifest)
+    loaded = ReferenceStore.load(tmp_path / "reference", manifest, examples)
     assert loaded.gap(examples[1]) == store.gap(examples[1]) == -1.0
     assert torch.equal(
         loaded.pooled(examples[1].dominant.rejected), store.pooled(examples[1].dominant.rejected)
@@ -50,20 +51,19 @@ def test_round_trip(tmp_path):
 
 
 def test_a_store_of_something_else_is_refused_with_what_differs(tmp_path):
-    reference.save(
-        store_of([example()]),
+    store_of([example()]).save(
         tmp_path / "reference",
         {"format": 1, "weights": "abc", "dtype": "float32"},
     )
     with pytest.raises(UserError, match=r"dtype: float32 stored, bfloat16 now.*delete"):
-        reference.load(
+        ReferenceStore.load(
             tmp_path / "reference",
             {"format": 1, "weights": "abc", "dtype": "bfloat16"},
             [example()],
         )
     (tmp_path / "reference" / "manifest.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
-        reference.load(tmp_path / "reference", {"format": 1}, [example()])
+        ReferenceStore.load(tmp_path / "reference", {"format": 1}, [example()])
 
 
 def test_an_interrupted_save_leaves_no_store(tmp_path, monkeypatch):
@@ -72,7 +72,7 @@ def test_an_interrupted_save_leaves_no_store(tmp_path, monkeypatch):
 
     monkeypatch.setattr(reference, "write_json", full)
     with pytest.raises(UserError, match="reference cannot be written: No space"):
-        reference.save(store_of([example()]), tmp_path / "reference", {})
+        store_of([example()]).save(tmp_path / "reference", {})
     assert not list(tmp_path.iterdir())
 
 
@@ -81,6 +81,22 @@ def rows_of_four():
         example_of(f"rows:{i}", "sw", *(TokenizedResponse((1, 2, 10 * i + k), 2) for k in range(4)))
         for i in range(4)
     ]
+
+
+class SmallScorer:
+    """Its scores are the last token ids. It notes how many it gives, and may fail, or do something
+    else first, at a call."""
+
+    def __init__(self, calls, fails_at=None, adds=0, first=lambda calls: None):
+        self._calls, self._fails_at, self._adds, self._first = calls, fails_at, adds, first
+
+    def scores(self, sequences, advance):
+        self._first(self._calls)
+        self._calls.append(len(sequences))
+        if self._fails_at == len(self._calls):
+            raise KeyboardInterrupt
+        ids = torch.tensor([float(s.input_ids[-1]) for s in sequences]) + self._adds
+        return Scores(ids, ids[:, None].clone())
 
 
 @pytest.fixture
@@ -92,20 +108,11 @@ def builder(monkeypatch):
     monkeypatch.setattr(reference, "PATIENCE", 0.01)
     calls = []
 
-    def score(engine, sequences, **_):
-        calls.append(len(sequences))
-        if engine.get("fails_at") == len(calls):
-            raise KeyboardInterrupt
-        ids = torch.tensor([float(s.input_ids[-1]) for s in sequences]) + engine.get("adds", 0)
-        return Scores(ids, ids[:, None].clone())
-
-    monkeypatch.setattr(reference, "score_sequences", score)
-    options = {"pool": "response", "device": torch.device("cpu"), "advance": lambda count: None}
-
-    def build(folder, manifest, log=lambda line: None, date=None, **engine):
+    def build(folder, manifest, log=lambda line: None, date=None, **scorer):
         examples = rows_of_four()
-        values = lambda parts: reference.build(engine, examples, parts, **options)  # noqa: E731
-        return reference.open_store(folder, manifest, examples, date, values, log)
+        scorer = SmallScorer(calls, **scorer)
+        values = lambda parts: reference.build(scorer, examples, parts, lambda count: None)  # noqa: E731
+        return ReferenceStore.open(folder, manifest, examples, date, values, log)
 
     return build, calls
 
@@ -276,8 +283,8 @@ def test_of_two_that_want_one_store_one_builds_and_the_other_waits_and_finds_it(
         said.append(line)
         if "Waiting" in line:  # now the other one finishes
             scores = torch.arange(8.0)
-            store = reference.ReferenceStore({}, Scores(scores, scores[:, None].clone()))
-            reference.save(store, tmp_path / "store", MANIFEST)
+            store = ReferenceStore({}, Scores(scores, scores[:, None].clone()))
+            store.save(tmp_path / "store", MANIFEST)
             other.release()
 
     store = build(tmp_path / "store", MANIFEST, log=log)
@@ -311,19 +318,14 @@ def test_without_locks_two_builders_end_with_one_whole_store(builder, tmp_path, 
 
     monkeypatch.setattr(claims.fcntl, "flock", no_locks)
     build, calls = builder
-    score = reference.score_sequences
+    others = [None]
 
-    def with_another(engine, sequences, **options):
-        if engine.pop("begins_another", False) and len(calls) == 2:
+    def begin_another(calls):
+        if len(calls) == 2 and others:
+            others.pop()
             build(tmp_path / "store", MANIFEST)
-        return score(engine, sequences, **options)
 
-    monkeypatch.setattr(
-        reference,
-        "score_sequences",
-        lambda engine, sequences, **options: with_another({**engine}, sequences, **options),
-    )
-    store = build(tmp_path / "store", MANIFEST, begins_another=True)
+    store = build(tmp_path / "store", MANIFEST, first=begin_another)
     assert calls == [2] * 6 and [store.gap(e) for e in rows_of_four()] == [-1.0] * 4
     calls.clear()
     build(tmp_path / "store", MANIFEST)

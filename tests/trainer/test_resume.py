@@ -237,11 +237,11 @@ def test_half_written_checkpoints_are_passed_over(project, whole):  # noqa: F811
 
 FULL_WHEN_TRAINING_BEGINS = """
 import resource, mpo.training.train
-before_training = mpo.training.train._self_check
+before_training = mpo.training.train.self_check
 def then_full(*arguments):
     before_training(*arguments)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-mpo.training.train._self_check = then_full
+mpo.training.train.self_check = then_full
 from mpo.__main__ import main
 main()
 """

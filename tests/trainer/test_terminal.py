@@ -23,11 +23,11 @@ LANGUAGES = ("ar", "bn", "ja", "ko", "sw", "zh")
 LONG = "/home/someone/experiments/2026/multilingual/gemma/second-attempt"
 SHOWS = f"""
 from mpo.runtime.progress import Progress
-row = {{"step": 7, "loss": 0.51557, "l1": 0.4, "l2": 0.0000123, "pairs": 8, "seconds": 4.0}}
-row |= {{"skipped": False, "gap": {{language: 1.234 for language in {LANGUAGES}}}}}
+gaps = [f"{{language}} +1.23" for language in {LANGUAGES}]
+details = ["loss 0.5156", "L1 0.4000", "L2 1.23e-05", "2.00 pairs/s", f"gap {{gaps[0]}}", *gaps[1:]]
 progress = Progress(enabled=True)
 with progress.steps(2400, 0, 1) as show:
-    show(row)
+    show(7, details)
 with progress.task("Gaps of {LONG}/model", 321) as advance:
     advance(123)
 with progress.task("日本語のモデル" * 9, 5) as advance:

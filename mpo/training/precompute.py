@@ -1,0 +1,42 @@
+"""The reference store by itself, before any run that shares it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import deepspeed
+import deepspeed.comm as dist
+import torch
+
+from mpo.config import Config
+from mpo.models.forward import bind_mpo_forward
+from mpo.models.loading import load_model
+from mpo.models.scoring import Scorer
+from mpo.runtime.ranks import start
+from mpo.training.engine import partitioned_loading
+from mpo.training.run import Run, claim_folder, open_store, read_run
+
+
+def precompute(config: Config) -> Path:
+    """Builds the reference store of a configuration, or finds it built, and returns its folder.
+
+    Raises:
+        UserError: bad configuration, data or model; or a store of something else is there.
+    """
+    run = read_run(config, start())
+    if config.reference.store is None:  # else nothing is written to the run's folder
+        claim_folder(run, may_be_finished=True)
+    open_store(run, Scorer(_load(run), config.loss.pool, run.device))
+    dist.barrier()
+    return run.store_folder
+
+
+def _load(run: Run) -> torch.nn.Module:
+    """The model without adapters. Scoring needs no optimizer; only ZeRO-3 needs an engine, which
+    gathers the weights."""
+    with partitioned_loading(run.settings):
+        model: Any = bind_mpo_forward(load_model(run.inputs.model.base()), run.config.loss)
+        if run.config.zero.stage == 3:
+            return cast(torch.nn.Module, deepspeed.initialize(model=model, config=run.settings)[0])
+        return cast(torch.nn.Module, model.to(run.device))
