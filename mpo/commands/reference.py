@@ -58,22 +58,21 @@ def _chosen(wanted: str | None) -> list[SectionText]:
     from mpo.data_build.config import BuildConfig
     from mpo.runtime.fields import describe, select
 
-    kind, _, inner = (wanted or "").partition(".")
-    of_build = kind == BUILD
-    sections = describe(BuildConfig if of_build else Config)
-    name = inner if of_build else (wanted or "")
-    chosen = select(sections, name) if name else sections
-    if not chosen:
-        near = _nearest(name, sections)
-        prefix = f"{BUILD}." if of_build else ""
-        known = [f"{prefix}{s.name}" for s in sections if s.name]
-        hint = (
-            f"did you mean '{prefix}{near}'?"
-            if near
-            else f"known sections: {', '.join([*known, *([] if of_build else [BUILD])])}."
-        )
-        raise UserError(f"{wanted}: unknown section or field; {hint}")
-    return chosen
+    if wanted is None:
+        return describe(Config)
+    if wanted == BUILD:
+        return describe(BuildConfig)
+    prefix = f"{BUILD}." if wanted.startswith(f"{BUILD}.") else ""
+    sections = describe(BuildConfig if prefix else Config)
+    name = wanted.removeprefix(prefix)
+    if chosen := select(sections, name):
+        return chosen
+    if near := _nearest(name, sections):
+        hint = f"did you mean '{prefix}{near}'?"
+    else:
+        known = [f"{prefix}{section.name}" for section in sections if section.name]
+        hint = f"known sections: {', '.join([*known, *([] if prefix else [BUILD])])}."
+    raise UserError(f"{wanted}: unknown section or field; {hint}")
 
 
 def _nearest(name: str, sections: Sequence[SectionText]) -> str | None:
@@ -93,12 +92,9 @@ def _show_fields(sections: Sequence[SectionText], to: Console) -> None:
         to.print(Text.assemble((section.name, "bold"), "  " if section.name else "", section.about))
         table = _two_columns()
         for field in section.fields:
-            table.add_row(
-                field.name.removeprefix(f"{section.name}."),
-                Text(f"{field.type}; {_default(field)}\n", "dim").append(
-                    Text(field.about, "not dim")
-                ),
-            )
+            takes = Text(f"{field.type}; {_default(field)}\n", "dim")
+            meaning = takes.append(Text(field.about, "not dim"))
+            table.add_row(field.name.removeprefix(f"{section.name}."), meaning)
         show_table(table, to)
     to.print("\nSet one with SECTION.FIELD=VALUE behind a command, or in the YAML file.")
 

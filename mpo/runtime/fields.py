@@ -131,7 +131,7 @@ def _number(value: float) -> str:
         power = value + less
         if isinstance(power, int) and power >= 2**31 and power & (power - 1) == 0:
             return f"2^{power.bit_length() - 1}" + (f"-{less}" if less else "")
-    return f"{value:g}"
+    return f"{value:g}".replace("e+0", "e").replace("e+", "e")
 
 
 def _one_line(text: str) -> str:

@@ -45,7 +45,7 @@ def new_file(path: Path) -> Iterator[TextIO]:
     Raises:
         UserError: a full disk, no right to write, a folder of that name.
     """
-    temporary = beside(path)
+    temporary = unfinished(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -198,7 +198,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         )
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = beside(path)
+        temporary = unfinished(path)
         temporary.mkdir()
         try:
             yield temporary
@@ -214,7 +214,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 def publish(temporary: Path, path: Path) -> None:
     """Gives a finished folder its name. One that has the name already is moved aside in one piece,
     and then removed."""
-    aside = beside(path)
+    aside = unfinished(path)
     if os.path.lexists(path):
         os.replace(path, aside)
     try:
@@ -245,7 +245,7 @@ def remove(path: Path) -> None:
             path.unlink()
 
 
-def beside(path: Path) -> Path:
+def unfinished(path: Path) -> Path:
     """A name for something unfinished, which no other process has: file systems without locks
     exist."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.incomplete")

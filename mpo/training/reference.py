@@ -33,13 +33,13 @@ from mpo.models.scoring import Scorer
 from mpo.runtime.claims import Claim
 from mpo.runtime.errors import UserError
 from mpo.runtime.files import (
-    beside,
     new_folder,
     read_json,
     read_object,
     remove,
     remove_incomplete,
     sha256_of_files,
+    unfinished,
     write_json,
     writing,
 )
@@ -347,7 +347,7 @@ class Parts:
     def keep(self, number: int, scores: Scores) -> None:
         """Writes one piece, whole or not at all."""
         place = self._place_of(number)
-        temporary = beside(place)
+        temporary = unfinished(place)
         with writing(place):
             self._folder.mkdir(parents=True, exist_ok=True)
             _write_scores(temporary, scores, self._store)

@@ -260,10 +260,8 @@ def test_settings_of_deepspeed_that_a_run_heeds_are_passed_on(tmp_path):
     extra = {"wall_clock_breakdown": True, "zero_optimization": {"reduce_bucket_size": 1000}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({**RUN, "zero": {"deepspeed": extra}}))
     settings = deepspeed_settings(load_config(tmp_path / "run.yaml"))
-    assert (
-        settings["wall_clock_breakdown"] is True
-        and settings["zero_optimization"]["reduce_bucket_size"] == 1000
-    )
+    assert settings["wall_clock_breakdown"] is True
+    assert settings["zero_optimization"]["reduce_bucket_size"] == 1000
 
 
 def test_names_of_files_hold_from_any_folder(tmp_path, monkeypatch):

@@ -72,11 +72,9 @@ def test_every_exception_has_a_status_and_one_line(raising, capsys, error, statu
         (file,) = re.findall(r"with (\S+), which holds the details", complaint)
         details = Path(file).read_text()
         Path(file).unlink()
-        assert (
-            "Traceback" in details
-            and f"torch: {torch.__version__}" in details
-            and type(error).__name__ in details
-        )
+        assert "Traceback" in details
+        assert f"torch: {torch.__version__}" in details
+        assert type(error).__name__ in details
 
 
 def test_the_traceback_is_there_for_those_who_ask(raising, capsys, monkeypatch, tmp_path):
@@ -193,7 +191,8 @@ def test_a_reader_that_leaves_costs_nothing():
         done = show(2000, stdout=write)
     finally:
         os.close(write)
-    assert done.returncode == 0 and done.stderr.decode().splitlines() == [
+    assert done.returncode == 0
+    assert done.stderr.decode().splitlines() == [
         "café",
         "lost None",
         "end",
@@ -203,7 +202,8 @@ def test_a_reader_that_leaves_costs_nothing():
 def test_a_full_disk_behind_standard_output_is_told_at_the_end():
     with open("/dev/full", "w") as full:
         done = show(2000, stdout=full)
-    assert done.returncode == 0 and done.stderr.decode().splitlines() == [
+    assert done.returncode == 0
+    assert done.stderr.decode().splitlines() == [
         "café",
         "lost No space left on device",
         "end",
@@ -238,9 +238,8 @@ def test_a_command_whose_output_goes_nowhere(stdout, stderr, status):
     os.close(closed)
     assert done.returncode == status
     if not stderr:
-        assert (b"No space left on device" in done.stderr) == (
-            status == 2
-        ) and b"Traceback" not in done.stderr
+        assert (b"No space left on device" in done.stderr) == (status == 2)
+        assert b"Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("term", ["dumb", "xterm-256color", "no-such-terminal", ""])

@@ -56,7 +56,7 @@ def test_types_and_limits_are_in_words():
         "data.eval": "list of text",
         "data.date": "date | null",
         "data.max_length": "integer, >= 2, <= 2^31-1",
-        "loss.beta": "number, > 0, <= 1e+06",
+        "loss.beta": "number, > 0, <= 1e6",
         "loss.chunk_bytes": "integer | null, >= 1, < 2^63",
         "train.adam_betas": "2 x number, >= 0, < 1",
         "train.seed": "integer, >= 0, < 2^32",

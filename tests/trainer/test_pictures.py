@@ -260,18 +260,17 @@ def test_nothing_lies_on_anything_else(case):
     for box, axis in itertools.product(outside, axes):
         assert not box.overlaps(axis.patch.get_window_extent(renderer).padded(-1)), box
     for axis in axes:
-        assert (
-            axis.patch.get_window_extent(renderer).height > 200
-            and axis.patch.get_window_extent(renderer).width > 200
-        )
+        assert axis.patch.get_window_extent(renderer).height > 200
+        assert axis.patch.get_window_extent(renderer).width > 200
         slanted = [text for text in axis.get_xticklabels() if text.get_rotation()]
         places = [text.get_window_extent(renderer).x1 for text in slanted]
         assert all(b - a > 12 for a, b in itertools.pairwise(places))
     whole = figure.bbox.padded(1)
     for box in (*outside, *(axis.get_tightbbox(renderer) for axis in axes)):
-        assert (
-            whole.x0 <= box.x0 and box.x1 <= whole.x1 and whole.y0 <= box.y0 and box.y1 <= whole.y1
-        )
+        assert whole.x0 <= box.x0
+        assert box.x1 <= whole.x1
+        assert whole.y0 <= box.y0
+        assert box.y1 <= whole.y1
 
 
 def test_letters_come_from_whichever_font_has_them(tmp_path, monkeypatch):
@@ -298,11 +297,9 @@ def test_letters_come_from_whichever_font_has_them(tmp_path, monkeypatch):
     )
     font_manager.fontManager.addfont(str(tmp_path / "three.ttf"))
     letters = curves._Letters([name, "plain"])
-    assert (
-        letters.of(name) == name
-        and letters.fonts == ["DejaVu Sans", "Three Letters"]
-        and not letters.note
-    )
+    assert letters.of(name) == name
+    assert letters.fonts == ["DejaVu Sans", "Three Letters"]
+    assert not letters.note
     figure, _, _ = drawn([Run(name, rows(3, ("sw",)), None), Run("plain", rows(3, ("sw",)), None)])
     plt.close(figure)
 
@@ -410,11 +407,9 @@ def test_a_name_without_a_format_is_refused_before_anything_is_read(tmp_path):
 
 
 def test_numbers_that_are_none_are_not_drawn():
-    assert (
-        math.isnan(curves._number(None))
-        and math.isnan(curves._number("1"))
-        and curves._number(2) == 2.0
-    )
+    assert math.isnan(curves._number(None))
+    assert math.isnan(curves._number("1"))
+    assert curves._number(2) == 2.0
     buffer = io.BytesIO()
     figure, _, _ = drawn(CASES["no number"])
     figure.savefig(buffer)

@@ -137,19 +137,15 @@ def test_a_recipe_reads_the_file_that_it_was_published_with(recipe, models, tmp_
 
     told = command("train", *arguments, "--dry-run", f"output_dir={tmp_path / 'run'}")
     config = load_config(recipe)
-    assert (
-        told["languages"] == expected
-        and told["rows"] == sum(expected.values())
-        and told["dropped"] == 1
-    )
+    assert told["languages"] == expected
+    assert told["rows"] == sum(expected.values())
+    assert told["dropped"] == 1
     assert told["steps"] == -(
         -round(told["rows"] * config.train.epochs) // config.train.pairs_per_step
     )
-    assert (
-        told["measured"] == told["rows"]
-        and told["reference_sequences"] == 2 * ROWS
-        and len(told["memory"]) == 7
-    )
+    assert told["measured"] == told["rows"]
+    assert told["reference_sequences"] == 2 * ROWS
+    assert len(told["memory"]) == 7
     assert not (tmp_path / "run").exists()
 
 
@@ -181,9 +177,8 @@ def test_the_demo_recipe_reads_the_set_that_it_ships_with(models, tmp_path):
     arguments = ["demo", f"model.path={models('llama', 'chatml')}", "--json"]
     seen = command("validate", *arguments)
     heldout = (RECIPES / "demo/heldout.jsonl").read_text(encoding="utf-8").count("\n")
-    assert (
-        set(seen["languages"]) == set(seen["held_out"]) == {"zh", *OTHERS} and not seen["dropped"]
-    )
+    assert set(seen["languages"]) == set(seen["held_out"]) == {"zh", *OTHERS}
+    assert not seen["dropped"]
     assert sum(row["rows"] for row in seen["languages"].values()) == len(DEMO)
     assert sum(row["rows"] for row in seen["held_out"].values()) == heldout
     assert not {item["reason"] for item in seen["suspicious"]} - {"length_ratio"}

@@ -93,14 +93,11 @@ def test_a_gap_that_is_no_number_makes_no_number():
     row = GapTable.of(EXAMPLES, {"one": broken}, BETA).as_dict()["models"]["one"]
     result = RunResult.of(EXAMPLES, broken, AFTER, BETA).as_dict()["languages"]
     for quantity in ("target_gap", "distance", "sign_accuracy"):
-        assert (
-            math.isnan(row["zh"][quantity])
-            and math.isnan(row["all"][quantity])
-            and math.isfinite(row["sw"][quantity])
-        )
-        assert math.isnan(result["zh"][quantity]["before"]) and math.isfinite(
-            result["zh"][quantity]["after"]
-        )
+        assert math.isnan(row["zh"][quantity])
+        assert math.isnan(row["all"][quantity])
+        assert math.isfinite(row["sw"][quantity])
+        assert math.isnan(result["zh"][quantity]["before"])
+        assert math.isfinite(result["zh"][quantity]["after"])
 
 
 def test_the_report_of_models_side_by_side():

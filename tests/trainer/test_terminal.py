@@ -92,9 +92,8 @@ def test_the_step_the_time_and_the_loss_come_first(columns):
     assert training.rstrip().endswith("…") == ("zh +1.23" not in training)
     assert not re.search(r"\+1\.?2?(  …)?$", training.rstrip())  # no number is cut
     (gap,) = [line for line in lines if "123/321" in line]
-    assert re.search(r"123/321  0:00:\d\d", gap) and (
-        columns == 34 or "…" in gap or f"{LONG}/model" in gap
-    )
+    assert re.search(r"123/321  0:00:\d\d", gap)
+    assert columns == 34 or "…" in gap or f"{LONG}/model" in gap
     assert columns < 60 or (gap.startswith("Gaps of") and "/model" in gap)
     assert ("━" in training) == (columns == 200)
 
@@ -144,7 +143,8 @@ PATHS = [
 def test_models_that_differ_have_names_that_differ(paths):
     """At every width; and every number is whole."""
     names = distinct_names(paths)
-    assert len(set(names)) == 2 and all(
+    assert len(set(names)) == 2
+    assert all(
         path.rstrip("/").endswith(name.rstrip("/")) for name, path in zip(names, paths, strict=True)
     )
     for columns in range(20, 170, 7):
