@@ -35,7 +35,7 @@ def gaps(
         from mpo.evaluation.comparison import compare_models
         from mpo.evaluation.gaps import GapTable
         from mpo.models.inputs import load_inputs
-        from mpo.models.pypi import resolve_model
+        from mpo.models.loading import resolve_model
         from mpo.runtime.progress import Progress
 
         inputs = load_inputs(checked, note)

@@ -16,8 +16,13 @@ from mpo.data.rows import Prompt
 from mpo.data_build.config import AnswersConfig
 from mpo.data_build.journal import key_of
 from mpo.data_build.translation import Failure, Result
-from mpo.models.loading import check_model, load_model, load_tokenizer, refuse_foreign_ids
-from mpo.models.pypi import resolve_model
+from mpo.models.loading import (
+    check_model,
+    load_model,
+    load_tokenizer,
+    refuse_foreign_ids,
+    resolve_model,
+)
 from mpo.runtime.errors import UserError
 
 

