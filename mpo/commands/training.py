@@ -55,10 +55,10 @@ def train(
     checked = load(config, [*(overrides or []), *overfit])
     if dry_run:
         with aside(as_json):
-            from mpo.training.dry_run import describe, show
+            from mpo.training.dry_run import DryRun, describe
 
             report = describe(checked)
-        print_report(report, show, as_json)
+        print_report(report, DryRun.show, as_json)
         return
     with aside(as_json):
         # after the configuration: the libraries behind it take seconds to import

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import Any
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
@@ -17,66 +19,91 @@ from mpo.training.micro_batches import Batches
 from mpo.training.schedule import schedule_of
 
 
-def describe(config: Config) -> dict[str, Any]:
-    """`rows`, `languages`, `steps`, batch arithmetic for one rank, `size` of the model, and
-    computed `memory` per number of GPUs."""
+class Tokens(NamedTuple):
+    """Packed tokens of the micro-batches of an epoch."""
+
+    mean: int
+    max: int
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """A run that was not made. The fields are those of its JSON, in order."""
+
+    model: str
+    """A folder or a hub id."""
+    rows: int
+    languages: dict[str, int]
+    """Rows of each."""
+    measured: int
+    dropped: int
+    steps: int
+    pairs_per_step: int
+    micro_batches_per_step_one_rank: int
+    tokens_per_micro_batch: Tokens
+    """On one rank."""
+    reference_sequences: int
+    size: memory.Size
+    zero_stage: int
+    dtype: str
+    memory: list[dict[str, Any]]
+    """`memory.table`: GiB per GPU for each number of GPUs."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """As `--json` has it."""
+        tokens, size = self.tokens_per_micro_batch._asdict(), self.size._asdict()
+        return {**vars(self), "tokens_per_micro_batch": tokens, "size": size}
+
+    def show(self, console: Console) -> None:
+        """For people."""
+        counts = ", ".join(f"{language} {count}" for language, count in self.languages.items())
+        tokens = self.tokens_per_micro_batch
+        lines = {
+            "Model": f"{self.model} ({self.dtype}), ZeRO-{self.zero_stage}",
+            "Rows": f"{self.rows} ({counts}), {self.measured} measured, {self.dropped} dropped",
+            "Reference": f"{self.reference_sequences} dominant sequences to score once",
+            "Steps": f"{self.steps} of {self.pairs_per_step} pairs",
+            "Batches": (
+                f"{self.micro_batches_per_step_one_rank} micro-batches per step on one rank,"
+                f" {tokens.mean} tokens on average, {tokens.max} at most"
+            ),
+        }
+        for name, text in lines.items():
+            console.print(f"{name:<10}{text}", markup=False, soft_wrap=True)
+        memory.show(self.memory, self.size, tokens.max, console)
+        console.print("Nothing was loaded or written.")
+
+
+def describe(config: Config) -> DryRun:
+    """Checks everything that a run checks before it loads weights, and counts.
+
+        describe(load_config("demo")).show(console())
+
+    Raises:
+        UserError: bad configuration, data or model.
+    """
     deepspeed_settings(config)  # refuses settings that contradict each other
     inputs = load_inputs(config, lambda line: print(line, file=sys.stderr))
     examples = inputs.examples.train
     schedule = schedule_of(config, len(examples))
+    of_epoch = min(schedule.steps, math.ceil(len(examples) / schedule.pairs_per_step))
     batches = Batches(examples, schedule, config)
-    steps = [
-        batches.micro_batches(step, 0, 1)
-        for step in range(min(schedule.steps, math.ceil(len(examples) / schedule.pairs_per_step)))
-    ]
-    tokens = [
-        part.tokens(shares_prompts(config.model.attention)) for step in steps for part in step
-    ]
+    parts = [part for step in range(of_epoch) for part in batches.micro_batches(step, 0, 1)]
+    tokens = [part.tokens(shares_prompts(config.model.attention)) for part in parts]
     size = memory.size_of(inputs.model)
-    languages: dict[str, int] = {}
-    for example in examples:
-        languages[example.language] = languages.get(example.language, 0) + 1
-    return {
-        "model": inputs.model.path,
-        "rows": len(examples),
-        "languages": dict(sorted(languages.items())),
-        "measured": len(inputs.examples.measured),
-        "dropped": len(inputs.examples.dropped),
-        "steps": schedule.steps,
-        "pairs_per_step": config.train.pairs_per_step,
-        "micro_batches_per_step_one_rank": math.ceil(len(tokens) / len(steps)),
-        "tokens_per_micro_batch": {"mean": round(sum(tokens) / len(tokens)), "max": max(tokens)},
-        "reference_sequences": len({s for e in examples for s in e.dominant}),
-        "size": size._asdict(),
-        "zero_stage": config.zero.stage,
-        "dtype": config.model.dtype,
-        "memory": memory.table(config, size, max(tokens)),
-    }
-
-
-def show(report: dict[str, Any], console: Console) -> None:
-    """The report for people."""
-    languages = ", ".join(f"{language} {count}" for language, count in report["languages"].items())
-    tokens = report["tokens_per_micro_batch"]
-    for name, text in (
-        ("Model", f"{report['model']} ({report['dtype']}), ZeRO-{report['zero_stage']}"),
-        (
-            "Rows",
-            (
-                f"{report['rows']} ({languages}), {report['measured']} measured,"
-                f" {report['dropped']} dropped"
-            ),
-        ),
-        ("Reference", f"{report['reference_sequences']} dominant sequences to score once"),
-        ("Steps", f"{report['steps']} of {report['pairs_per_step']} pairs"),
-        (
-            "Batches",
-            (
-                f"{report['micro_batches_per_step_one_rank']} micro-batches per step on one rank,"
-                f" {tokens['mean']} tokens on average, {tokens['max']} at most"
-            ),
-        ),
-    ):
-        console.print(f"{name:<10}{text}", markup=False, soft_wrap=True)
-    memory.show(report["memory"], report, console)
-    console.print("Nothing was loaded or written.")
+    return DryRun(
+        model=inputs.model.path,
+        rows=len(examples),
+        languages=dict(sorted(Counter(e.language for e in examples).items())),
+        measured=len(inputs.examples.measured),
+        dropped=len(inputs.examples.dropped),
+        steps=schedule.steps,
+        pairs_per_step=config.train.pairs_per_step,
+        micro_batches_per_step_one_rank=math.ceil(len(parts) / of_epoch),
+        tokens_per_micro_batch=Tokens(round(sum(tokens) / len(tokens)), max(tokens)),
+        reference_sequences=len({s for e in examples for s in e.dominant}),
+        size=size,
+        zero_stage=config.zero.stage,
+        dtype=config.model.dtype,
+        memory=memory.table(config, size, max(tokens)),
+    )

@@ -160,14 +160,13 @@ def table(config: Config, size: Size, tokens: int) -> list[dict[str, Any]]:
     return rows
 
 
-def show(rows: list[dict[str, Any]], report: dict[str, Any], console: Console) -> None:
-    """The table for people; it says that it is computed. `report` is that of the dry run."""
-    size = report["size"]
+def show(rows: list[dict[str, Any]], size: Size, tokens: int, console: Console) -> None:
+    """The table for people; it says that it is computed. `tokens`: those of the longest
+    micro-batch."""
     made = Table(
         title=(
-            f"COMPUTED memory per GPU in GiB, {size['parameters'] / 1e9:.2f} billion parameters,"
-            f" {size['trained'] / 1e6:.1f} million trained, micro-batches of"
-            f" {report['tokens_per_micro_batch']['max']} tokens"
+            f"COMPUTED memory per GPU in GiB, {size.parameters / 1e9:.2f} billion parameters,"
+            f" {size.trained / 1e6:.1f} million trained, micro-batches of {tokens} tokens"
         )
     )
     for name in rows[0]:

@@ -190,5 +190,5 @@ def test_every_number_of_a_table_is_whole_at_any_width():
         )
         assert all(re.search(rf"\b{language}\b", text) for language in (*LANGUAGES, "all"))
         out = console(columns)
-        memory.show(rows, {"size": sizes._asdict(), "tokens_per_micro_batch": {"max": 100}}, out)
+        memory.show(rows, sizes, 100, out)
         assert out.file.getvalue().count("14.25") == 3 * len(parts), columns
