@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jinja2.exceptions import TemplateRuntimeError
@@ -48,10 +48,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """
     if lora.is_adapter(config.path):
         base = load_tokenizer(config.model_copy(update={"path": lora.base_of(config.path)}))
-        if not any(
-            (Path(config.path) / name).is_file()
-            for name in ("tokenizer.json", "tokenizer_config.json")
-        ):
+        files = [Path(config.path) / f"tokenizer{form}.json" for form in ("", "_config")]
+        if not any(file.is_file() for file in files):
             return base
         own, ids = _tokenizer(config), base.get_vocab()
         moved = [
@@ -114,10 +112,8 @@ def positions_of(config: ModelConfig) -> int | None:
     """How many tokens of a text the model was made for, stretched positions counted; None where its
     config.json does not say."""
     hf_config = _whole_config_of(config)
-    own, rope = (
-        getattr(hf_config, "max_position_embeddings", None),
-        getattr(hf_config, "rope_parameters", None) or {},
-    )
+    own = getattr(hf_config, "max_position_embeddings", None)
+    rope = getattr(hf_config, "rope_parameters", None) or {}
     factor = rope.get("factor") or 1
     return own and max(own, int(factor * rope.get("original_max_position_embeddings", own)))
 
@@ -220,11 +216,21 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
                 " and train that."
             )
         base = load_model(config.model_copy(update={"path": lora.base_of(config.path)}))
-        return (
-            lora.merged(base, config.path)
-            if config.quantize is None
-            else lora.beside(base, config.path)
-        )
+        put = lora.merged if config.quantize is None else lora.beside
+        return put(base, config.path)
+    model = _read_weights(config)
+    if config.quantize is not None:
+        quantized.prepare(model)
+    if config.activation_checkpointing:
+        recompute.enable(model, config.activation_checkpointing)
+    if config.lora is not None:
+        lora.attach(model, config.lora)
+    return model
+
+
+def _read_weights(config: ModelConfig) -> PreTrainedModel:
+    """A whole model as its files have it. Raises UserError where a tensor did not come from
+    them."""
     chosen = attention.resolve(config.attention)
     try:
         loader: Any = AutoModelForCausalLM
@@ -245,20 +251,12 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
             f" {first_line(error)}."
         ) from error
     refuse_partial(config.path, found)
-    if config.quantize is not None:
-        quantized.prepare(model)
-    if config.activation_checkpointing:
-        recompute.enable(model, config.activation_checkpointing)
-    if config.lora is not None:
-        lora.attach(model, config.lora)
-    return model
+    return cast(PreTrainedModel, model)
 
 
 def _quantization(config: ModelConfig) -> dict[str, Any]:
     """Arguments of from_pretrained that load the frozen weights in few bits. Raises UserError
     without bitsandbytes."""
-    return (
-        {}
-        if config.quantize is None
-        else quantized.options(config.quantize, getattr(torch, config.dtype))
-    )
+    if config.quantize is None:
+        return {}
+    return quantized.options(config.quantize, getattr(torch, config.dtype))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -98,41 +98,47 @@ def pack(
         share_prompts: put a prompt that two sequences have into the row once; needs packed
             attention.
     """
-    ids: list[int] = []
-    positions: list[int] = []
-    documents: list[Document] = []
-    rows: dict[int, list[int]] = {}  # of each sequence: where its tokens lie in the row
-    for document in _documents(sequences, share_prompts):
-        first = sequences[document[0]]
-        start = len(ids)
-        prompt = list(range(start, start + first.response_start))
-        ids += first.input_ids[: first.response_start]
-        positions += range(first.response_start)
-        for i in document:
-            response = sequences[i].input_ids[first.response_start :]
-            rows[i] = prompt + list(range(len(ids), len(ids) + len(response)))
-            ids += response
-            positions += range(first.response_start, len(sequences[i].input_ids))
-        documents.append(
-            (
-                first.response_start,
-                *(len(sequences[i].input_ids) - first.response_start for i in document),
-            )
-        )
-    predicting = [rows[i][sequences[i].response_start - 1 : -1] for i in scored]
-    averaged = [rows[i][sequences[i].response_start if pool == "response" else 0 :] for i in pooled]
+    row = _lay_out(sequences, share_prompts)
+    starts = [sequence.response_start for sequence in sequences]
+    predicting = [row.places[i][starts[i] - 1 : -1] for i in scored]
+    averaged = [row.places[i][starts[i] if pool == "response" else 0 :] for i in pooled]
     return PackedSequences(
-        input_ids=torch.tensor([ids]),
-        position_ids=torch.tensor([positions]),
-        documents=tuple(documents),
+        input_ids=torch.tensor([row.ids]),
+        position_ids=torch.tensor([row.positions]),
+        documents=tuple(row.documents),
         scored_rows=_concatenated(predicting),
-        labels=_concatenated(
-            [sequences[i].input_ids[sequences[i].response_start :] for i in scored]
-        ),
+        labels=_concatenated([sequences[i].input_ids[starts[i] :] for i in scored]),
         scored_cu_seqlens=_offsets(predicting),
         pooled_rows=_concatenated(averaged),
         pooled_cu_seqlens=_offsets(averaged),
     )
+
+
+class _Row(NamedTuple):
+    """Sequences behind each other, as integers."""
+
+    ids: list[int]
+    positions: list[int]
+    documents: list[Document]
+    places: dict[int, list[int]]
+    """Of each sequence: where its tokens lie in the row."""
+
+
+def _lay_out(sequences: Sequence[TokenizedResponse], share_prompts: bool) -> _Row:
+    row = _Row([], [], [], {})
+    for document in _documents(sequences, share_prompts):
+        first = sequences[document[0]]
+        start = first.response_start
+        prompt = list(range(len(row.ids), len(row.ids) + start))
+        row.ids.extend(first.input_ids[:start])
+        row.positions.extend(range(start))
+        responses = [sequences[i].input_ids[start:] for i in document]
+        for i, response in zip(document, responses, strict=True):
+            row.places[i] = prompt + list(range(len(row.ids), len(row.ids) + len(response)))
+            row.ids.extend(response)
+            row.positions.extend(range(start, start + len(response)))
+        row.documents.append((start, *map(len, responses)))
+    return row
 
 
 def _documents(sequences: Sequence[TokenizedResponse], share_prompts: bool) -> list[list[int]]:

@@ -35,17 +35,7 @@ def start() -> torch.device:
     if not (is_main() and sys.stderr.isatty()):
         transformers.utils.logging.disable_progress_bar()  # one bar, and none in a log
     if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        alone = {
-            "RANK": 0,
-            "LOCAL_RANK": 0,
-            "WORLD_SIZE": 1,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
-        os.environ.update({name: str(value) for name, value in alone.items()})
+        _be_the_only_rank()
     accelerator = get_accelerator()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     on_cpu = accelerator.device_name() == "cpu"
@@ -56,18 +46,30 @@ def start() -> torch.device:
         # compiler). Gloo does all that is needed.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
-        try:
-            deepspeed.init_distributed(
-                dist_backend="gloo" if on_cpu else accelerator.communication_backend_name()
-            )
-        except torch.distributed.DistNetworkError as error:
-            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            raise UserError(
-                f"The ranks cannot meet at {address}: {str(error).splitlines()[0]} If the address"
-                " is in use, another run has it, or ranks of one whose launcher was killed: end"
-                " them, or give the launcher another --master_port."
-            ) from error
+        _meet("gloo" if on_cpu else accelerator.communication_backend_name())
     return torch.device("cpu") if on_cpu else torch.device(accelerator.device_name(local_rank))
+
+
+def _be_the_only_rank() -> None:
+    """Says in the environment what a launcher of one process would say."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in {**alone, **place}.items()})
+
+
+def _meet(backend: str) -> None:
+    try:
+        deepspeed.init_distributed(dist_backend=backend)
+    except torch.distributed.DistNetworkError as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise UserError(
+            f"The ranks cannot meet at {address}: {str(error).splitlines()[0]} If the address"
+            " is in use, another run has it, or ranks of one whose launcher was killed: end"
+            " them, or give the launcher another --master_port."
+        ) from error
 
 
 def _check_launcher() -> None:

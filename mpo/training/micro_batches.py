@@ -72,10 +72,9 @@ def in_micro_batches(
         if tokens is None:
             parts.append(MicroBatch(tuple(chunk), dominant))
         else:
-            parts += [
-                MicroBatch(tuple(chunk)),
-                *([MicroBatch(dominant=dominant)] if dominant else []),
-            ]
+            parts.append(MicroBatch(tuple(chunk)))
+            if dominant:
+                parts.append(MicroBatch(dominant=dominant))
     return parts if tokens is None else _first_fit(parts, tokens, share_prompts)
 
 
@@ -84,9 +83,8 @@ def _first_fit(parts: Sequence[MicroBatch], budget: int, share_prompts: bool) ->
     has room."""
     joined: list[MicroBatch] = []
     sizes: list[int] = []
-    for size, part in sorted(
-        ((part.tokens(share_prompts), part) for part in parts), key=lambda of: -of[0]
-    ):  # stable: alike on every rank
+    sized = [(part.tokens(share_prompts), part) for part in parts]
+    for size, part in sorted(sized, key=lambda of: -of[0]):  # stable: alike on every rank
         place = next((i for i, other in enumerate(sizes) if other + size <= budget), None)
         if place is None:
             joined.append(part)

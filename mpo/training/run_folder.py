@@ -39,6 +39,7 @@ from mpo.runtime.files import (
 )
 
 LOCK = ".lock"
+ANOTHER = "Choose another output_dir (for example output_dir=runs/second) or delete the folder."
 MAY_CHANGE = {"output_dir", "log_every", "checkpoint", "track", "zero"}
 """Sections that do not change what a run computes, so an interrupted one may go on with others."""
 KNOWN_BY_CONTENT = {
@@ -99,34 +100,38 @@ class OutputFolder:
             "threads": threads,
             "versions": _versions(),
         }
-        another = (
-            "Choose another output_dir (for example output_dir=runs/second) or delete the folder."
-        )
+        self._take()
+        remove_incomplete(self.root)
+        if not self.config.is_file():
+            write_json(self.config, mine)
+            return False
+        self._refuse_another_run(mine, may_be_finished)
+        return True
+
+    def _take(self) -> None:
+        """Refuses what is no run's, and what another process is at work in."""
         with writing(self.root):
             self._check_kinds()
             foreign = not self.config.is_file() and not self._is_empty()
         if foreign:
-            raise UserError(f"output_dir {self.root} is not empty and holds no MPO run. {another}")
+            raise UserError(f"output_dir {self.root} is not empty and holds no MPO run. {ANOTHER}")
         if (holder := self._claim.take()) is not None:
             raise UserError(
                 f"Another process ({holder}) is at work in output_dir {self.root}. Ranks outlive a"
                 " launcher that is killed: wait for it, or end it and run the same command again,"
                 " which goes on from the newest checkpoint."
             )
-        remove_incomplete(self.root)
-        if not self.config.is_file():
-            write_json(self.config, mine)
-            return False
+
+    def _refuse_another_run(self, mine: dict[str, Any], may_be_finished: bool) -> None:
         differing = differences(_identity(self.read()), _identity(mine))
         if differing:
             listed = "; ".join(map(_in_words, differing))
-            raise UserError(f"output_dir {self.root} holds another run: {listed}. {another}")
+            raise UserError(f"output_dir {self.root} holds another run: {listed}. {ANOTHER}")
         if self.result.is_file() and not may_be_finished:
             self._check_result()
             raise UserError(
-                f"output_dir {self.root} holds the finished run of this configuration. {another}"
+                f"output_dir {self.root} holds the finished run of this configuration. {ANOTHER}"
             )
-        return True
 
     def other_threads(self, threads: int) -> int | None:
         """How many CPU threads the run began with, where this process has another number of them; a
