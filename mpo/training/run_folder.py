@@ -40,6 +40,9 @@ from mpo.runtime.files import (
 
 LOCK = ".lock"
 ANOTHER = "Choose another output_dir (for example output_dir=runs/second) or delete the folder."
+VERSIONS = {package: version(package) for package in ("torch", "transformers", "deepspeed")}
+"""Of what computes. They are no part of a run's identity, but of the last bits of its numbers. Read
+once, before anything is written."""
 MAY_CHANGE = {"output_dir", "log_every", "checkpoint", "track", "zero"}
 """Sections that do not change what a run computes, so an interrupted one may go on with others."""
 KNOWN_BY_CONTENT = {
@@ -98,7 +101,7 @@ class OutputFolder:
             "rows": rows,
             "model": model,
             "threads": threads,
-            "versions": _versions(),
+            "versions": VERSIONS,
         }
         self._take()
         remove_incomplete(self.root)
@@ -144,7 +147,7 @@ class OutputFolder:
         began_with = self.read().get("versions") or {}
         return [
             f"{name} {began_with[name]} (now {now})"
-            for name, now in _versions().items()
+            for name, now in VERSIONS.items()
             if began_with.get(name, now) != now
         ]
 
@@ -299,12 +302,6 @@ def _is_step(row: Any) -> bool:
         and isinstance(row.get("step"), int)
         and isinstance(row.get("gap"), dict)
     )
-
-
-def _versions() -> dict[str, str]:
-    """Versions of what computes. They are no part of a run's identity, but of the last bits of its
-    numbers."""
-    return {package: version(package) for package in ("torch", "transformers", "deepspeed")}
 
 
 def _identity(run: dict[str, Any]) -> dict[str, Any]:
