@@ -7,18 +7,14 @@ from mpo_kernels.functional import (
     linear_mpo_loss,
     linear_token_logprobs,
     linear_token_statistics,
-    mean_pool,
     mpo_loss,
-    retention_loss,
     token_logprobs,
     token_statistics,
 )
-from mpo_kernels.nn import LinearMPOLoss, MPOLoss
 from mpo_kernels.parallel import Parallel
+from mpo_kernels.retention import mean_pool, retention_loss
 
 __all__ = [
-    "LinearMPOLoss",
-    "MPOLoss",
     "MPOLossOutput",
     "Parallel",
     "TokenStatistics",

@@ -15,7 +15,7 @@ from mpo_kernels.parallel import Parallel
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-OPTIONAL = ("bias", "pair_weights", "cu_seqlens", "mask", "sequence_weights")
+OPTIONAL = ("bias", "pair_weights", "cu_seqlens", "rows", "mask", "sequence_weights")
 """Tensors that need not be given."""
 
 
@@ -64,36 +64,32 @@ def check_float(name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def check_options(
-    logit_scale: float | torch.Tensor,
-    softcap: float | torch.Tensor | None,
-    beta: float | torch.Tensor = 1.0,
-    reduction: str = "mean",
-    like: torch.Tensor | None = None,
+def check_number(
+    name: str, value: float | torch.Tensor | None, like: torch.Tensor | None = None
 ) -> None:
     """Refuses numbers that are not finite or out of range, and tensors for them that are no number,
     elsewhere than on the CPU or with `like`, or trained. The value of a tensor is only read on the
     CPU, outside of torch.compile."""
-    for name, value in (("logit_scale", logit_scale), ("softcap", softcap), ("beta", beta)):
-        if value is None and name == "softcap":
-            continue
-        # Not math.isfinite, which torch.compile cannot trace for a dynamic float; nor `int |
-        # float`, which that of torch 2.8 cannot.
-        if isinstance(value, torch.Tensor):
-            _check_stored_number(name, value, like)
-        elif not isinstance(value, (int, float)) or not abs(value) < float("inf"):
-            raise ValueError(f"{name} must be a finite Python number, not {value!r}.")
-    if softcap is not None and not isinstance(softcap, torch.Tensor) and softcap <= 0:
-        raise ValueError(f"softcap is {softcap}; it must be positive, or None for no cap.")
-    if (
-        softcap is not None
-        and not isinstance(softcap, torch.Tensor)
-        and not 1e-30 <= softcap <= 1e30
-    ):
+    if value is None and name == "softcap":
+        return
+    if isinstance(value, torch.Tensor):
+        _check_stored_number(name, value, like)
+        return
+    # Not math.isfinite, which torch.compile cannot trace for a dynamic float; nor `int | float`,
+    # which that of torch 2.8 cannot.
+    if not isinstance(value, (int, float)) or not abs(value) < float("inf"):
+        raise ValueError(f"{name} must be a finite Python number, not {value!r}.")
+    if name == "softcap" and value <= 0:
+        raise ValueError(f"softcap is {value}; it must be positive, or None for no cap.")
+    if name == "softcap" and not 1e-30 <= value <= 1e30:
         raise ValueError(
-            f"softcap is {softcap}; it must lie between 1e-30 and 1e30, where float32 holds it and"
+            f"softcap is {value}; it must lie between 1e-30 and 1e30, where float32 holds it and"
             " its reciprocal."
         )
+
+
+def check_reduction(reduction: str) -> None:
+    """Refuses other ways to sum."""
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction is {reduction!r}; it can be 'mean', 'sum' or 'none'.")
 
@@ -143,23 +139,66 @@ def check_integers(ignore_index: int, chunk_bytes: int | None = None) -> None:
 
 
 def check_rows(
-    name: str, rows: torch.Tensor, labels: torch.Tensor, *, host_labels_ok: bool = False
+    name: str,
+    tensor: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    gathered: torch.Tensor | None = None,
+    host_labels_ok: bool = False,
 ) -> None:
-    """rows (..., X) and labels (...) fit together. `host_labels_ok`: labels may stay on the CPU."""
-    check_float(name, rows)
+    """tensor (..., X) and labels (...) fit together, or with `gathered` (M,) its rows of that
+    number and labels (M,). `host_labels_ok`: labels may stay on the CPU."""
+    check_float(name, tensor)
     if labels.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"labels have dtype {labels.dtype}; needed is int64 (or int32).")
-    if rows.ndim < 2 or rows.shape[:-1] != labels.shape:
+    if gathered is not None:
+        _check_gathered(name, tensor, labels, gathered)
+    elif tensor.ndim < 2 or tensor.shape[:-1] != labels.shape:
         raise ValueError(
-            f"{name} has shape {tuple(rows.shape)} and labels {tuple(labels.shape)}; labels must"
+            f"{name} has shape {tuple(tensor.shape)} and labels {tuple(labels.shape)}; labels must"
             f" have the shape of {name} without its last dimension, and labels[t] is the token that"
             " position t predicts (already shifted)."
         )
-    if rows.shape[-1] == 0:
-        raise ValueError(f"{name} has shape {tuple(rows.shape)}: its last dimension is empty.")
-    if labels.device != rows.device and not (host_labels_ok and labels.device.type == "cpu"):
+    if tensor.shape[-1] == 0:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}: its last dimension is empty.")
+    if labels.device != tensor.device and not (host_labels_ok and labels.device.type == "cpu"):
         raise ValueError(
-            f"labels are on {labels.device} and {name} on {rows.device}; move them to one device."
+            f"labels are on {labels.device} and {name} on {tensor.device}; move them to one device."
+        )
+
+
+def _check_gathered(
+    name: str, tensor: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor
+) -> None:
+    if rows.dtype != torch.int64 or rows.ndim != 1:
+        raise ValueError(
+            f"rows is {rows.dtype} {tuple(rows.shape)}; needed is int64 of shape (M,), the row of"
+            f" {name} that predicts each of the M labels."
+        )
+    if tensor.ndim != 2:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}; with rows it is [N, {name} size], of which"
+            " rows are read."
+        )
+    if labels.shape != rows.shape:
+        raise ValueError(
+            f"rows has shape {tuple(rows.shape)} and labels {tuple(labels.shape)}; needed is one"
+            " label for each of rows."
+        )
+    if rows.device != tensor.device and rows.device.type != "cpu":
+        raise ValueError(
+            f"rows is on {rows.device} and {name} on {tensor.device}; use that device or the CPU."
+        )
+
+
+def check_row_values(rows: torch.Tensor, count: int) -> None:
+    """Reads rows: each is in [0, count)."""
+    bad = torch.nonzero((rows < 0) | (rows >= count))
+    if bad.numel():
+        first = int(bad[0])
+        raise ValueError(
+            f"rows[{first}] is {int(rows[first])}; rows must be in [0, {count}), the rows of hidden"
+            f" ({bad.shape[0]} are not)."
         )
 
 
@@ -272,9 +311,9 @@ def check_label_values(labels: torch.Tensor, vocab: int, ignore_index: int) -> N
     labels = labels.long()  # int32 would be compared with what is left of a larger ignore_index
     bad = torch.nonzero((labels != ignore_index) & ((labels < 0) | (labels >= vocab)))
     if bad.numel():
-        place = tuple(bad[0].tolist())
+        index = tuple(bad[0].tolist())
         raise ValueError(
-            f"labels{list(place)} is {int(labels[place])}; labels must be in [0, {vocab}) or the"
+            f"labels{list(index)} is {int(labels[index])}; labels must be in [0, {vocab}) or the"
             f" ignore_index {ignore_index} ({bad.shape[0]} are not)."
         )
 

@@ -1,5 +1,5 @@
-"""The public functions. Shapes: P pairs, S = 2P sequences (the P chosen first, then the P
-rejected), T positions, N rows, V tokens, D hidden.
+"""The public losses. Shapes: P pairs, S = 2P sequences (the P chosen first, then the P rejected), T
+positions, N rows, V tokens, D hidden.
 
 Layouts: dense `[2P, T, ...]`, or packed `[N, ...]` with `cu_seqlens`, int32 (2P + 1,), the offsets
 of the sequences. `labels[t]` is the token that position t predicts (already shifted); positions
@@ -9,6 +9,9 @@ whose label is `ignore_index` are not scored. Equations are numbered in docs/mat
 Under autocast the linear functions run their GEMMs in autocast's dtype; hidden states and weight
 may then differ in dtype, and the weight's gradient comes in its own. Everything else computes in
 float32 (float64 for float64 input) and returns that, autocast or not.
+
+This is the door: what is wrong with a call is said here, its options become one `LogitOptions`, and
+whatever the caller ignores becomes one label.
 """
 
 from __future__ import annotations
@@ -18,19 +21,18 @@ from typing import NamedTuple
 import torch
 
 from mpo_kernels import checks
+from mpo_kernels.labels import with_one_ignored
+from mpo_kernels.layouts import counts_in, offsets_of, overwritable, three_dimensional
+from mpo_kernels.ops.chunks import Targets
 from mpo_kernels.ops.flops import tell_counters
-from mpo_kernels.ops.linear_pairs import linear_pair_loss_op, linear_token_logprobs_op
+from mpo_kernels.ops.linear_pairs import LinearPairLosses, linear_pair_loss_op
+from mpo_kernels.ops.linear_tokens import LinearTokenResults, linear_token_logprobs_op
 from mpo_kernels.ops.once import check_mode, has_data, is_wrapped
-from mpo_kernels.ops.pairs import pair_loss_op
-from mpo_kernels.ops.pool import mean_pool_op
-from mpo_kernels.ops.stats import as_arguments
-from mpo_kernels.ops.tokens import InplaceTokenLogprobs, token_logprobs_op
-from mpo_kernels.parallel import Parallel, handle_of, refused_together
-
-Number = float | torch.Tensor
-"""A Python number, or a tensor of shape () without gradient on the CPU or the device of the others,
-where it is not read back. Under torch.compile it may change from call to call without a new
-graph."""
+from mpo_kernels.ops.pairs import PairConstants, pair_loss_op
+from mpo_kernels.ops.projection import Head, Needs
+from mpo_kernels.ops.tokens import InplaceTokenLogprobs, TokenResults, token_logprobs_op
+from mpo_kernels.options import LogitOptions, Number, statistics_dtype, stored
+from mpo_kernels.parallel import Parallel, refused_together, whole_vocab
 
 
 class TokenStatistics(NamedTuple):
@@ -96,18 +98,17 @@ def token_logprobs(
     Raises:
         ValueError: shapes, dtypes, devices or values do not fit.
     """
-    output = _from_logits(
+    checks.check_tensors(logits=logits, labels=labels)
+    options = LogitOptions.checked(logits, logit_scale, softcap, parallel)
+    return _from_logits(
         logits,
         labels,
-        False,
-        ignore_index,
-        logit_scale,
-        softcap,
-        inplace_backward,
-        parallel,
-        validate,
-    )
-    return output[0].view(labels.shape)
+        options,
+        ignore_index=ignore_index,
+        token_outputs=False,
+        inplace_backward=inplace_backward,
+        validate=validate,
+    ).logp.view(labels.shape)
 
 
 def token_statistics(
@@ -127,18 +128,18 @@ def token_statistics(
     Arguments and errors are those of `token_logprobs`; only the log-probabilities are
     differentiable.
     """
-    output = _from_logits(
+    checks.check_tensors(logits=logits, labels=labels)
+    options = LogitOptions.checked(logits, logit_scale, softcap, parallel)
+    found = _from_logits(
         logits,
         labels,
-        True,
-        ignore_index,
-        logit_scale,
-        softcap,
-        inplace_backward,
-        parallel,
-        validate,
+        options,
+        ignore_index=ignore_index,
+        token_outputs=True,
+        inplace_backward=inplace_backward,
+        validate=validate,
     )
-    return _shaped(labels.shape, output[0], output[2], output[3])
+    return _token_statistics(found, labels.shape)
 
 
 def mpo_loss(
@@ -183,8 +184,6 @@ def mpo_loss(
     Raises:
         ValueError: shapes, dtypes, devices or values do not fit.
     """
-    checks.check_options(logit_scale, softcap, beta, reduction, like=logits)
-    checks.check_integers(ignore_index)
     checks.check_tensors(
         logits=logits,
         labels=labels,
@@ -192,48 +191,31 @@ def mpo_loss(
         pair_weights=pair_weights,
         cu_seqlens=cu_seqlens,
     )
-    checks.check_parallel(parallel)
+    options = LogitOptions.checked(logits, logit_scale, softcap, parallel)
+    checks.check_reduction(reduction)
+    checks.check_integers(ignore_index)
     checks.check_rows("logits", logits, labels)
     sequences = checks.check_layout(logits, cu_seqlens, "logits", pairs=True)
-    _check_pair_vectors(reference_gap, pair_weights, sequences // 2, logits.device)
+    constants = _pair_constants(logits, reference_gap, pair_weights, beta, sequences // 2)
+    offsets = offsets_of(cu_seqlens, sequences, labels.numel(), labels)
     if _reads_data(validate, logits, labels, reference_gap, pair_weights, cu_seqlens):
-        _check_pair_data(
-            labels,
-            cu_seqlens,
-            reference_gap,
-            pair_weights,
-            sequences,
-            ignore_index,
-            logits.shape[-1],
-            parallel,
-        )
-    logp, _, entropy, is_argmax = _from_logits(
+        vocab = whole_vocab(logits.shape[-1], parallel)
+        _check_pair_data(labels, offsets, ignore_index, vocab, parallel)
+        _check_pair_values(reference_gap, pair_weights)
+    found = _from_logits(
         logits,
         labels,
-        token_outputs,
-        ignore_index,
-        logit_scale,
-        softcap,
-        inplace_backward,
-        parallel,
+        options,
+        ignore_index=ignore_index,
+        token_outputs=token_outputs,
+        inplace_backward=inplace_backward,
         validate=False,
     )
-    offsets = _offsets(cu_seqlens, sequences, labels.numel(), labels)
-    tokens = (
-        _shaped(labels.shape, logp.detach().clone(), entropy, is_argmax) if token_outputs else None
-    )
-    return _pair_output(
-        logp,
-        labels.reshape(-1).long(),
-        offsets,
-        reference_gap,
-        pair_weights,
-        beta,
-        ignore_index,
-        reduction,
-        parallel,
-        tokens,
-    )
+    flat = with_one_ignored(labels.reshape(-1).long(), ignore_index)
+    losses = pair_loss_op(found.logp, flat, offsets, constants, parallel)
+    tokens = _token_statistics(found, labels.shape, detached=True) if token_outputs else None
+    chosen, rejected = losses.means.chunk(2)
+    return MPOLossOutput(reduced(losses.losses, reduction), chosen, rejected, losses.gaps, tokens)
 
 
 def linear_token_logprobs(
@@ -242,6 +224,7 @@ def linear_token_logprobs(
     labels: torch.Tensor,
     *,
     bias: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
     ignore_index: int = -100,
     logit_scale: Number = 1.0,
     softcap: Number | None = None,
@@ -267,19 +250,11 @@ def linear_token_logprobs(
     Raises:
         ValueError: shapes, dtypes, devices or label values do not fit.
     """
-    output = _from_hidden(
-        hidden,
-        weight,
-        bias,
-        labels,
-        False,
-        ignore_index,
-        logit_scale,
-        softcap,
-        chunk_bytes,
-        parallel,
-    )
-    return output[0].view(labels.shape)
+    checks.check_tensors(hidden=hidden, weight=weight, labels=labels, bias=bias, rows=rows)
+    options = LogitOptions.checked(hidden, logit_scale, softcap, parallel)
+    head, targets = Head(weight, bias, None, chunk_bytes), Targets(labels, rows, ignore_index)
+    found = _from_hidden(hidden, head, targets, options, token_outputs=False)
+    return found.logp.view(labels.shape)
 
 
 def linear_token_statistics(
@@ -288,6 +263,7 @@ def linear_token_statistics(
     labels: torch.Tensor,
     *,
     bias: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
     ignore_index: int = -100,
     logit_scale: Number = 1.0,
     softcap: Number | None = None,
@@ -300,19 +276,11 @@ def linear_token_statistics(
     Arguments and errors are those of `linear_token_logprobs`; only the log-probabilities are
     differentiable.
     """
-    output = _from_hidden(
-        hidden,
-        weight,
-        bias,
-        labels,
-        True,
-        ignore_index,
-        logit_scale,
-        softcap,
-        chunk_bytes,
-        parallel,
-    )
-    return _shaped(labels.shape, *output[:3])
+    checks.check_tensors(hidden=hidden, weight=weight, labels=labels, bias=bias, rows=rows)
+    options = LogitOptions.checked(hidden, logit_scale, softcap, parallel)
+    head, targets = Head(weight, bias, None, chunk_bytes), Targets(labels, rows, ignore_index)
+    found = _from_hidden(hidden, head, targets, options, token_outputs=True)
+    return _token_statistics(found, labels.shape)
 
 
 def linear_mpo_loss(
@@ -325,6 +293,7 @@ def linear_mpo_loss(
     beta: Number = 1.0,
     pair_weights: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
     ignore_index: int = -100,
     logit_scale: Number = 1.0,
     softcap: Number | None = None,
@@ -358,383 +327,184 @@ def linear_mpo_loss(
     Raises:
         ValueError: shapes, dtypes, devices or values do not fit; a sequence has no scored token.
     """
-    checks.check_options(logit_scale, softcap, beta, reduction, like=hidden)
-    checks.check_integers(ignore_index, chunk_bytes)
-    gemm_dtype = _check_head(hidden, weight, bias, labels, parallel)
     checks.check_tensors(
-        reference_gap=reference_gap, pair_weights=pair_weights, cu_seqlens=cu_seqlens
+        hidden=hidden,
+        weight=weight,
+        labels=labels,
+        bias=bias,
+        rows=rows,
+        reference_gap=reference_gap,
+        pair_weights=pair_weights,
+        cu_seqlens=cu_seqlens,
     )
+    options = LogitOptions.checked(hidden, logit_scale, softcap, parallel)
+    checks.check_reduction(reduction)
+    head, targets = Head(weight, bias, None, chunk_bytes), Targets(labels, rows, ignore_index)
+    call = _checked(hidden, head, targets, options)
     sequences = checks.check_layout(hidden, cu_seqlens, "hidden", pairs=True)
-    _check_pair_vectors(reference_gap, pair_weights, sequences // 2, hidden.device)
+    constants = _pair_constants(hidden, reference_gap, pair_weights, beta, sequences // 2)
     if _reads_data(None, hidden, reference_gap, pair_weights):
         _check_pair_values(reference_gap, pair_weights)
-    flat_labels = labels.reshape(-1)
-    host = torch.device("cpu")  # where offsets that are not given are wanted
-    offsets = _offsets(
-        cu_seqlens,
-        sequences,
-        labels.numel(),
-        labels,
-        host if cu_seqlens is None else cu_seqlens.device,
-    )
+    # Offsets that are not given are wanted on the host.
+    place = torch.device("cpu") if cu_seqlens is None else cu_seqlens.device
+    offsets = offsets_of(cu_seqlens, sequences, labels.numel(), labels, place)
     if reduction == "none":
-        with refused_together(None if torch.compiler.is_compiling() else parallel):
-            logp, entropy, is_argmax, *_ = _from_hidden(
-                hidden,
-                weight,
-                bias,
-                labels,
-                token_outputs,
-                ignore_index,
-                logit_scale,
-                softcap,
-                chunk_bytes,
-                parallel,
-            )
-        tokens = (
-            _shaped(labels.shape, logp.detach().clone(), entropy, is_argmax)
-            if token_outputs
-            else None
-        )
-        device = hidden.device
-        return _pair_output(
-            logp,
-            flat_labels.long().to(device),
-            offsets.to(device),
-            reference_gap,
-            pair_weights,
-            beta,
-            ignore_index,
-            reduction,
-            parallel,
-            tokens,
-        )
-    rows, gaps, weights = (
-        hidden.reshape(-1, hidden.shape[-1]),
-        _vector(reference_gap, hidden),
-        _vector(pair_weights, hidden),
+        return _linear_pairs_one_by_one(call, options, constants, offsets, labels, token_outputs)
+    may_keep_chunk = not torch.compiler.is_compiling() and has_data(hidden)
+    found = linear_pair_loss_op(
+        call.hidden,
+        call.head,
+        call.targets,
+        offsets,
+        constants,
+        options,
+        call.needs,
+        may_keep_chunk,
+        token_outputs,
     )
-    loss, means, gap, *token_results = linear_pair_loss_op(
-        rows, weight, bias, flat_labels, offsets, gaps, weights, *_beta(hidden, beta), *_needs(hidden, weight, bias),
-        not torch.compiler.is_compiling() and has_data(hidden),
-        ignore_index, *as_arguments(hidden, logit_scale, softcap), chunk_bytes, gemm_dtype, token_outputs, handle_of(parallel),
-    )[:6]  # fmt: skip
-    chosen, rejected = means.chunk(2)
-    tokens = _shaped(labels.shape, *token_results) if token_outputs else None
-    return MPOLossOutput(
-        loss / (sequences // 2) if reduction == "mean" else loss, chosen, rejected, gap, tokens
-    )
+    loss = found.loss / (sequences // 2) if reduction == "mean" else found.loss
+    tokens = _token_statistics(found, labels.shape) if token_outputs else None
+    chosen, rejected = found.means.chunk(2)
+    return MPOLossOutput(loss, chosen, rejected, found.gaps, tokens)
 
 
-def mean_pool(
-    hidden: torch.Tensor,
-    *,
-    mask: torch.Tensor | None = None,
-    cu_seqlens: torch.Tensor | None = None,
-    validate: bool | None = None,
-) -> torch.Tensor:
-    """Mean over the pooled positions of each sequence, summed in fp32 whatever the input's dtype.
-    Differentiable.
+class _LinearCall(NamedTuple):
+    """A call of a linear function that was found right, as operators take it."""
 
-    Args:
-        hidden: dense (S, T, D), or packed (N, D) with cu_seqlens int32 (S + 1,).
-        mask: bool (S, T) or (N,), True where a position is pooled; None pools all. Other positions
-            are not read.
-        validate: see `token_logprobs`; refuses a sequence without a pooled position, which
-            otherwise gives NaN.
-    Returns:
-        (S, D) float32.
-    Raises:
-        ValueError: shapes, dtypes, devices or values do not fit.
-    """
-    checks.check_tensors(hidden=hidden, mask=mask, cu_seqlens=cu_seqlens)
-    checks.check_float("hidden", hidden)
-    check_mode(hidden)
-    sequences = checks.check_layout(hidden, cu_seqlens, "hidden", pairs=False)
-    if mask is not None and (
-        mask.dtype != torch.bool or mask.shape != hidden.shape[:-1] or mask.device != hidden.device
-    ):
-        raise ValueError(
-            f"mask is {mask.dtype} {tuple(mask.shape)} on {mask.device}; needed is bool"
-            f" {tuple(hidden.shape[:-1])} on {hidden.device}."
-        )
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    offsets = _offsets(cu_seqlens, sequences, rows.shape[0], hidden)
-    if _reads_data(validate, hidden, mask, cu_seqlens):
-        checks.check_cu_seqlens_values(offsets, rows.shape[0])
-        kept = (
-            torch.ones(rows.shape[0], dtype=torch.bool, device=rows.device)
-            if mask is None
-            else mask.reshape(-1)
-        )
-        checks.check_no_empty_sequence(_counts(kept, offsets), pairs=False)
-    return mean_pool_op(rows, None if mask is None else mask.reshape(-1), offsets)[0]
-
-
-def retention_loss(
-    hidden: torch.Tensor,
-    reference: torch.Tensor,
-    *,
-    mask: torch.Tensor | None = None,
-    cu_seqlens: torch.Tensor | None = None,
-    sequence_weights: torch.Tensor | None = None,
-    reduction: str = "mean",
-    validate: bool | None = None,
-) -> torch.Tensor:
-    """L2 of MPO: mean over sequences and hidden units of (mean_pool(hidden) - reference)^2
-    (equations 3 and 9; arXiv 2505.16869).
-
-    Padding never enters the pool, and the pool is fp32: in bf16 the difference of two means
-    vanishes in rounding.
-
-    Args:
-        hidden, mask, cu_seqlens, validate: see `mean_pool`.
-        reference: (S, D) float32, the reference model's pooled hidden states.
-        sequence_weights: (S,) float, multiplies each sequence's mean squared difference.
-        reduction: "mean" (the sum over S, whatever the weights), "sum" or "none" (S,).
-    Raises:
-        ValueError: shapes, dtypes, devices or values do not fit.
-    """
-    checks.check_options(1.0, None, reduction=reduction)
-    checks.check_tensors(hidden=hidden, reference=reference, sequence_weights=sequence_weights)
-    pooled = mean_pool(hidden, mask=mask, cu_seqlens=cu_seqlens, validate=validate)
-    if (
-        reference.shape != pooled.shape
-        or reference.dtype not in (torch.float32, torch.float64)
-        or reference.device != pooled.device
-    ):
-        raise ValueError(
-            f"reference is {reference.dtype} {tuple(reference.shape)} on {reference.device}; needed"
-            f" is float32 {tuple(pooled.shape)} on {pooled.device}."
-        )
-    per_sequence = (pooled - reference.to(pooled.dtype)).square().mean(-1)  # (S,)
-    if sequence_weights is not None:
-        checks.check_per(
-            "sequence_weights", sequence_weights, pooled.shape[0], "sequence", pooled.device
-        )
-        per_sequence = per_sequence * sequence_weights.to(pooled.dtype)
-    return _reduced(per_sequence, reduction)
-
-
-def _reduced(values: torch.Tensor, reduction: str) -> torch.Tensor:
-    return values if reduction == "none" else values.sum() if reduction == "sum" else values.mean()
-
-
-def _reads_data(validate: bool | None, rows: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """Whether the data of the tensors are checked: where they are wanted to be, and there are any
-    to read."""
-    wanted = (
-        rows.device.type == "cpu" and not torch.compiler.is_compiling()
-        if validate is None
-        else validate
-    )
-    return wanted and all(
-        tensor is None or (has_data(tensor) and not is_wrapped(tensor))
-        for tensor in (rows, *others)
-    )
+    hidden: torch.Tensor
+    """(N, D)"""
+    head: Head
+    targets: Targets
+    needs: Needs
 
 
 def _from_logits(
     logits: torch.Tensor,
     labels: torch.Tensor,
-    token_outputs: bool,
+    options: LogitOptions,
+    *,
     ignore_index: int,
-    logit_scale: Number,
-    softcap: Number | None,
+    token_outputs: bool,
     inplace_backward: bool,
-    parallel: Parallel | None,
     validate: bool | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Checks, and logp (N,), normalizer, entropy and is_argmax (N,) or (0,)."""
-    checks.check_tensors(logits=logits, labels=labels)
-    checks.check_parallel(parallel)
+) -> TokenResults:
+    """Checks, and what the rows give."""
     checks.check_rows("logits", logits, labels)
     check_mode(logits)
-    checks.check_options(logit_scale, softcap, like=logits)
     checks.check_integers(ignore_index)
-    checks.check_slice("logits", logits.shape[-1], parallel)
+    checks.check_slice("logits", logits.shape[-1], options.parallel)
     if _reads_data(validate, logits, labels):
-        checks.check_label_values(labels, _vocab(logits.shape[-1], parallel), ignore_index)
-    head = as_arguments(logits, logit_scale, softcap)
-    arguments = labels.reshape(-1).long(), token_outputs, ignore_index, *head, handle_of(parallel)
+        vocab = whole_vocab(logits.shape[-1], options.parallel)
+        checks.check_label_values(labels, vocab, ignore_index)
+    flat = with_one_ignored(labels.reshape(-1).long(), ignore_index)
     if inplace_backward and not torch.compiler.is_compiling():
         if is_wrapped(logits):
             raise ValueError(
                 "inplace_backward=True overwrites one tensor, and under vmap there are several."
                 " Pass inplace_backward=False."
             )
-        overwritable = _overwritable(logits)
+        memory = overwritable(logits)
         if has_data(logits):
-            return InplaceTokenLogprobs.apply(overwritable, *arguments)
-    return token_logprobs_op(_three_dimensional(logits), *arguments)
+            return TokenResults(*InplaceTokenLogprobs.apply(memory, flat, options, token_outputs))
+    return token_logprobs_op(three_dimensional(logits), flat, options, token_outputs)
 
 
 def _from_hidden(
     hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
+    head: Head,
+    targets: Targets,
+    options: LogitOptions,
+    *,
+    token_outputs: bool,
+) -> LinearTokenResults:
+    """Checks, and what the rows give."""
+    call = _checked(hidden, head, targets, options)
+    return _linear_tokens(call, options, token_outputs)
+
+
+def _linear_tokens(
+    call: _LinearCall, options: LogitOptions, token_outputs: bool
+) -> LinearTokenResults:
+    trains_head = call.needs.weight_grad or call.needs.bias_grad
+    return linear_token_logprobs_op(
+        call.hidden,
+        call.head,
+        call.targets,
+        options,
+        keep_stats=trains_head,
+        keep_hidden_grad=call.needs.hidden_grad and not trains_head,
+        token_outputs=token_outputs,
+    )
+
+
+def _linear_pairs_one_by_one(
+    call: _LinearCall,
+    options: LogitOptions,
+    constants: PairConstants,
+    offsets: torch.Tensor,
     labels: torch.Tensor,
     token_outputs: bool,
-    ignore_index: int,
-    logit_scale: Number,
-    softcap: Number | None,
-    chunk_bytes: int | None,
-    parallel: Parallel | None,
-) -> tuple[torch.Tensor, ...]:
-    """Checks, and logp (N,), entropy and is_argmax (N,) or (0,), and what backward keeps."""
-    checks.check_options(logit_scale, softcap, like=hidden)
-    checks.check_integers(ignore_index, chunk_bytes)
-    gemm_dtype = _check_head(hidden, weight, bias, labels, parallel)
-    hidden_grad, *head_grads = _needs(hidden, weight, bias)
-    return linear_token_logprobs_op(
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.reshape(-1), any(head_grads), hidden_grad and not any(head_grads),
-        ignore_index, *as_arguments(hidden, logit_scale, softcap), chunk_bytes, gemm_dtype, token_outputs, handle_of(parallel),
-    )  # fmt: skip
+) -> MPOLossOutput:
+    """`linear_mpo_loss` with reduction="none", by way of the log-probabilities."""
+    parallel, targets = options.parallel, call.targets
+    with refused_together(None if torch.compiler.is_compiling() else parallel):
+        found = _linear_tokens(call, options, token_outputs)
+    flat = with_one_ignored(targets.labels.long(), targets.ignore_index)
+    device = call.hidden.device
+    losses = pair_loss_op(found.logp, flat.to(device), offsets.to(device), constants, parallel)
+    tokens = _token_statistics(found, labels.shape, detached=True) if token_outputs else None
+    chosen, rejected = losses.means.chunk(2)
+    return MPOLossOutput(losses.losses, chosen, rejected, losses.gaps, tokens)
 
 
-def _check_head(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    labels: torch.Tensor,
-    parallel: Parallel | None,
-) -> torch.dtype | None:
-    """Checks, and the dtype of the GEMMs where autocast sets it."""
-    checks.check_tensors(hidden=hidden, weight=weight, labels=labels, bias=bias)
-    checks.check_parallel(parallel)
+def _checked(
+    hidden: torch.Tensor, head: Head, targets: Targets, options: LogitOptions
+) -> _LinearCall:
+    """Checks of a linear function, in the shapes of operators, and with the dtype that autocast
+    sets."""
+    checks.check_integers(targets.ignore_index, head.chunk_bytes)
     device = hidden.device.type
     # which there knows no devices but those that compute
     autocast = device != "meta" and torch.is_autocast_enabled(device)
-    checks.check_rows("hidden", hidden, labels, host_labels_ok=True)
-    checks.check_head(hidden, weight, bias, any_dtype=autocast)
-    check_mode(hidden, weight, bias)
+    checks.check_rows("hidden", hidden, targets.labels, gathered=targets.rows, host_labels_ok=True)
+    checks.check_head(hidden, head.weight, head.bias, any_dtype=autocast)
+    check_mode(hidden, head.weight, head.bias)
     if not torch.compiler.is_compiling():
         tell_counters()
-    checks.check_slice("weight", weight.shape[0], parallel)
-    return torch.get_autocast_dtype(device) if autocast and hidden.dtype != torch.float64 else None
-
-
-def _needs(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> tuple[bool, bool, bool]:
-    """Which of them need a gradient here and now."""
-    grads = torch.is_grad_enabled()
-    return (
-        grads and hidden.requires_grad,
-        grads and weight.requires_grad,
-        grads and bias is not None and bias.requires_grad,
+    checks.check_slice("weight", head.weight.shape[0], options.parallel)
+    gemm_dtype = None
+    if autocast and hidden.dtype != torch.float64:
+        gemm_dtype = torch.get_autocast_dtype(device)
+    needs = (
+        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
+        for tensor in (hidden, head.weight, head.bias)
+    )
+    return _LinearCall(
+        hidden.reshape(-1, hidden.shape[-1]),
+        Head(head.weight, head.bias, gemm_dtype, head.chunk_bytes),
+        Targets(targets.labels.reshape(-1), targets.rows, targets.ignore_index),
+        Needs(*needs),
     )
 
 
-def _vocab(local: int, parallel: Parallel | None) -> int:
-    return local if parallel is None or parallel.vocab_group is None else parallel.vocab
-
-
-def _three_dimensional(logits: torch.Tensor) -> torch.Tensor:
-    """(..., V) -> (B, T, V) without a copy where strides allow: a dense pair of outer dimensions
-    keeps its two strides."""
-    view = (
-        logits
-        if logits.ndim == 3
-        else logits.unsqueeze(0)
-        if logits.ndim == 2
-        else logits.flatten(0, -2).unsqueeze(0)
-    )
-    return view if view.stride(-1) == 1 or view.shape[-1] == 1 else view.contiguous()
-
-
-def _overwritable(logits: torch.Tensor) -> torch.Tensor:
-    """`_three_dimensional` of logits whose memory backward may overwrite: no leaf's, and none that
-    several logits share."""
-    memory = logits if logits._base is None else logits._base
-    if memory.is_leaf and memory.requires_grad and torch.is_grad_enabled():
-        given = "are a leaf" if memory is logits else "are a view of a leaf"
-        raise ValueError(
-            f"inplace_backward=True would overwrite logits that {given} (a parameter or an input"
-            " you hold) with their gradient. Use it on the output of a head, or pass"
-            " inplace_backward=False."
-        )
-    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
-        raise ValueError(
-            "inplace_backward=True needs logits whose last stride is 1; theirs are"
-            f" {logits.stride()}."
-        )
-    if _may_overlap(logits):
-        raise ValueError(
-            "inplace_backward=True needs memory of its own for each logit; these have shape"
-            f" {tuple(logits.shape)} and strides {logits.stride()}, so that several share one"
-            " (expand, as_strided). Pass inplace_backward=False."
-        )
-    return _three_dimensional(logits)
-
-
-def _may_overlap(tensor: torch.Tensor) -> bool:
-    """Whether two elements may share their memory: some stride is no larger than what the smaller
-    ones reach together."""
-    reach = 0
-    for stride, size in sorted(
-        (stride, size)
-        for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
-        if size > 1
-    ):
-        if stride <= reach:
-            return True
-        reach += stride * (size - 1)
-    return False
-
-
-def _offsets(
-    cu_seqlens: torch.Tensor | None,
-    sequences: int,
-    rows: int,
+def _pair_constants(
     like: torch.Tensor,
-    device: torch.device | None = None,
-) -> torch.Tensor:
-    """int32 (S + 1,) offsets of the sequences on `device`, by default that of `like`; of the kind
-    of `like` where that has no data."""
-    device = device or like.device
-    if cu_seqlens is None and not has_data(like):
-        return (
-            like.new_ones(sequences + 1, dtype=torch.int32).cumsum(0, dtype=torch.int32) - 1
-        ) * (rows // sequences)
-    if cu_seqlens is None:
-        return torch.arange(sequences + 1, dtype=torch.int32, device=device) * (rows // sequences)
-    return cu_seqlens.to(device, non_blocking=True)
-
-
-def _counts(counted: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """bool (N,) -> int64 (S,), how many in each sequence."""
-    running = torch.cat([offsets.new_zeros(1, dtype=torch.int64), counted.long().cumsum(0)])
-    return running[offsets.long()].diff()
-
-
-def _beta(like: torch.Tensor, beta: Number) -> tuple[float, torch.Tensor | None]:
-    """As operators take it: a number, or () on the device in its place."""
-    number, stored = as_arguments(like, beta)
-    return number, None if stored is None else stored[0]
-
-
-def _vector(values: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
-    """Per-pair values in the dtype of the statistics."""
-    return (
-        None
-        if values is None
-        else values.detach().to(torch.promote_types(like.dtype, torch.float32)).contiguous()
-    )
-
-
-def _shaped(
-    shape: torch.Size, logp: torch.Tensor, entropy: torch.Tensor, is_argmax: torch.Tensor
-) -> TokenStatistics:
-    return TokenStatistics(logp.view(shape), entropy.view(shape), is_argmax.view(shape))
-
-
-def _check_pair_vectors(
-    reference_gap: torch.Tensor, pair_weights: torch.Tensor | None, pairs: int, device: torch.device
-) -> None:
-    checks.check_per("reference_gap", reference_gap, pairs, "pair", device)
+    reference_gap: torch.Tensor,
+    pair_weights: torch.Tensor | None,
+    beta: Number,
+    pairs: int,
+) -> PairConstants:
+    """Checks, and the constants of the pairs in the dtype of the statistics."""
+    checks.check_number("beta", beta, like)
+    checks.check_per("reference_gap", reference_gap, pairs, "pair", like.device)
     if pair_weights is not None:
-        checks.check_per("pair_weights", pair_weights, pairs, "pair", device)
+        checks.check_per("pair_weights", pair_weights, pairs, "pair", like.device)
+    dtype = statistics_dtype(like)
+    gaps = reference_gap.detach().to(dtype).contiguous()
+    weights = None if pair_weights is None else pair_weights.detach().to(dtype).contiguous()
+    (number,), on_device = stored(like, beta)
+    assert number is not None
+    return PairConstants(gaps, weights, number, None if on_device is None else on_device[0])
 
 
 def _check_pair_values(reference_gap: torch.Tensor, pair_weights: torch.Tensor | None) -> None:
@@ -745,41 +515,42 @@ def _check_pair_values(reference_gap: torch.Tensor, pair_weights: torch.Tensor |
 
 def _check_pair_data(
     labels: torch.Tensor,
-    cu_seqlens: torch.Tensor | None,
-    reference_gap: torch.Tensor,
-    pair_weights: torch.Tensor | None,
-    sequences: int,
+    offsets: torch.Tensor,
     ignore_index: int,
     vocab: int,
     parallel: Parallel | None,
 ) -> None:
-    """Checks that read data, on whatever device it is; `vocab` tokens are here."""
-    offsets = _offsets(cu_seqlens, sequences, labels.numel(), labels)
+    """Checks that read data, on whatever device it is."""
     with refused_together(parallel):
-        checks.check_label_values(labels, _vocab(vocab, parallel), ignore_index)
+        checks.check_label_values(labels, vocab, ignore_index)
         checks.check_cu_seqlens_values(offsets, labels.numel())
-    counts = _counts(labels.reshape(-1).long() != ignore_index, offsets)
+    counts = counts_in(labels.reshape(-1).long() != ignore_index, offsets)
     checks.check_no_empty_sequence(
         counts if parallel is None else parallel.total(counts.cpu()), pairs=True
     )
-    _check_pair_values(reference_gap, pair_weights)
 
 
-def _pair_output(
-    logp: torch.Tensor,
-    labels: torch.Tensor,
-    offsets: torch.Tensor,
-    reference_gap: torch.Tensor,
-    pair_weights: torch.Tensor | None,
-    beta: Number,
-    ignore_index: int,
-    reduction: str,
-    parallel: Parallel | None,
-    tokens: TokenStatistics | None,
-) -> MPOLossOutput:
-    gaps, weights = _vector(reference_gap, logp), _vector(pair_weights, logp)
-    loss, means, gap, *_ = pair_loss_op(
-        logp, labels, offsets, gaps, weights, *_beta(logp, beta), ignore_index, handle_of(parallel)
+def _reads_data(validate: bool | None, tensor: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Whether the data of the tensors are checked: where they are wanted to be, and there are any
+    to read."""
+    if validate is None:
+        validate = tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return validate and all(
+        each is None or (has_data(each) and not is_wrapped(each)) for each in (tensor, *others)
     )
-    chosen, rejected = means.chunk(2)
-    return MPOLossOutput(_reduced(loss, reduction), chosen, rejected, gap, tokens)
+
+
+def reduced(values: torch.Tensor, reduction: str) -> torch.Tensor:
+    """One value per pair or sequence, or one for all of them."""
+    return values if reduction == "none" else values.sum() if reduction == "sum" else values.mean()
+
+
+def _token_statistics(
+    found: TokenResults | LinearTokenResults | LinearPairLosses,
+    shape: torch.Size,
+    *,
+    detached: bool = False,
+) -> TokenStatistics:
+    """In the shape of the labels."""
+    logp = found.logp.detach().clone() if detached else found.logp
+    return TokenStatistics(logp.view(shape), found.entropy.view(shape), found.is_argmax.view(shape))

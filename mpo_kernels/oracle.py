@@ -6,7 +6,7 @@ scored positions of a response.
 
     logp(y | x) = sum over scored positions of log softmax(z)[y]          avg = logp / |y|
     RG          = avg(chosen) - avg(rejected)                             (1) the reward gap
-    L1          = sum over pairs of pair_weight * (beta * RG - RG_ref)^2  (2) divided by the number of pairs for "mean"
+    L1          = sum over pairs of pair_weight * (beta * RG - RG_ref)^2  (2) over P for "mean"
     L2          = mean over sequences and hidden units of (pool(h) - pool_ref)^2   (3)
 
 Equations (4) to (10), derived from these, stand in docs/mathematics.md and where the kernels

@@ -25,14 +25,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mpo_kernels.labels import IGNORED, UNKNOWN
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-
-ELSEWHERE, UNSCORED = -1, -2
-"""What labels that a rank's slice does not have become there: those of other slices, and those that
-are not scored. Labels of the slice count from 0; whatever ignore_index is, it cannot be told from
-them there."""
 
 
 class Parallel:
@@ -83,18 +79,13 @@ class Parallel:
         self.handle = next(_HANDLES)
         _KNOWN[self.handle] = self
 
-    def local_labels(self, labels: torch.Tensor, ignore_index: int) -> tuple[torch.Tensor, int]:
-        """Labels counted from this rank's slice, and what stands for those that are not scored."""
+    def local_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """Labels counted from this rank's slice: UNKNOWN where another slice has them."""
         if self.vocab_group is None:
-            return labels, ignore_index
+            return labels
         local = labels - self.vocab_start
-        local = torch.where((local >= 0) & (local < self.vocab_slice), local, ELSEWHERE)
-        return local.masked_fill(labels == ignore_index, UNSCORED), UNSCORED
-
-    def chunk_vocab(self, local: int) -> int:
-        """Columns that the chunks of rows are planned for: the widest slice's, so that all ranks
-        plan the same."""
-        return local if self.vocab_group is None else self._largest_slice
+        local = torch.where((local >= 0) & (local < self.vocab_slice), local, UNKNOWN)
+        return local.masked_fill(labels == IGNORED, IGNORED)
 
     def gather_partials(self, partials: torch.Tensor) -> torch.Tensor:
         """(N, 4) of each rank -> (ranks, N, 4)."""
@@ -147,6 +138,17 @@ class Parallel:
         return f"Parallel({vocab}, {'part of the' if self.context_group else 'whole'} context)"
 
 
+def whole_vocab(columns: int, parallel: Parallel | None) -> int:
+    """Tokens of the whole vocabulary, of which `columns` are here."""
+    return columns if parallel is None or parallel.vocab_group is None else parallel.vocab
+
+
+def widest_slice(columns: int, parallel: Parallel | None) -> int:
+    """Columns that the chunks of rows are planned for, of which `columns` are here: the most that a
+    rank has, so that all ranks plan the same."""
+    return columns if parallel is None or parallel.vocab_group is None else parallel._largest_slice
+
+
 @contextmanager
 def refused_together(parallel: Parallel | None) -> Iterator[None]:
     """Round checks of data of which each rank of a context has its own part: a rank that raised
@@ -184,7 +186,7 @@ def from_handle(handle: int) -> Parallel | None:
     """
     if handle == 0:
         return None
-    parallel = _KNOWN.get(handle)
+    parallel = _KNOWN.get(int(handle))
     if parallel is None:
         raise RuntimeError(
             "The Parallel of this call is gone. Make it once and keep it for as long as calls and"

@@ -11,13 +11,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from mpo_kernels.ops import gradients, linear_pairs, pairs, pool, tokens
+from mpo_kernels.ops import gradients, linear_pairs, linear_tokens, pairs, pool, tokens
+from mpo_kernels.ops.operator import Operator
 
 _IMPLEMENTATIONS = {
-    op._qualname: op._init_fn
-    for module in (gradients, linear_pairs, pairs, pool, tokens)
+    op.definition._qualname: op.definition._init_fn
+    for module in (gradients, linear_pairs, linear_tokens, pairs, pool, tokens)
     for op in vars(module).values()
-    if isinstance(op, torch.library.CustomOpDef)
+    if isinstance(op, Operator)
 }
 
 

@@ -1,5 +1,5 @@
-"""The PyTorch backend: the functions of `mpo_kernels.backends.triton` for tensors on devices that Triton
-does not drive.
+"""The PyTorch backend: the functions of `backends.triton` for tensors on devices that Triton does
+not drive.
 
 Lean rather than clever: blocks of rows that stay in cache, in-place passes, no copy of the logits
 in fp32, ignored rows skipped. Float64 input is computed in float64, everything else in float32, but
@@ -13,6 +13,10 @@ from itertools import pairwise
 
 import torch
 
+from mpo_kernels.backends.results import PairLosses, RowStats
+from mpo_kernels.labels import IGNORED
+from mpo_kernels.options import statistics_dtype
+
 ROWS_BYTES = 2 << 20
 """Bytes of a block of rows in the computing dtype: it should stay in the last-level cache between
 its passes."""
@@ -22,31 +26,28 @@ def logprob_stats(
     logits: torch.Tensor,
     labels: torch.Tensor,
     *,
-    ignore_index: int,
     logit_scale: float | torch.Tensor,
     softcap: float | torch.Tensor | None,
     token_outputs: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """logits (B, T, V), labels (N,) int64 -> logp (N,), normalizer (N, 2) (peak, total), and with
-    `token_outputs` entropy (N,) and is_argmax (N,) bool, else None."""
+) -> RowStats:
+    """Statistics of logits (B, T, V) and labels (N,) int64; entropy and arg-max with
+    `token_outputs`."""
     partials = logprob_partials(
         logits,
         labels,
-        ignore_index=ignore_index,
         logit_scale=logit_scale,
         softcap=softcap,
         token_outputs=token_outputs,
     )
-    unknown = (labels != ignore_index) & ((labels < 0) | (labels >= logits.shape[-1]))
+    unknown = (labels != IGNORED) & ((labels < 0) | (labels >= logits.shape[-1]))
     partials[:, 3].masked_fill_(unknown, float("nan"))
-    return combine(partials[None], labels, ignore_index=ignore_index, token_outputs=token_outputs)
+    return combine(partials[None], labels, token_outputs=token_outputs)
 
 
 def logprob_partials(
     logits: torch.Tensor,
     labels: torch.Tensor,
     *,
-    ignore_index: int,
     logit_scale: float | torch.Tensor,
     softcap: float | torch.Tensor | None,
     token_outputs: bool = False,
@@ -54,11 +55,11 @@ def logprob_partials(
     """A slice of the vocabulary, logits (B, T, V), labels (N,) counted from its start -> partials
     (N, 4) for `combine`: peak, total and weighted sum of the columns besides the label, and the
     label's final logit, -inf where another slice has it."""
-    V, dtype = logits.shape[-1], _computing_dtype(logits)
+    V, dtype = logits.shape[-1], statistics_dtype(logits)
     partials = torch.zeros(labels.numel(), 4, dtype=dtype, device=logits.device)
     # one for all blocks: new memory costs more than the arithmetic on it
     scratch = logits.new_empty(0, dtype=dtype)
-    for rows, block, keep in _scored_blocks(logits, labels, ignore_index, dtype):
+    for rows, block, keep in _scored_blocks(logits, labels, dtype):
         wanted = labels[rows][keep]
         here = ((wanted >= 0) & (wanted < V))[:, None]
         at_label = wanted.clamp(0, V - 1)[:, None]
@@ -85,10 +86,10 @@ def logprob_partials(
 
 
 def combine(
-    partials: torch.Tensor, labels: torch.Tensor, *, ignore_index: int, token_outputs: bool = False
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    partials: torch.Tensor, labels: torch.Tensor, *, token_outputs: bool = False
+) -> RowStats:
     """partials (parts, N, 4), labels (N,) -> what `logprob_stats` returns."""
-    scored = labels != ignore_index
+    scored = labels != IGNORED
     part_peak, part_total, part_weighted, part_label = partials.unbind(-1)  # (parts, N)
     peak, z_label = part_peak.amax(0), part_label.amax(0)  # amax hands NaN on
     apart = (part_peak - peak).masked_fill(part_total == 0, 0)  # 0 also where -inf - -inf would be
@@ -106,14 +107,15 @@ def combine(
     ).where(scored, 0)
     normalizer = torch.stack([new_peak, new_total], -1)
     if not token_outputs:
-        return logp, normalizer, None, None
+        return RowStats(logp, normalizer, None, None)
     weighted = ((part_weighted + part_total * apart) * apart.exp()).sum(0)
     at_label = torch.where(logp == float("-inf"), 0, -logp.exp() * logp)
     tail = torch.log1p((-d.abs()).exp())
     log_others = torch.where(d > 0, total.log(), z_label - peak) + tail  # log Z - peak
     elsewhere = torch.where(total > 0, -torch.expm1(logp) * (log_others - weighted / total), 0)
     # The peak may be the label's own: equal to it is the most that the others can be.
-    return logp, normalizer, (at_label + elsewhere).where(scored, 0), (z_label >= peak) & scored
+    is_argmax = (z_label >= peak) & scored
+    return RowStats(logp, normalizer, (at_label + elsewhere).where(scored, 0), is_argmax)
 
 
 def logprob_grad(
@@ -124,24 +126,23 @@ def logprob_grad(
     row_grad: torch.Tensor,
     out: torch.Tensor,
     *,
-    ignore_index: int,
     logit_scale: float | torch.Tensor,
     softcap: float | torch.Tensor | None,
 ) -> None:
     """Writes dL/dlogits into `out` (B, T, V), which may be `logits` itself; row_grad (B * T,) is
     dL/dlogp."""
-    dtype, T = _computing_dtype(logits), logits.shape[1]
-    ignored = labels == ignore_index
+    dtype, T = statistics_dtype(logits), logits.shape[1]
+    ignored = labels == IGNORED
     if bool(ignored.any()):
         out.masked_fill_(ignored.view(out.shape[:2])[..., None], 0)
-    for rows, block, keep in _scored_blocks(logits, labels, ignore_index, dtype):
+    for rows, block, keep in _scored_blocks(logits, labels, dtype):
         batch, first = divmod(rows.start, T)
         target = out[batch, first : first + rows.stop - rows.start]
-        slope = row_grad[rows][keep].to(dtype)[:, None] * logit_scale
+        upstream = row_grad[rows][keep].to(dtype)[:, None] * logit_scale
         peak, total = normalizer[rows][keep].split(1, dim=1)
         wanted = labels[rows][keep][:, None]
         at_label = wanted.clamp(0, logits.shape[2] - 1)
-        not_label = slope * -torch.expm1(logp[rows][keep][:, None])
+        not_label = upstream * -torch.expm1(logp[rows][keep][:, None])
         # else the label is in another slice of the vocabulary, or unknown
         here = at_label == wanted
         # Where the result has the computing dtype it is computed where it goes.
@@ -152,10 +153,10 @@ def logprob_grad(
                 if _is_one(logit_scale)
                 else torch.mul(block.to(dtype), logit_scale, out=buffer)
             )
-            grad = torch.sub(z, peak, out=buffer).exp_().mul_(-slope / total)
+            grad = torch.sub(z, peak, out=buffer).exp_().mul_(-upstream / total)
         else:
             t = torch.mul(block.to(dtype), logit_scale / softcap).tanh_()
-            grad = torch.mul(t, softcap).sub_(peak).exp_().mul_(-slope / total)
+            grad = torch.mul(t, softcap).sub_(peak).exp_().mul_(-upstream / total)
         grad.scatter_(1, at_label, torch.where(here, not_label, grad.gather(1, at_label)))
         if softcap is not None:
             # 1 - tanh^2 = 1 / cosh^2, which does not cancel where the cap saturates.
@@ -170,14 +171,14 @@ def logprob_grad(
 
 
 def sequence_sums(
-    logp: torch.Tensor, labels: torch.Tensor, cu_seqlens: torch.Tensor, *, ignore_index: int
+    logp: torch.Tensor, labels: torch.Tensor, cu_seqlens: torch.Tensor
 ) -> torch.Tensor:
     """(N,) log-probs -> (S, 2): their sum over each sequence, and its number of scored rows."""
     # One row after the other: in float32 the sum of a long response would lose digits that the
     # difference of two such sums needs.
     # not every other device has float64
     dtype = torch.float64 if logp.device.type == "cpu" else logp.dtype
-    rows = torch.stack([logp.to(dtype), (labels != ignore_index).to(dtype)], -1)
+    rows = torch.stack([logp.to(dtype), (labels != IGNORED).to(dtype)], -1)
     zeros = torch.zeros(cu_seqlens.numel() - 1, 2, dtype=dtype, device=logp.device)
     return zeros.index_add(0, _sequence_of_row(cu_seqlens, labels.numel()), rows).to(logp.dtype)
 
@@ -190,39 +191,35 @@ def pair_loss(
     pair_weights: torch.Tensor | None,
     *,
     beta: float | torch.Tensor,
-    ignore_index: int,
     sums: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(N,) log-probs -> sequence means (2P,), scored counts (2P,), gaps (P,), weighted losses (P,),
-    dloss/dgap (P,).
+) -> PairLosses:
+    """(N,) log-probs -> losses of P pairs and what they were computed from.
 
     `sums` (2P, 2): the sequences' sums where the rows here are only a part of them
     (context-parallel).
     """
-    total, counts = (
-        sequence_sums(logp, labels, cu_seqlens, ignore_index=ignore_index) if sums is None else sums
-    ).unbind(-1)
+    total, counts = (sequence_sums(logp, labels, cu_seqlens) if sums is None else sums).unbind(-1)
     means = total / counts
     chosen, rejected = means.chunk(2)
-    gap = chosen - rejected
-    error = beta * gap - reference_gap
-    weight = torch.ones_like(gap) if pair_weights is None else pair_weights
-    return means, counts, gap, weight * error * error, 2 * beta * weight * error
+    gaps = chosen - rejected
+    error = beta * gaps - reference_gap
+    weight = torch.ones_like(gaps) if pair_weights is None else pair_weights
+    return PairLosses(
+        losses=weight * error * error,
+        means=means,
+        gaps=gaps,
+        counts=counts,
+        gap_grads=2 * beta * weight * error,
+    )
 
 
 def row_grads(
-    gap_grad: torch.Tensor,
-    counts: torch.Tensor,
-    labels: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    *,
-    ignore_index: int,
+    gap_grads: torch.Tensor, counts: torch.Tensor, labels: torch.Tensor, cu_seqlens: torch.Tensor
 ) -> torch.Tensor:
     """dL/dRG (P,) -> dL/dlogp of every row (N,), 0 for ignored rows."""
-    per_sequence = torch.cat([gap_grad, -gap_grad]) / counts
-    return per_sequence[_sequence_of_row(cu_seqlens, labels.numel())].where(
-        labels != ignore_index, 0
-    )
+    per_sequence = torch.cat([gap_grads, -gap_grads]) / counts
+    of_rows = per_sequence[_sequence_of_row(cu_seqlens, labels.numel())]
+    return of_rows.where(labels != IGNORED, 0)
 
 
 def pool(
@@ -230,7 +227,7 @@ def pool(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """hidden (N, D), mask (N,) uint8 or None, cu_seqlens (S + 1,) int32 -> means (S, D) and row
     counts (S,)."""
-    dtype = _computing_dtype(hidden)
+    dtype = statistics_dtype(hidden)
     pooled, counts = [], []
     for rows in _slices(cu_seqlens):
         kept = hidden[rows] if mask is None else hidden[rows][mask[rows].bool()]
@@ -271,7 +268,7 @@ def _is_one(number: float | torch.Tensor) -> bool:
 
 
 def _scored_blocks(
-    logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, dtype: torch.dtype
+    logits: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
     """(rows, logits of the scored ones among them, which of them are scored), in blocks of rows
     that stay in cache.
@@ -285,15 +282,11 @@ def _scored_blocks(
         for first in range(0, T, size):
             last = min(first + size, T)
             rows = slice(batch * T + first, batch * T + last)
-            keep = labels[rows] != ignore_index
+            keep = labels[rows] != IGNORED
             if bool(keep.all()):
                 yield rows, logits[batch, first:last], keep
             elif bool(keep.any()):
                 yield rows, logits[batch, first:last][keep], keep
-
-
-def _computing_dtype(tensor: torch.Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def _sequence_of_row(cu_seqlens: torch.Tensor, rows: int) -> torch.Tensor:

@@ -7,12 +7,19 @@ Rows are the scored ones; of tensors without data, all.
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from mpo_kernels.ops.chunks import rows_per_chunk
-from mpo_kernels.parallel import from_handle
+from mpo_kernels.ops.chunks import Targets, pair_lengths
+from mpo_kernels.ops.gradients import HeadGrads
+from mpo_kernels.ops.linear_pairs import LinearPairLosses, linear_pair_loss_op
+from mpo_kernels.ops.linear_tokens import (
+    LinearTokenResults,
+    linear_token_logprobs_grad_op,
+    linear_token_logprobs_op,
+)
 
 
 def tell_counters() -> None:
@@ -26,9 +33,11 @@ def tell_counters() -> None:
         return
     operators = torch.ops.mpo_kernels
     formulas = {
-        operators.linear_pair_loss: _pair_loss,
-        operators.linear_token_logprobs: _token_logprobs,
-        operators.linear_token_logprobs_grad: _token_logprobs_grad,
+        operators.linear_pair_loss: linear_pair_loss_op.counted(_pair_loss),
+        operators.linear_token_logprobs: linear_token_logprobs_op.counted(_token_logprobs),
+        operators.linear_token_logprobs_grad: linear_token_logprobs_grad_op.counted(
+            _token_logprobs_grad
+        ),
     }
     module.flop_registry.update(formulas)
     for mode in _get_current_dispatch_mode_stack():
@@ -36,60 +45,39 @@ def tell_counters() -> None:
             mode.counter.flop_registry.update(formulas)
 
 
-def _pair_loss(
-    hidden, weight, bias, labels, cu_seqlens, reference_gap, pair_weights, beta, beta_number, hidden_grad, weight_grad, bias_grad,
-    may_keep_chunk, ignore_index, logit_scale, softcap, numbers, chunk_bytes, gemm_dtype, token_outputs, parallel, out_val,
-):  # fmt: skip
-    *_, kept_logits, _ = out_val
+def _pair_loss(given: Any, found: LinearPairLosses) -> int:
+    labels, weight, needs = given.targets.labels, given.head.weight, given.needs
     if not _has_data(labels):
-        return _products(labels.numel(), weight, 1 + hidden_grad + weight_grad)
-    counted = torch.cat([labels.new_zeros(1), (labels != ignore_index).cumsum(0)]).cpu()
-    chosen, rejected = counted[cu_seqlens.cpu().long()].diff().chunk(2)
-    waits = kept_logits.shape[0] > 0  # the weight's product is made in backward, where it is seen
-    ranks, columns = from_handle(parallel), weight.shape[0]
-    budget = rows_per_chunk(
-        columns if ranks is None else ranks.chunk_vocab(columns),
-        (gemm_dtype or hidden.dtype).itemsize,
-        chunk_bytes,
-    )
-    large = (chosen + rejected)[chosen + rejected > budget]
-    computed_again = int(large[1:].sum()) if weight_grad else 0
-    rows = int(counted[-1])
-    return _products(rows, weight, 1 + hidden_grad + (weight_grad and not waits)) + _products(
+        return _products(labels.numel(), weight, 1 + needs.hidden_grad + needs.weight_grad)
+    is_scored = labels != given.targets.ignore_index
+    counted = torch.cat([labels.new_zeros(1), is_scored.cumsum(0)]).cpu()
+    lengths = pair_lengths(counted[given.cu_seqlens.cpu().long()].diff().tolist())
+    # else the weight's product is made in backward, where it is seen
+    is_made = needs.weight_grad and not found.kept_grads.shape[0]
+    budget = given.head.rows_per_chunk(given.hidden, given.options.parallel)
+    in_pieces = [length for length in lengths if length > budget]
+    computed_again = sum(in_pieces[1:]) if needs.weight_grad else 0
+    return _products(sum(lengths), weight, 1 + needs.hidden_grad + is_made) + _products(
         computed_again, weight, 1
     )
 
 
-def _token_logprobs(
-    hidden, weight, bias, labels, keep_stats, keep_hidden_grad, ignore_index, *_, out_val
-):
-    return _products(_scored(labels, ignore_index), weight, 1 + keep_hidden_grad)
+def _token_logprobs(given: Any, found: LinearTokenResults) -> int:
+    return _products(_scored(given.targets), given.head.weight, 1 + given.keep_hidden_grad)
 
 
-def _token_logprobs_grad(
-    grad_logp,
-    logp,
-    normalizer,
-    hidden,
-    weight,
-    bias,
-    labels,
-    hidden_grad,
-    weight_grad,
-    bias_grad,
-    ignore_index,
-    *_,
-    out_val,
-):
-    return _products(_scored(labels, ignore_index), weight, 1 + hidden_grad + weight_grad)
+def _token_logprobs_grad(given: Any, found: HeadGrads) -> int:
+    count = 1 + given.needs.hidden_grad + given.needs.weight_grad
+    return _products(_scored(given.targets), given.head.weight, count)
 
 
 def _products(rows: int, weight: torch.Tensor, count: int) -> int:
     return 2 * rows * weight.numel() * count
 
 
-def _scored(labels: torch.Tensor, ignore_index: int) -> int:
-    return int((labels != ignore_index).sum()) if _has_data(labels) else labels.numel()
+def _scored(targets: Targets) -> int:
+    labels = targets.labels
+    return int((labels != targets.ignore_index).sum()) if _has_data(labels) else labels.numel()
 
 
 def _has_data(tensor: torch.Tensor) -> bool:

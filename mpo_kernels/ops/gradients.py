@@ -8,10 +8,15 @@ both GEMMs of z = H W^T + b:
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from mpo_kernels.ops.once import is_plain
 from mpo_kernels.ops.operator import operator
+from mpo_kernels.ops.projection import Head, Needs, Projection
+from mpo_kernels.options import statistics_dtype
+from mpo_kernels.parallel import Parallel
 
 FP16_PEAK = 256.0
 """What bounds a chunk's float16 logit gradients, after a power of two, within a factor of two.
@@ -26,81 +31,139 @@ _PRODUCT_COLUMNS = 8192
 results."""
 
 
+class HeadGrads(NamedTuple):
+    """Gradients of a head; those that are not needed are empty."""
+
+    hidden: torch.Tensor
+    """(M, D), of which row i is still to be multiplied by pending[i]; 0 where no row was added."""
+    pending: torch.Tensor
+    """(M,)"""
+    weight: torch.Tensor
+    """(V, D), at least float32."""
+    bias: torch.Tensor
+    """(V,), at least float32."""
+
+
+class Upstream(NamedTuple):
+    """Gradients of n rows' log-probabilities, ready for logits of some dtype."""
+
+    row_grads: torch.Tensor
+    """(n,), multiplied by `boost`."""
+    boost: torch.Tensor | None
+    """() power of two that keeps the logits' gradients in float16's range; None is 1."""
+
+
 class HeadGradients:
     """Accumulates dH, dW and db chunk by chunk; what is not needed is not computed.
 
-    weight (V, D) and bias (V,) are at least float32, since sums over many chunks in bf16 would lose
-    most of what the later chunks add. hidden (N, D), zero where no row was added, is so too where
-    it will be multiplied by a factor that is not known yet, so that it is rounded once and not
-    twice.
+    dW and db are sums in at least float32, since sums over many chunks in bf16 would lose most of
+    what the later chunks add. dH is so too where it will be multiplied by a factor that is not
+    known yet, so that it is rounded once and not twice.
+
+    The rows of a pair in pieces may come before dL/dgap of the pair is known: between `defer` and
+    `resolve`. Only while dW is empty, since it is scaled as a whole.
     """
 
     def __init__(
         self,
         hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        head: torch.Tensor,
-        needs: tuple[bool, bool, bool],
+        head: Head,
+        projection: Projection,
+        needs: Needs,
         *,
+        rows: int,
         scaled_later: bool,
     ) -> None:
-        """`head`: the weight (V, D) as the GEMMs take it; the others as their gradients are
-        wanted."""
-        self._head, self._needs = head, needs
-        precise = torch.promote_types(weight.dtype, torch.float32)
+        """`rows`: M, of dH. `projection`: the head as the products take it."""
+        self._weight, self._needs = projection.weight, needs
+        precise = torch.promote_types(head.weight.dtype, torch.float32)
         dtype = hidden_grad_dtype(hidden.dtype) if scaled_later else hidden.dtype
-        self.hidden = torch.zeros(
-            hidden.shape if needs[0] else (0,), dtype=dtype, device=hidden.device
+        self._hidden_grad = hidden.new_zeros(
+            (rows, hidden.shape[1]) if needs.hidden_grad else (0,), dtype=dtype
         )
-        self.weight = torch.empty(
-            weight.shape if needs[1] else (0,), dtype=precise, device=weight.device
+        self._pending = hidden.new_ones(
+            rows if needs.hidden_grad else 0, dtype=statistics_dtype(hidden)
         )
-        self.bias = torch.zeros(
-            weight.shape[0] if needs[2] else 0, dtype=precise, device=weight.device
+        self._weight_grad = head.weight.new_empty(
+            head.weight.shape if needs.weight_grad else (0,), dtype=precise
         )
+        self._bias_grad = head.weight.new_zeros(
+            head.weight.shape[0] if needs.bias_grad else 0, dtype=precise
+        )
+        self._settled_bias_grad = self._bias_grad
         # its first product is written over what the memory holds, so nothing is filled with zeros
         # first
-        self.weight_is_empty = True
-        if bias is None:
-            assert not needs[2]
+        self._weight_is_empty = True
 
     def add(
         self,
-        places: torch.Tensor,
+        indices: torch.Tensor,
         grad_logits: torch.Tensor,
         hidden: torch.Tensor,
-        divisor: torch.Tensor | None,
+        boost: torch.Tensor | None,
     ) -> None:
-        """Takes in grad_logits (n, V) of the rows hidden (n, D) at `places`; grad_logits were
-        multiplied by `divisor` (), if any.
+        """Takes in grad_logits (n, V) of the rows hidden (n, D) at `indices` of dH; grad_logits
+        were multiplied by `boost` (), if any.
 
-        dW and db are divided by it again, dH is not: its rows are scaled in backward anyway.
+        dW and db are divided by it again; the rows of dH, which are scaled in backward anyway, keep
+        it as pending.
         """
-        if self._needs[0]:
-            self.hidden.index_copy_(
-                0, places, _hidden_product(grad_logits, self._head, self.hidden.dtype)
-            )
-        if self._needs[1]:
-            if divisor is None:
-                _add_product(self.weight, grad_logits, hidden, overwrite=self.weight_is_empty)
-            else:
-                product = torch.empty_like(self.weight)
-                _add_product(product, grad_logits, hidden, overwrite=True)
-                self.weight = (
-                    product.div_(divisor)
-                    if self.weight_is_empty
-                    else self.weight.addcdiv_(product, divisor)
-                )
-            self.weight_is_empty = False
-        if self._needs[2]:
-            total = grad_logits.sum(0, dtype=self.bias.dtype)
-            self.bias.add_(total if divisor is None else total.div_(divisor))
+        if self._needs.hidden_grad:
+            product = _hidden_product(grad_logits, self._weight, self._hidden_grad.dtype)
+            self._hidden_grad.index_copy_(0, indices, product)
+            if boost is not None:
+                self._pending.index_copy_(0, indices, (1 / boost).expand(indices.shape))
+        if self._needs.weight_grad:
+            self._add_to_weight(grad_logits, hidden, boost)
+        if self._needs.bias_grad:
+            total = grad_logits.sum(0, dtype=self._bias_grad.dtype)
+            self._bias_grad.add_(total if boost is None else total.div_(boost))
 
-    def finish(self) -> None:
-        """Where no row came, the weight's gradient is 0."""
-        if self.weight_is_empty:
-            self.weight.zero_()
+    def _add_to_weight(
+        self, grad_logits: torch.Tensor, hidden: torch.Tensor, boost: torch.Tensor | None
+    ) -> None:
+        if boost is None:
+            _add_product(self._weight_grad, grad_logits, hidden, overwrite=self._weight_is_empty)
+        else:
+            product = torch.empty_like(self._weight_grad)
+            _add_product(product, grad_logits, hidden, overwrite=True)
+            self._weight_grad = (
+                product.div_(boost)
+                if self._weight_is_empty
+                else self._weight_grad.addcdiv_(product, boost)
+            )
+        self._weight_is_empty = False
+
+    @property
+    def may_defer(self) -> bool:
+        """Whether rows may come before their factor."""
+        return self._needs.any and (self._weight_is_empty or not self._needs.weight_grad)
+
+    def defer(self) -> None:
+        """From here on rows lack a factor, the same one for all."""
+        self._settled_bias_grad = self._bias_grad
+        self._bias_grad = torch.zeros_like(self._bias_grad)
+
+    def resolve(
+        self, indices: torch.Tensor, factor: torch.Tensor, boost: torch.Tensor | None
+    ) -> None:
+        """The rows at `indices`, which came since `defer`, lacked `factor` (1,)."""
+        self._weight_grad.mul_(factor)
+        self._bias_grad = self._settled_bias_grad.addcmul_(self._bias_grad, factor)
+        if self._needs.hidden_grad:
+            pending = factor if boost is None else factor / boost
+            self._pending.index_copy_(0, indices, pending.expand(indices.shape))
+
+    def result(self, parallel: Parallel | None, *, boost: torch.Tensor | None = None) -> HeadGrads:
+        """The sums, those of the hidden states over all slices of the vocabulary. `boost`: what all
+        rows of dH were multiplied by, which is divided out here."""
+        if self._weight_is_empty:
+            self._weight_grad.zero_()
+        if boost is not None:
+            self._hidden_grad.div_(boost)
+        if self._needs.hidden_grad and parallel is not None:
+            parallel.add_hidden_grads(self._hidden_grad)
+        return HeadGrads(self._hidden_grad, self._pending, self._weight_grad, self._bias_grad)
 
 
 def hidden_grad_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -158,35 +221,50 @@ def _add_product(
         total.copy_(product) if overwrite else total.add_(product)
 
 
-def power_of_two_for(
-    row_grad: torch.Tensor, dtype: torch.dtype, logit_scale: float | torch.Tensor
-) -> torch.Tensor | None:
-    """() power of two by which row gradients are multiplied before their logits' gradients are
-    rounded to float16; None for other dtypes.
+def boosted(
+    row_grads: torch.Tensor, dtype: torch.dtype, logit_scale: float | torch.Tensor
+) -> Upstream:
+    """Row gradients times the power of two by which their logits' gradients are multiplied before
+    they are rounded to float16; as they are for other dtypes.
 
     Found on the device, without a sync. Rows whose gradients are all 0 keep them; a gradient that
     is not finite gives NaN, as it should.
     """
     if dtype != torch.float16:
-        return None
-    if row_grad.numel() == 0:  # a rank of a context that has none of these rows
-        return row_grad.new_ones(())
-    ratio = FP16_PEAK / (row_grad.abs().amax() * logit_scale).abs().clamp_min(1e-30)
+        return Upstream(row_grads, None)
+    if row_grads.numel() == 0:  # a rank of a context that has none of these rows
+        return Upstream(row_grads, row_grads.new_ones(()))
+    ratio = FP16_PEAK / (row_grads.abs().amax() * logit_scale).abs().clamp_min(1e-30)
     mantissa, _ = torch.frexp(ratio)
-    return ratio / mantissa
+    boost = ratio / mantissa
+    return Upstream(row_grads * boost, boost)
+
+
+def spread(grad: torch.Tensor, rows: torch.Tensor | None, count: int) -> torch.Tensor:
+    """(M, ...) gradients of gathered rows -> (count, ...) of all rows, as autograd of hidden[rows]
+    has them: those of a row that was gathered several times are added up in their own dtype, here
+    always in the same order. Without `rows` they are all rows."""
+    if rows is None:
+        return grad
+    total, rows = grad.new_zeros(count, *grad.shape[1:]), rows.to(grad.device, non_blocking=True)
+    # index_put_ is what autograd calls. For float32 on the CPU it adds in any order; elsewhere it
+    # is index_add_ that does, or that rounds otherwise.
+    if grad.device.type == "cpu" and grad.dtype == torch.float32:
+        return total.index_add_(0, rows, grad)
+    return total.index_put_((rows,), grad, accumulate=True)
 
 
 def scaled_in_backward(
-    grad: torch.Tensor, row_scale: torch.Tensor | None, scale: torch.Tensor, dtype: torch.dtype
+    grad: torch.Tensor, pending: torch.Tensor | None, scale: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """grad (R, ...) * scale () * row_scale (R,) in `dtype`: in the place of `grad` where nobody can
+    """grad (R, ...) * scale () * pending (R,) in `dtype`: in the place of `grad` where nobody can
     ask for it again, else a new tensor.
 
     A new tensor would be a second weight's gradient, for many heads the largest tensor of a step.
     """
     if grad.dtype == dtype and _graph_ends_here(grad, scale):
-        return grad.mul_(_factor(grad, row_scale, scale))
-    return scaled(grad, row_scale, scale, dtype)
+        return grad.mul_(_factor(grad, pending, scale))
+    return scaled(grad, pending, scale, dtype)
 
 
 def _graph_ends_here(*tensors: torch.Tensor) -> bool:
@@ -196,27 +274,23 @@ def _graph_ends_here(*tensors: torch.Tensor) -> bool:
     return not keeps_graph() and all(map(is_plain, tensors))
 
 
-def _factor(
-    grad: torch.Tensor, row_scale: torch.Tensor | None, scale: torch.Tensor
+def _factor(grad: torch.Tensor, pending: torch.Tensor | None, scale: torch.Tensor) -> torch.Tensor:
+    return scale if pending is None else (pending * scale).view(-1, *(1,) * (grad.ndim - 1))
+
+
+@operator("mpo_kernels::scaled", strided=("grad",))
+def scaled(
+    grad: torch.Tensor, pending: torch.Tensor | None, scale: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    return scale if row_scale is None else (row_scale * scale).view(-1, *(1,) * (grad.ndim - 1))
-
-
-@operator(
-    "mpo_kernels::scaled",
-    schema="(Tensor grad, Tensor? row_scale, Tensor scale, ScalarType dtype) -> Tensor",
-    strided=("grad",),
-)
-def scaled(grad, row_scale, scale, dtype):
-    """grad (R, ...) * scale () * row_scale (R,) in `dtype`, in one pass that does not change
-    `grad`, so that retain_graph is safe."""
+    """grad (R, ...) * scale () * pending (R,) in `dtype`, in one pass that does not change `grad`,
+    so that retain_graph is safe."""
     return torch.mul(
         grad,
-        _factor(grad, row_scale, scale),
+        _factor(grad, pending, scale),
         out=torch.empty(grad.shape, dtype=dtype, device=grad.device),
     )
 
 
 @scaled.register_fake
-def _(grad, row_scale, scale, dtype):
+def _(grad, pending, scale, dtype):
     return grad.new_empty(grad.shape, dtype=dtype)

@@ -56,18 +56,6 @@ def check_mode(*tensors: torch.Tensor | None) -> None:
                 )
 
 
-def differentiable_once(
-    operator: Any, backward: Callable[..., tuple], *, setup_context: Callable[..., None]
-) -> None:
-    """`operator.register_autograd`, whose gradients refuse to be differentiated."""
-
-    def setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-        setup_context(ctx, inputs, output)
-        remember_inputs(ctx, inputs)
-
-    operator.register_autograd(refusing_second_derivatives(backward), setup_context=setup)
-
-
 def remember_inputs(ctx: Any, inputs: tuple) -> None:
     """Keeps the place of the inputs in autograd's graph on `ctx`, not their data."""
     trained = [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]

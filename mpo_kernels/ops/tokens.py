@@ -7,55 +7,45 @@ autograd function of its own: a registered operator may not do that to a saved t
 
 from __future__ import annotations
 
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 
-from mpo_kernels.ops.once import (
-    differentiable_once,
-    is_plain,
-    refusing_second_derivatives,
-    remember_inputs,
-)
+from mpo_kernels.backends.results import RowStats
+from mpo_kernels.ops.once import is_plain, refusing_second_derivatives, remember_inputs
 from mpo_kernels.ops.operator import operator
-from mpo_kernels.ops.stats import HeadOptions, row_stats, statistics_dtype, write_logit_grads
-from mpo_kernels.parallel import from_handle
-
-_HEAD = "int ignore_index, float logit_scale, float? softcap, Tensor? numbers, int parallel"
+from mpo_kernels.ops.stats import row_stats, write_logit_grads
+from mpo_kernels.options import LogitOptions, statistics_dtype
 
 
-@operator(
-    "mpo_kernels::token_logprobs",
-    schema=(
-        f"(Tensor logits, Tensor labels, bool token_outputs, {_HEAD}) -> (Tensor, Tensor, Tensor,"
-        " Tensor)"
-    ),
-    strided=("logits",),
-)
+class TokenResults(NamedTuple):
+    """`RowStats` of N rows as operators return them: entropy and arg-max are (0,) unless asked
+    for."""
+
+    logp: torch.Tensor
+    normalizer: torch.Tensor
+    entropy: torch.Tensor
+    is_argmax: torch.Tensor
+
+
+@operator("mpo_kernels::token_logprobs", strided=("logits",))
 def token_logprobs_op(
-    logits, labels, token_outputs, ignore_index, logit_scale, softcap, numbers, parallel
-):
-    """logits (B, T, V), labels (N,) int64 -> logp (N,), normalizer (N, 2), entropy (N,), is_argmax
-    (N,); the last two (0,) unless asked."""
-    options = HeadOptions.of(ignore_index, logit_scale, softcap, numbers)
-    stats = row_stats(
-        _rows(logits), labels, options, from_handle(parallel), token_outputs=token_outputs
-    )
-    if not token_outputs:
-        return (
-            stats.logp,
-            stats.normalizer,
-            stats.logp.new_empty(0),
-            stats.logp.new_empty(0, dtype=torch.bool),
-        )
-    return tuple(stats)
+    logits: torch.Tensor, labels: torch.Tensor, options: LogitOptions, token_outputs: bool
+) -> TokenResults:
+    """logits (B, T, V), labels (N,) int64 -> statistics, of which `logp` is differentiable."""
+    stats = row_stats(_rows(logits), labels, options, token_outputs=token_outputs)
+    if stats.entropy is None or stats.is_argmax is None:
+        none = stats.logp.new_empty(0)
+        return TokenResults(stats.logp, stats.normalizer, none, none.new_empty(0, dtype=torch.bool))
+    return TokenResults(stats.logp, stats.normalizer, stats.entropy, stats.is_argmax)
 
 
 @token_logprobs_op.register_fake
-def _(logits, labels, token_outputs, ignore_index, logit_scale, softcap, numbers, parallel):
+def _(logits, labels, options, token_outputs):
     rows, extra = labels.numel(), labels.numel() if token_outputs else 0
     floats = {"dtype": statistics_dtype(logits)}
-    return (
+    return TokenResults(
         logits.new_empty(rows, **floats),
         logits.new_empty(rows, 2, **floats),
         logits.new_empty(extra, **floats),
@@ -63,77 +53,41 @@ def _(logits, labels, token_outputs, ignore_index, logit_scale, softcap, numbers
     )
 
 
-@operator(
-    "mpo_kernels::token_logprobs_grad",
-    schema=(
-        f"(Tensor grad_logp, Tensor logits, Tensor labels, Tensor logp, Tensor normalizer, {_HEAD})"
-        " -> Tensor"
-    ),
-    strided=("logits",),
-)
+@operator("mpo_kernels::token_logprobs_grad", strided=("logits",))
 def token_logprobs_grad_op(
-    grad_logp,
-    logits,
-    labels,
-    logp,
-    normalizer,
-    ignore_index,
-    logit_scale,
-    softcap,
-    numbers,
-    parallel,
-):
+    grad_logp: torch.Tensor,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    logp: torch.Tensor,
+    normalizer: torch.Tensor,
+    options: LogitOptions,
+) -> torch.Tensor:
     """dL/dlogp (N,) -> dL/dlogits (B, T, V), contiguous."""
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    options = HeadOptions.of(ignore_index, logit_scale, softcap, numbers)
-    write_logit_grads(
-        _rows(logits),
-        labels,
-        logp,
-        normalizer,
-        grad_logp.contiguous(),
-        grad,
-        options,
-        from_handle(parallel),
-    )
+    stats = RowStats(logp, normalizer, None, None)
+    write_logit_grads(_rows(logits), labels, stats, grad_logp, options, out=grad)
     return grad
 
 
 @token_logprobs_grad_op.register_fake
-def _(
-    grad_logp,
-    logits,
-    labels,
-    logp,
-    normalizer,
-    ignore_index,
-    logit_scale,
-    softcap,
-    numbers,
-    parallel,
-):
+def _(grad_logp, logits, labels, logp, normalizer, options):
     return logits.new_empty(logits.shape)
 
 
-def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
-    logits, labels, _, *ctx.head = inputs
-    logp, normalizer, *others = output
-    ctx.parallel = from_handle(ctx.head[-1])  # lives until backward has run
+def _save(ctx: Any, given: Any, found: TokenResults) -> None:
+    ctx.options = given.options  # and with it a Parallel, which lives until backward has run
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(normalizer, *others)
-    ctx.save_for_backward(logits, labels, logp, normalizer)
+    ctx.mark_non_differentiable(found.normalizer, found.entropy, found.is_argmax)
+    ctx.save_for_backward(given.logits, given.labels, found.logp, found.normalizer)
 
 
 def _backward(ctx: Any, grad_logp: torch.Tensor | None, *_: Any) -> tuple:
-    grad = (
-        None
-        if grad_logp is None
-        else token_logprobs_grad_op(grad_logp, *ctx.saved_tensors, *ctx.head)
-    )
-    return grad, *(None,) * 7
+    if grad_logp is None:
+        return (None,)
+    return (token_logprobs_grad_op(grad_logp, *ctx.saved_tensors, ctx.options),)
 
 
-differentiable_once(token_logprobs_op, _backward, setup_context=_save)
+token_logprobs_op.register_autograd(save=_save, backward=_backward)
 
 
 class InplaceTokenLogprobs(torch.autograd.Function):
@@ -142,14 +96,18 @@ class InplaceTokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, labels: torch.Tensor, *arguments: Any
+        ctx: Any,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        options: LogitOptions,
+        token_outputs: bool,
     ) -> tuple[torch.Tensor, ...]:
         labels = labels.contiguous()  # backward hands them to the kernel, past any operator's door
-        output = token_logprobs_op(logits, labels, *arguments)
-        _save(ctx, (logits, labels, *arguments), output)
+        found = token_logprobs_op(logits, labels, options, token_outputs)
+        _save(ctx, SimpleNamespace(logits=logits, labels=labels, options=options), found)
         remember_inputs(ctx, (logits,))
         ctx.overwritten = False
-        return output
+        return tuple(found)
 
     @staticmethod
     @refusing_second_derivatives
@@ -161,27 +119,18 @@ class InplaceTokenLogprobs(torch.autograd.Function):
                 " inplace_backward=False to use retain_graph=True."
             )
         if grad_logp is None:
-            return (None,) * 8
+            return None, None, None, None
         if not is_plain(grad_logp):
             raise NotImplementedError(
                 "inplace_backward=True has one place for one gradient, and several are asked for"
                 " (vectorize=True, is_grads_batched=True). Call with inplace_backward=False."
             )
         logits, labels, logp, normalizer = ctx.saved_tensors
-        *head, parallel = ctx.head
-        write_logit_grads(
-            logits,
-            labels,
-            logp,
-            normalizer,
-            grad_logp.contiguous(),
-            logits,
-            HeadOptions.of(*head),
-            from_handle(parallel),
-        )
+        stats = RowStats(logp, normalizer, None, None)
+        write_logit_grads(logits, labels, stats, grad_logp.contiguous(), ctx.options, out=logits)
         ctx.overwritten = True
         torch.autograd.graph.increment_version(logits)  # kernels write behind autograd's back
-        return logits, *(None,) * 7
+        return logits, None, None, None
 
 
 def _rows(logits: torch.Tensor) -> torch.Tensor:

@@ -39,7 +39,7 @@ def launch_ours(vocab, target):
     logits = torch.empty(2, 512, vocab, dtype=torch.bfloat16, device="meta")
     labels = torch.empty(1024, dtype=torch.int64, device="meta")
     row = torch.empty(1024, device="meta")
-    options = {"ignore_index": -100, "logit_scale": 1.0, "softcap": None}
+    options = {"logit_scale": 1.0, "softcap": None}
     logprob_stats(logits, labels, **options)
     logprob_grad(
         logits, labels, row, row.new_empty(1024, 2), row, torch.empty_like(logits), **options

@@ -106,7 +106,7 @@ def test_sliced_logits_and_in_place(target, inplace):
 )
 def test_numbers_on_the_device(target, options, monkeypatch):
     """A pointer in the place of a float."""
-    monkeypatch.setattr("mpo_kernels.ops.stats.is_plain", lambda tensor: False)
+    monkeypatch.setattr("mpo_kernels.options.is_plain", lambda tensor: False)
     labels = labels_of((4, 3), 200)
     logits = regime("normal", (4, 3, 200), labels)
     ours, theirs = logits.clone().requires_grad_(), logits.double().requires_grad_()
@@ -268,7 +268,7 @@ def test_gradients_beyond_two_to_the_31(positions_are_far, inplace):
     theirs = logits.double().requires_grad_()
     oracle.token_logprobs(theirs, labels.view(shape[:2])).sum().backward()
     out = logits if inplace else reserved()
-    options = {"ignore_index": -100, "logit_scale": 1.0, "softcap": None}
+    options = {"logit_scale": 1.0, "softcap": None}
     with gpu_on_cpu("sm_90"), use_tiles(**SMALL):
         logp, normalizer, *_ = kernels.logprob_stats(logits, labels, **options)
         kernels.logprob_grad(logits, labels, logp, normalizer, torch.ones(4), out, **options)

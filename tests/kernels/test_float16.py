@@ -11,7 +11,10 @@ import mpo_kernels
 from benchmarks.instruments.accuracy import relative_error
 from mpo_kernels import oracle
 from mpo_kernels.ops import chunks, gradients
-from mpo_kernels.ops.linear_pairs import linear_token_logprobs_op
+from mpo_kernels.ops.chunks import Targets
+from mpo_kernels.ops.linear_tokens import linear_token_logprobs_op
+from mpo_kernels.ops.projection import Head, Needs, Projection
+from mpo_kernels.options import LogitOptions
 
 P, T, D, V = 2, 6, 8, 211
 GAP = torch.tensor([0.3, -0.2])
@@ -90,32 +93,42 @@ def test_a_scale_that_only_the_device_knows(frozen):
     """The operators get it as a tensor; a 0-d one on the CPU would be read there."""
     hidden, weight, labels = inputs(1.0)
     numbers = torch.tensor([1e4, 1.0])
-    options = (-100, 1.0, None, numbers, None, None, False, 0)
+    options = LogitOptions(1.0, None, numbers, None)
     rows, flat = hidden.view(-1, D), labels.view(-1)
     ours = [rows.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)]
     exact = [rows.double().requires_grad_(), weight.double().requires_grad_()]
     wanted = oracle.linear_token_logprobs(*exact, flat, logit_scale=1e4).sum()
-    loss = linear_token_logprobs_op(*ours, None, flat, not frozen, frozen, *options)[0].sum()
+    head, targets = Head(ours[1], None, None, None), Targets(flat, None, -100)
+    loss = linear_token_logprobs_op(
+        ours[0], head, targets, options, not frozen, frozen, token_outputs=False
+    ).logp.sum()
     count = 1 if frozen else 2
     check(ours[:count], loss, exact[:count], wanted, 1e-3)
 
 
-@pytest.mark.parametrize("divisor", [None, torch.tensor(64.0)], ids=["as they are", "times 64"])
+@pytest.mark.parametrize("boost", [None, torch.tensor(64.0)], ids=["as they are", "times 64"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_no_chunk_of_the_gradients_is_rounded_to_half(dtype, divisor):
+def test_no_chunk_of_the_gradients_is_rounded_to_half(dtype, boost):
     """Sums of products of half-precision numbers over chunks, exact to float32's rounding."""
     generator = torch.Generator().manual_seed(0)
     hidden, grads = (torch.randn(24, size, generator=generator).to(dtype) for size in (D, V))
-    head = torch.randn(V, D, generator=generator).to(dtype)
+    weight = torch.randn(V, D, generator=generator).to(dtype)
+    head = Head(weight, weight[:, 0], None, None)
     sums = gradients.HeadGradients(
-        hidden, head, head[:, 0], head, (True, True, True), scaled_later=True
+        hidden,
+        head,
+        Projection(hidden, head),
+        Needs(True, True, True),
+        rows=len(hidden),
+        scaled_later=True,
     )
     for rows in torch.arange(24).split(5):
-        sums.add(rows, grads[rows], hidden[rows], divisor)
-    factor = 1.0 if divisor is None else 64.0
-    assert relative_error(sums.weight, grads.double().T @ hidden.double() / factor) < 1e-6
-    assert relative_error(sums.bias, grads.double().sum(0) / factor) < 1e-6
-    assert relative_error(sums.hidden, grads.double() @ head.double()) < 1e-6
+        sums.add(rows, grads[rows], hidden[rows], boost)
+    factor = 1.0 if boost is None else 64.0
+    found = sums.result(None)
+    assert relative_error(found.weight, grads.double().T @ hidden.double() / factor) < 1e-6
+    assert relative_error(found.bias, grads.double().sum(0) / factor) < 1e-6
+    assert relative_error(found.hidden, grads.double() @ weight.double()) < 1e-6
 
 
 class Products(TorchDispatchMode):

@@ -35,6 +35,7 @@ from mpo_kernels import oracle
 from mpo_kernels.backends import triton as kernels
 from mpo_kernels.backends.triton import tiles
 from mpo_kernels.backends.triton.tiles import Tile, use_tiles
+from mpo_kernels.labels import IGNORED
 from mpo_kernels.ops import chunks
 
 
@@ -159,58 +160,41 @@ def divided(size, run):
     """What ranks exchange: partials of slices of the vocabulary, sums of parts of the sequences."""
     labels = size.labels(size.pairs)
     logits = regime("normal", (*labels.shape, size.vocab), labels.clamp(0, size.vocab - 1))
-    rows, options = (
-        labels.reshape(-1),
-        {
-            "ignore_index": size.ignore_index,
-            "logit_scale": 1.0,
-            "softcap": None,
-        },
-    )
+    rows = labels.reshape(-1).masked_fill(labels.reshape(-1) == size.ignore_index, IGNORED)
+    options = {"logit_scale": 1.0, "softcap": None}
     want = oracle.token_logprobs(logits.double(), labels, ignore_index=size.ignore_index).view(-1)
     for parts in (1, 16, 3) if size.tokens < 16 else (3,):
         slices = [s for s in logits.tensor_split(parts, -1) if s.shape[-1]]
         starts = [0, *torch.tensor([s.shape[-1] for s in slices]).cumsum(0)[:-1].tolist()]
-        locals_ = [rows.where(rows == size.ignore_index, rows - start) for start in starts]
+        locals_ = [rows.where(rows == IGNORED, rows - start) for start in starts]
         shares = [
-            local.where((rows == size.ignore_index) | ((local >= 0) & (local < part.shape[-1])), -7)
+            local.where((rows == IGNORED) | ((local >= 0) & (local < part.shape[-1])), -7)
             for local, part in zip(locals_, slices, strict=True)
         ]
-        if any(
-            bool((share == size.ignore_index).ne(rows == size.ignore_index).any())
-            for share in shares
-        ):
-            continue  # a label of a slice that equals this ignore_index: not this test's matter
         with run():
             partials = [
                 kernels.logprob_partials(part, local, **options)
                 for part, local in zip(slices, shares, strict=True)
             ]
-            logp, *_ = kernels.combine(torch.stack(partials), rows, ignore_index=size.ignore_index)
+            logp, *_ = kernels.combine(torch.stack(partials), rows)
         yield "combined", logp, want
     offsets = torch.arange(0, rows.numel() + 1, size.tokens, dtype=torch.int32)
     with run():
-        sums = kernels.sequence_sums(want.float(), rows, offsets, ignore_index=size.ignore_index)
+        sums = kernels.sequence_sums(want.float(), rows, offsets)
     scored = (labels != size.ignore_index).sum(1).double()
     yield "sums", sums, torch.stack([want.view(labels.shape).sum(1), scored], 1)
     sums, gap = torch.tensor([[-6.0, 3], [-1, 2]]), torch.tensor([0.25])
+    zero = torch.zeros(1, dtype=torch.int64)
     for here in (0, 1):  # rows of the only pair that this rank of a context has
         offsets = torch.tensor([0, here, here], dtype=torch.int32)
         with run():
-            *_, loss, gap_grad = kernels.pair_loss(
-                sums[:here, 0],
-                rows[:here],
-                offsets,
-                gap,
-                None,
-                beta=2.0,
-                ignore_index=-1,
-                sums=sums,
+            found = kernels.pair_loss(
+                sums[:here, 0], zero[:here], offsets, gap, None, beta=2.0, sums=sums
             )
             row_grad = kernels.row_grads(
-                gap_grad, sums[:, 1].contiguous(), rows[:here], offsets, ignore_index=-1
+                found.gap_grads, sums[:, 1].contiguous(), zero[:here], offsets
             )
-        yield "loss of a pair", loss, (2.0 * torch.tensor([-2 + 0.5]).double() - 0.25) ** 2
+        yield "loss of a pair", found.losses, (2.0 * torch.tensor([-2 + 0.5]).double() - 0.25) ** 2
         yield (
             "gradients of its rows",
             row_grad,
@@ -291,6 +275,8 @@ def test_the_sizes_make_every_integer_of_every_kernel_of_every_kind():
         pointers = {p.name for p in kernel.params if p.name.endswith("_ptr") or p.is_constexpr}
         floats = {"logit_scale", "softcap", "inverse_softcap", "beta"}
         assert numbers == {p.name for p in kernel.params} - pointers - floats
+        # always the same number
+        numbers -= {"ignore_index"}
         missing = {(n, k) for n in numbers for k in ("1", "multiple of 16", "neither")} - {
             (n, k) for kn, n, k in met if kn == name
         }
@@ -347,20 +333,20 @@ def backend_calls(device):
     labels = torch.empty(4, dtype=torch.int64, device=device)
     offsets = torch.empty(3, dtype=torch.int32, device=device)
     mask = torch.empty(4, dtype=torch.uint8, device=device)
-    head = {"ignore_index": -100, "logit_scale": 1.0, "softcap": None}
+    head = {"logit_scale": 1.0, "softcap": None}
     logits = floats(2, 2, 9000)
     yield "logprob_stats", (logits, labels), head
     yield "logprob_stats", (floats(2, 2, 30), labels), {**head, "token_outputs": True}
     yield "logprob_partials", (logits, labels), head
-    yield "combine", (floats(2, 4, 4), labels), {"ignore_index": -100}
+    yield "combine", (floats(2, 4, 4), labels), {}
     yield "logprob_grad", (logits, labels, floats(4), floats(4, 2), floats(4), logits), head
-    yield "sequence_sums", (floats(4), labels, offsets), {"ignore_index": -100}
+    yield "sequence_sums", (floats(4), labels, offsets), {}
     yield (
         "pair_loss",
         (floats(4), labels, offsets, floats(1), floats(1)),
-        {"beta": 1.0, "ignore_index": -100},
+        {"beta": 1.0},
     )
-    yield "row_grads", (floats(1), floats(2), labels, offsets), {"ignore_index": -100}
+    yield "row_grads", (floats(1), floats(2), labels, offsets), {}
     yield "pool", (floats(4, 8), mask, offsets), {}
     yield "unpool", (floats(2, 8), None, offsets, floats(2), floats(4, 8)), {}
 
@@ -404,7 +390,7 @@ def test_every_launch_is_on_its_tensors_device(current_device, monkeypatch):
                 " device"
             ),
         ):
-            kernels.sequence_sums(logp, labels, offsets, ignore_index=-100)
+            kernels.sequence_sums(logp, labels, offsets)
 
 
 def test_nothing_launches_but_launch():

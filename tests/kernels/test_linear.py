@@ -12,7 +12,7 @@ from benchmarks.instruments.accuracy import relative_error
 from benchmarks.instruments.operators import Flops, Memory
 from mpo_kernels import oracle
 from mpo_kernels.backends import eager
-from mpo_kernels.ops.chunks import Chunk, plan_pairs, rows_per_chunk, split_rows
+from mpo_kernels.ops.chunks import pair_lengths, plan_pairs, rows_per_chunk, split_rows
 
 P, T, D, V = 3, 9, 24, 211
 GAP = torch.tensor([0.3, -0.2, 0.8])
@@ -92,7 +92,7 @@ def test_softcap_and_scale(options):
 def test_numbers_on_the_device(numbers, dtype, monkeypatch):
     """What is a pointer to the kernels, in the place of a float; on the CPU it would be read, were
     this not a device."""
-    monkeypatch.setattr("mpo_kernels.ops.stats.is_plain", lambda tensor: False)
+    monkeypatch.setattr("mpo_kernels.options.is_plain", lambda tensor: False)
     hidden, weight, bias, labels = inputs(dtype)
     stored = {name: torch.tensor(value) for name, value in numbers.items()}
     tensors, wide = (hidden, weight, bias), (hidden.double(), weight.double(), bias.double())
@@ -124,7 +124,7 @@ def test_float16_knows_the_scale_on_the_device(monkeypatch):
     hidden, weight, _, labels = inputs(torch.float16)
     runs = []
     for is_plain in (lambda tensor: True, lambda tensor: False):
-        monkeypatch.setattr("mpo_kernels.ops.stats.is_plain", is_plain)
+        monkeypatch.setattr("mpo_kernels.options.is_plain", is_plain)
         scale = torch.tensor(1e4)
         _, got = gradients(
             lambda h, w, c=scale: (
@@ -525,8 +525,9 @@ def test_token_logprobs_and_their_gradients():
 
 
 def test_plan_packs_whole_pairs_in_order():
-    assert plan_pairs([3, 1, 9, 2, 2, 9], 8) == [Chunk(0, 2, 8), Chunk(2, 3, 18)]
-    assert split_rows(0, 10, 4) == [(0, 4), (4, 8), (8, 10)]
+    assert pair_lengths([3, 1, 9, 2, 2, 9]) == [5, 3, 18]
+    assert plan_pairs([5, 3, 18], 8) == [range(0, 2), range(2, 3)]
+    assert split_rows(10, 4) == [slice(0, 4), slice(4, 8), slice(8, 10)]
 
 
 @given(
@@ -534,12 +535,12 @@ def test_plan_packs_whole_pairs_in_order():
     budget=st.integers(1, 200),
 )
 def test_plan_covers_every_pair_once_within_the_budget(lengths, budget):
-    flat = [a for a, _ in lengths] + [b for _, b in lengths]
-    chunks = plan_pairs(flat, budget)
-    assert [p for c in chunks for p in range(c.first, c.last)] == list(range(len(lengths)))
-    for c in chunks:
-        assert c.rows == sum(sum(lengths[p]) for p in range(c.first, c.last))
-        assert c.rows <= budget or c.last - c.first == 1
+    rows = pair_lengths([a for a, _ in lengths] + [b for _, b in lengths])
+    assert rows == [sum(pair) for pair in lengths]
+    groups = plan_pairs(rows, budget)
+    assert [pair for group in groups for pair in group] == list(range(len(lengths)))
+    for group in groups:
+        assert sum(rows[pair] for pair in group) <= budget or len(group) == 1
 
 
 @pytest.mark.parametrize(("vocab", "rows"), [(128256, 2048), (262144, 1024), (1000, 268416)])

@@ -1,6 +1,5 @@
 """Every refused call and what its caller is told."""
 
-import inspect
 import itertools
 
 import pytest
@@ -393,85 +392,3 @@ def test_unknown_backend(monkeypatch):
         ValueError, match="MPO_KERNELS_BACKEND is 'cuda'; it can be auto, triton or torch"
     ):
         token_logprobs(LOGITS, LABELS)
-
-
-GENERATOR = torch.Generator().manual_seed(0)
-GIVEN = {
-    "logits": torch.randn(12, 7, generator=GENERATOR),
-    "hidden": torch.randn(12, 5, generator=GENERATOR),
-    "weight": torch.randn(7, 5, generator=GENERATOR),
-    "labels": torch.randint(1, 7, (12,), generator=GENERATOR).index_fill_(0, torch.tensor([4]), 0),
-    "reference_gap": torch.tensor([0.3, -0.2]),
-    "bias": torch.randn(7, generator=GENERATOR),
-    "pair_weights": torch.tensor([0.3, 2.0]),
-    "cu_seqlens": torch.tensor([0, 2, 5, 6, 12], dtype=torch.int32),
-}
-OPTIONS = {
-    "beta": 1.5,
-    "ignore_index": 0,
-    "logit_scale": 0.7,
-    "softcap": 3.0,
-    "reduction": "sum",
-    "token_outputs": True,
-    "inplace_backward": True,
-    "validate": False,
-    "chunk_bytes": 1,
-    "parallel": Parallel(context_group=object()),
-}
-"""None at its default."""
-
-
-@pytest.mark.parametrize(
-    ("module", "function"),
-    [(mpo_kernels.MPOLoss, mpo_loss), (mpo_kernels.LinearMPOLoss, linear_mpo_loss)],
-)
-def test_every_argument_of_a_module_reaches_its_function(module, function, monkeypatch):
-    names = inspect.signature(function).parameters
-    tensors = {name: tensor for name, tensor in GIVEN.items() if name in names}
-    options = {name: value for name, value in OPTIONS.items() if name in names}
-    assert set(names) == {*tensors, *options}
-    for name, value in options.items():
-        assert value != names[name].default
-        assert f"{name}={value!r}" in repr(module(**{name: value}))
-    seen = {}
-    monkeypatch.setattr(
-        f"mpo_kernels.nn.{function.__name__}",
-        lambda *a, **k: seen.update(inspect.signature(function).bind(*a, **k).arguments),
-    )
-    module(**options)(**tensors)
-    given = tensors | options
-    assert seen.keys() == given.keys()
-    assert all(seen[name] is value for name, value in given.items())
-    monkeypatch.undo()
-    del options["parallel"]  # of no process group
-    if "logits" in tensors:  # without a gradient none is written
-        options["inplace_backward"] = False
-    got, want = module(**options)(**tensors), function(**tensors, **options)
-    torch.testing.assert_close(got, want, rtol=0, atol=0)
-    for name in ("pair_weights", "cu_seqlens", "bias"):  # and they matter
-        if name in tensors and name != "cu_seqlens":
-            assert not torch.equal(
-                module(**options)(**{n: t for n, t in tensors.items() if n != name}).loss, want.loss
-            )
-
-
-@pytest.mark.parametrize("module", [mpo_kernels.MPOLoss, mpo_kernels.LinearMPOLoss])
-@pytest.mark.parametrize(
-    "option",
-    [
-        {"beta": "1"},
-        {"beta": float("nan")},
-        {"softcap": -1.0},
-        {"logit_scale": None},
-        {"reduction": "max"},
-        {"ignore_index": 1.0},
-        {"chunk_bytes": 0},
-        {"parallel": "world"},
-    ],
-    ids=str,
-)
-def test_modules_refuse_their_options_when_they_are_made(module, option):
-    if "chunk_bytes" in option and module is mpo_kernels.MPOLoss:
-        pytest.skip("an option of the other")
-    with pytest.raises(ValueError, match=f"{next(iter(option))} (must be|is)"):
-        module(**option)

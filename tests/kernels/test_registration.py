@@ -12,8 +12,8 @@ import mpo_kernels
 from benchmarks.instruments.accuracy import relative_error
 from mpo_kernels import oracle
 from mpo_kernels.ops.gradients import scaled
-from mpo_kernels.ops.linear_pairs import (
-    linear_pair_loss_op,
+from mpo_kernels.ops.linear_pairs import linear_pair_loss_op
+from mpo_kernels.ops.linear_tokens import (
     linear_token_logprobs_grad_op,
     linear_token_logprobs_op,
 )
@@ -28,9 +28,16 @@ P, T, V, D = 2, 5, 37, 8
 LABELS = labels_of((2 * P, T), V)
 GAP = torch.tensor([0.3, -0.2])
 OFFSETS = torch.arange(0, 2 * P * T + 1, T, dtype=torch.int32)
-HEAD = {"ignore_index": -100, "logit_scale": 0.5, "softcap": 4.0, "numbers": None, "parallel": 0}
+HEAD = {"logit_scale": 0.5, "softcap": 4.0, "numbers": None, "parallel": 0}
 BETA = {"beta": 1.5, "beta_number": None}
-LINEAR = {**HEAD, "chunk_bytes": None, "gemm_dtype": None, "token_outputs": True}
+LINEAR = {
+    **HEAD,
+    "ignore_index": -100,
+    "chunk_bytes": None,
+    "gemm_dtype": None,
+    "token_outputs": True,
+}
+GRAD = {name: value for name, value in LINEAR.items() if name != "token_outputs"}
 
 
 def random(*shape, grad=False):
@@ -69,12 +76,12 @@ OPERATORS = {
     "pair_loss": (
         pair_loss_op,
         (random(2 * P * T, grad=True), FLAT, OFFSETS, GAP, GAP.abs()),
-        {"beta": 1.5, "beta_number": torch.tensor(0.5), "ignore_index": -100, "parallel": 0},
+        {"beta": 1.5, "beta_number": torch.tensor(0.5), "parallel": 0},
     ),
     "pair_loss_grad": (
         pair_loss_grad_op,
         (GAP, torch.ones(2 * P), FLAT, OFFSETS),
-        {"ignore_index": -100},
+        {},
     ),
     "mean_pool": (mean_pool_op, (random(2 * P * T, D, grad=True), FLAT > 0, OFFSETS), {}),
     "mean_pool_grad": (
@@ -85,7 +92,7 @@ OPERATORS = {
     "scaled": (scaled, (random(6, 3), random(6), torch.tensor(2.0)), {"dtype": torch.bfloat16}),
     "linear_pair_loss": (
         linear_pair_loss_op,
-        (*from_hidden(True), FLAT, OFFSETS, GAP, None),
+        (*from_hidden(True), FLAT, None, OFFSETS, GAP, None),
         {
             **BETA,
             "hidden_grad": True,
@@ -97,7 +104,7 @@ OPERATORS = {
     ),
     "linear_pair_loss, one chunk kept": (
         linear_pair_loss_op,
-        (*from_hidden(True), FEW, OFFSETS, GAP, None),
+        (*from_hidden(True), FEW, None, OFFSETS, GAP, None),
         {
             **BETA,
             "hidden_grad": True,
@@ -109,7 +116,7 @@ OPERATORS = {
     ),
     "linear_pair_loss, no gradient": (
         linear_pair_loss_op,
-        (*from_hidden(False), FLAT, OFFSETS, GAP, GAP.abs()),
+        (*from_hidden(False), FLAT, None, OFFSETS, GAP, GAP.abs()),
         {
             "beta": 1.5,
             "beta_number": None,
@@ -120,14 +127,31 @@ OPERATORS = {
             **LINEAR,
         },
     ),
+    "linear_pair_loss, gathered rows": (
+        linear_pair_loss_op,
+        (*from_hidden(True), FLAT, FLAT.abs() % 9, OFFSETS, GAP, None),
+        {
+            **BETA,
+            "hidden_grad": True,
+            "weight_grad": True,
+            "bias_grad": True,
+            "may_keep_chunk": False,
+            **LINEAR,
+        },
+    ),
+    "linear_token_logprobs, gathered rows": (
+        linear_token_logprobs_op,
+        (*from_hidden(True), FLAT, FLAT.abs() % 9),
+        {"keep_stats": True, "keep_hidden_grad": False, **LINEAR},
+    ),
     "linear_token_logprobs": (
         linear_token_logprobs_op,
-        (*from_hidden(True), FLAT),
+        (*from_hidden(True), FLAT, None),
         {"keep_stats": True, "keep_hidden_grad": False, **LINEAR},
     ),
     "linear_token_logprobs, frozen head": (
         linear_token_logprobs_op,
-        (random(2 * P * T, D, grad=True), *from_hidden(False)[1:], FLAT),
+        (random(2 * P * T, D, grad=True), *from_hidden(False)[1:], FLAT, None),
         {"keep_stats": False, "keep_hidden_grad": True, **LINEAR},
     ),
     "linear_token_logprobs_grad": (
@@ -138,8 +162,9 @@ OPERATORS = {
             random(2 * P * T, 2).abs() + 1,
             *from_hidden(False),
             FLAT,
+            None,
         ),
-        {"hidden_grad": True, "weight_grad": True, "bias_grad": True, **LINEAR},
+        {"hidden_grad": True, "weight_grad": True, "bias_grad": True, **GRAD},
     ),
 }
 
@@ -155,7 +180,7 @@ def test_opcheck(name):
     ]
     if keywords.get("may_keep_chunk"):  # never under a compiler
         checks.remove("test_aot_dispatch_dynamic")
-    torch.library.opcheck(operator, arguments, keywords, test_utils=checks)
+    torch.library.opcheck(operator.definition, arguments, keywords, test_utils=checks)
 
 
 FUNCTIONS = {

@@ -26,6 +26,11 @@ LABELS = labels_of((2 * P, T), V)
 PAIRS = {"reference_gap": random(P), "pair_weights": random(P).abs()}
 HEAD = {"hidden": random(2 * P, T, D), "weight": random(V, D), "labels": LABELS, "bias": random(V)}
 PACKED = {"cu_seqlens": OFFSETS, "labels": LABELS.flatten()}
+GATHERED = {
+    "hidden": random(9, D),
+    "labels": LABELS.flatten(),
+    "rows": torch.arange(2 * P * T) * 5 % 9,
+}
 POOL = {"hidden": random(2 * P, T, D), "mask": LABELS >= 0}
 REFERENCE = {"reference": random(2 * P, D), "sequence_weights": random(2 * P).abs()}
 CALLS = {
@@ -46,6 +51,9 @@ CALLS = {
     "linear_mpo_loss none": {**HEAD, **PAIRS, "reduction": "none"},
     "linear_mpo_loss, no gradient": {**HEAD, **PAIRS, "frozen": ("hidden", "weight", "bias")},
     "linear_token_logprobs, frozen head": {**HEAD, "frozen": ("weight", "bias")},
+    "linear_token_logprobs, rows": {**HEAD, **GATHERED},
+    "linear_token_statistics, rows": {**HEAD, **GATHERED},
+    "linear_mpo_loss, rows": {**HEAD, **GATHERED, **PACKED, **PAIRS},
     "mean_pool": POOL,
     "mean_pool packed": {
         "hidden": random(2 * P * T, D),
@@ -110,6 +118,7 @@ TENSORS = [
 SAME_KERNELS = (
     "token_statistics",
     "linear_token_statistics",
+    "linear_token_statistics, rows",
     "linear_mpo_loss packed",
     "retention_loss",
     "retention_loss packed",
@@ -140,16 +149,9 @@ def test_all_tensors_at_once(call, layout):
 
 def test_no_argument_is_forgotten():
     """Each tensor of each public function is in the table above."""
-    for name in (
-        "token_logprobs",
-        "token_statistics",
-        "mpo_loss",
-        "linear_token_logprobs",
-        "linear_token_statistics",
-        "linear_mpo_loss",
-        "mean_pool",
-        "retention_loss",
-    ):
+    functions = [name for name in mpo_kernels.__all__ if name.islower()]
+    assert len(functions) == 8
+    for name in functions:
         parameters = inspect.signature(getattr(mpo_kernels, name)).parameters.values()
         tensors = {p.name for p in parameters if "Tensor" in str(p.annotation)}
         assert tensors <= {

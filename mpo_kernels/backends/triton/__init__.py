@@ -1,4 +1,4 @@
-"""The Triton backend: one file per job. `mpo_kernels.backends.eager` offers the same functions in PyTorch."""
+"""The Triton backend: one file per job. `backends.eager` offers the same functions in PyTorch."""
 
 from mpo_kernels.backends.triton.logprob import (
     combine,

@@ -12,7 +12,8 @@ import triton
 COUNTS = ("N", "P", "T", "splits", "parts", "blocks", "ignore_index")
 """Integers of kernels that are always numbers at run time. Triton makes another program where an
 integer is 1, with that integer as a constant of Python, and another one where 16 divides it. Only
-columns and strides gain by it."""
+columns and strides gain by it. `ignore_index` is always labels.IGNORED: as a constant of the
+kernels it costs some of them registers."""
 
 kernel = triton.jit(do_not_specialize=COUNTS)
 """The decorator of every kernel that is launched."""

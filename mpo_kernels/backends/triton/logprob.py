@@ -3,11 +3,11 @@
 With final logits z, label y, peak m = max z, total = sum exp(z - m) and the upstream gradient g of
 a row's log-probability:
 
-    logp  = -log(1 + sum over j != y of exp(z_j - z_y))                      one read of the row                 (4)
-    dL/du = g * dz/du * (1 - p_y at the label, -p_j elsewhere)               one read and one write              (5)
+    logp  = -log(1 + sum over j != y of exp(z_j - z_y))                    one read of the row   (4)
+    dL/du = g * dz/du * (1 - p_y at the label, -p_j elsewhere)             one read, one write   (5)
     p_j = exp(z_j - m) / total        1 - p_y = -expm1(logp)
-    z = cap * tanh(scale * u / cap)  ->  dz/du = scale * (1 - (z / cap)^2)                       (6)
-    entropy = -p_y logp + (1 - p_y) (log Z - m' - mean' of (z - m'))         ' over the other columns            (7)
+    z = cap * tanh(scale * u / cap)  ->  dz/du = scale * (1 - (z / cap)^2)                     (6)
+    entropy = -p_y logp + (1 - p_y) (log Z - m' - mean' of (z - m'))    ' over other columns  (7)
 
 The label is kept out of the sum, so a label with p_y -> 1 keeps its digits in logp and in 1 - p_y;
 m and total are kept apart, so large logits lose none to the rounding of a log-sum-exp. An ignored
@@ -20,12 +20,16 @@ logit or -inf), and `combine` puts the partials together in their order.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
+from mpo_kernels.backends.results import RowStats
 from mpo_kernels.backends.triton.launch import kernel, launch
 from mpo_kernels.backends.triton.tiles import splits_for, tile_for
+from mpo_kernels.labels import IGNORED
 
 PARTIAL = tl.constexpr(4)
 """Numbers of a partial: peak, total, weighted sum of z - peak (0 unless the entropy is wanted),
@@ -457,44 +461,33 @@ def logprob_stats(
     logits: torch.Tensor,
     labels: torch.Tensor,
     *,
-    ignore_index: int,
     logit_scale: float | torch.Tensor,
     softcap: float | torch.Tensor | None,
     token_outputs: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """logits (B, T, V), labels (N,) int64 -> logp (N,), normalizer (N, 2) (peak, total), and with
-    `token_outputs` entropy (N,) float32 and is_argmax (N,) bool, else None. Few rows are split over
-    programs, whose partials a second kernel combines."""
+) -> RowStats:
+    """Statistics of logits (B, T, V) and labels (N,) int64; entropy and arg-max with
+    `token_outputs`. Few rows are split over programs, whose partials a second kernel combines."""
     rows, V = labels.numel(), logits.shape[-1]
     tile = tile_for(_stats_name(softcap), V, logits.device)
     splits = splits_for(rows, V, tile.block, logits.device) if rows else 1
+    options: dict[str, Any] = {
+        "logit_scale": logit_scale,
+        "softcap": softcap,
+        "token_outputs": token_outputs,
+    }
     if splits > 1:
         partials = torch.empty(splits, rows, 4, dtype=torch.float32, device=logits.device)
-        _launch_stats(
-            logits,
-            labels,
-            None,
-            partials,
-            splits,
-            ignore_index,
-            logit_scale,
-            softcap,
-            token_outputs,
-            False,
-        )
-        return combine(partials, labels, ignore_index=ignore_index, token_outputs=token_outputs)
+        _launch_stats(logits, labels, partials=partials, splits=splits, **options)
+        return combine(partials, labels, token_outputs=token_outputs)
     outputs = _outputs(labels, token_outputs)
-    _launch_stats(
-        logits, labels, outputs, None, 1, ignore_index, logit_scale, softcap, token_outputs, False
-    )
-    return _as_bool(outputs)
+    _launch_stats(logits, labels, outputs=outputs, **options)
+    return _as_stats(outputs)
 
 
 def logprob_partials(
     logits: torch.Tensor,
     labels: torch.Tensor,
     *,
-    ignore_index: int,
     logit_scale: float | torch.Tensor,
     softcap: float | torch.Tensor | None,
     token_outputs: bool = False,
@@ -506,24 +499,30 @@ def logprob_partials(
     """
     partials = torch.empty(labels.numel(), 4, dtype=torch.float32, device=logits.device)
     _launch_stats(
-        logits, labels, None, partials, 1, ignore_index, logit_scale, softcap, token_outputs, True
+        logits,
+        labels,
+        partials=partials,
+        is_slice=True,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        token_outputs=token_outputs,
     )
     return partials
 
 
 def combine(
-    partials: torch.Tensor, labels: torch.Tensor, *, ignore_index: int, token_outputs: bool = False
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    partials: torch.Tensor, labels: torch.Tensor, *, token_outputs: bool = False
+) -> RowStats:
     """partials (parts, N, 4), contiguous, labels (N,) -> what `logprob_stats` returns."""
     parts, rows, _ = partials.shape
     outputs = _outputs(labels, token_outputs)
     if rows:
         launch(
             _combine_kernel, triton.cdiv(rows, COMBINE_BLOCK),
-            partials, labels, *outputs, rows, parts, ignore_index,
+            partials, labels, *outputs, rows, parts, IGNORED,
             HAS_TOKEN_OUTPUTS=token_outputs, BLOCK=COMBINE_BLOCK, num_warps=4,
         )  # fmt: skip
-    return _as_bool(outputs)
+    return _as_stats(outputs)
 
 
 def logprob_grad(
@@ -534,7 +533,6 @@ def logprob_grad(
     row_grad: torch.Tensor,
     out: torch.Tensor,
     *,
-    ignore_index: int,
     logit_scale: float | torch.Tensor,
     softcap: float | torch.Tensor | None,
 ) -> None:
@@ -546,8 +544,9 @@ def logprob_grad(
     if B * T:
         launch(
             _logprob_grad_kernel, B * T * blocks,
-            logits, labels, logp, normalizer, row_grad, out, T, V, blocks, logits.stride(0), logits.stride(1),
-            out.stride(0), out.stride(1), ignore_index, *_softcap_arguments(logit_scale, softcap),
+            logits, labels, logp, normalizer, row_grad, out, T, V, blocks,
+            logits.stride(0), logits.stride(1), out.stride(0), out.stride(1),
+            IGNORED, *_softcap_arguments(logit_scale, softcap),
             BLOCK=tile.block, num_warps=tile.num_warps,
         )  # fmt: skip
 
@@ -555,36 +554,38 @@ def logprob_grad(
 def _launch_stats(
     logits: torch.Tensor,
     labels: torch.Tensor,
-    outputs: tuple[torch.Tensor | None, ...] | None,
-    partials: torch.Tensor | None,
-    splits: int,
-    ignore_index: int,
+    *,
+    outputs: RowStats | None = None,
+    partials: torch.Tensor | None = None,
+    splits: int = 1,
+    is_slice: bool = False,
     logit_scale: float | torch.Tensor,
     softcap: float | torch.Tensor | None,
     token_outputs: bool,
-    is_slice: bool,
 ) -> None:
+    """Into `outputs`, or into `partials` of rows that are shared."""
     B, T, V = logits.shape
     tile = tile_for(_stats_name(softcap), V, logits.device)
     if B * T:
         launch(
             _logprob_stats_kernel, B * T * splits,
-            logits, labels, *(outputs or (None,) * 4), partials, B * T, T, V, logits.stride(0), logits.stride(1),
-            splits, triton.cdiv(triton.cdiv(V, tile.block), splits) * tile.block, ignore_index,
+            logits, labels, *(outputs or (None,) * 4), partials,
+            B * T, T, V, logits.stride(0), logits.stride(1),
+            splits, triton.cdiv(triton.cdiv(V, tile.block), splits) * tile.block, IGNORED,
             *_softcap_arguments(logit_scale, softcap),
             HAS_TOKEN_OUTPUTS=token_outputs, IS_PARTIAL=partials is not None, IS_SLICE=is_slice,
             BLOCK=tile.block, num_warps=tile.num_warps,
         )  # fmt: skip
 
 
-def _outputs(labels: torch.Tensor, token_outputs: bool) -> tuple[torch.Tensor | None, ...]:
-    """Places for logp, normalizer, entropy, is_argmax."""
+def _outputs(labels: torch.Tensor, token_outputs: bool) -> RowStats:
+    """Memory for the results."""
     rows = labels.numel()
 
     def made(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device=labels.device)
 
-    return (
+    return RowStats(
         made(rows),
         made(rows, 2),
         made(rows) if token_outputs else None,
@@ -592,9 +593,11 @@ def _outputs(labels: torch.Tensor, token_outputs: bool) -> tuple[torch.Tensor | 
     )
 
 
-def _as_bool(outputs: tuple[torch.Tensor | None, ...]) -> tuple:
-    *numbers, is_argmax = outputs
-    return *numbers, None if is_argmax is None else is_argmax.view(torch.bool)
+def _as_stats(outputs: RowStats) -> RowStats:
+    """Bytes of the kernels as truth values."""
+    if outputs.is_argmax is None:
+        return outputs
+    return outputs._replace(is_argmax=outputs.is_argmax.view(torch.bool))
 
 
 def _is_wide(softcap: float | torch.Tensor | None) -> bool:

@@ -4,7 +4,8 @@ place of the loss formula.
 With avg the mean over a sequence's scored rows, chosen sequence p and rejected sequence P + p
 (equations 1, 2 and 8):
 
-    RG_p = avg_p - avg_{P+p}        e_p = beta * RG_p - RG_ref_p        loss_p = w_p * e_p^2        dloss_p/dRG_p = 2 * beta * w_p * e_p
+    RG_p = avg_p - avg_{P+p}        e_p = beta * RG_p - RG_ref_p
+    loss_p = w_p * e_p^2            dloss_p/dRG_p = 2 * beta * w_p * e_p
     dRG_p/dlogp_row = +1/|y_p| on chosen rows, -1/|y_{P+p}| on rejected rows
 """
 
@@ -14,7 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
+from mpo_kernels.backends.results import PairLosses
 from mpo_kernels.backends.triton.launch import kernel, launch
+from mpo_kernels.labels import IGNORED
 
 BLOCK = 1024
 """Rows of a sequence that one program reads at a time."""
@@ -146,24 +149,16 @@ def _row_grad_kernel(
 
 
 def sequence_sums(
-    logp: torch.Tensor, labels: torch.Tensor, cu_seqlens: torch.Tensor, *, ignore_index: int
+    logp: torch.Tensor, labels: torch.Tensor, cu_seqlens: torch.Tensor
 ) -> torch.Tensor:
     """(N,) log-probs -> (S, 2) float32: their sum over each sequence, and its number of scored
     rows."""
     S = cu_seqlens.numel() - 1
     sums = torch.empty(S, 2, dtype=torch.float32, device=logp.device)
     launch(
-        _sequence_sums_kernel,
-        S,
-        logp,
-        labels,
-        cu_seqlens,
-        sums,
-        logp.numel(),
-        ignore_index,
-        BLOCK=BLOCK,
-        num_warps=4,
-    )
+        _sequence_sums_kernel, S,
+        logp, labels, cu_seqlens, sums, logp.numel(), IGNORED, BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip
     return sums
 
 
@@ -175,54 +170,38 @@ def pair_loss(
     pair_weights: torch.Tensor | None,
     *,
     beta: float | torch.Tensor,
-    ignore_index: int,
     sums: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(N,) log-probs -> sequence means (2P,), scored counts (2P,), gaps (P,), weighted losses (P,),
-    dloss/dgap (P,), all float32.
+) -> PairLosses:
+    """(N,) log-probs -> losses of P pairs and what they were computed from, all float32.
 
     beta: a number, or () float32 on the device.
     `sums` (2P, 2): the sequences' sums where the rows here are only a part of them
     (context-parallel).
     """
-    P = reference_gap.numel()
-    means, counts = (torch.empty(2 * P, dtype=torch.float32, device=logp.device) for _ in range(2))
-    gap, loss, gap_grad = (
-        torch.empty(P, dtype=torch.float32, device=logp.device) for _ in range(3)
+    P, is_stored = reference_gap.numel(), isinstance(beta, torch.Tensor)
+    losses, means, gaps, counts, gap_grads = found = PairLosses(
+        *(torch.empty(n, dtype=torch.float32, device=logp.device) for n in (P, 2 * P, P, 2 * P, P))
     )
     launch(
         _pair_kernel, P,
-        sums, logp, labels, cu_seqlens, reference_gap, pair_weights, means, counts, gap, loss, gap_grad,
-        logp.numel(), P, beta if isinstance(beta, torch.Tensor) else float(beta), ignore_index,
-        BETA_IS_STORED=isinstance(beta, torch.Tensor), HAS_SUMS=sums is not None, HAS_WEIGHTS=pair_weights is not None,
+        sums, logp, labels, cu_seqlens, reference_gap, pair_weights,
+        means, counts, gaps, losses, gap_grads,
+        logp.numel(), P, beta if is_stored else float(beta), IGNORED,
+        BETA_IS_STORED=is_stored, HAS_SUMS=sums is not None, HAS_WEIGHTS=pair_weights is not None,
         BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
-    return means, counts, gap, loss, gap_grad
+    return found
 
 
 def row_grads(
-    gap_grad: torch.Tensor,
-    counts: torch.Tensor,
-    labels: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    *,
-    ignore_index: int,
+    gap_grads: torch.Tensor, counts: torch.Tensor, labels: torch.Tensor, cu_seqlens: torch.Tensor
 ) -> torch.Tensor:
     """dL/dRG (P,) -> dL/dlogp of every row (N,) float32, 0 for ignored rows."""
-    row_grad = torch.zeros(labels.numel(), dtype=torch.float32, device=labels.device)
-    P = gap_grad.numel()
+    found = torch.zeros(labels.numel(), dtype=torch.float32, device=labels.device)
+    P = gap_grads.numel()
     launch(
-        _row_grad_kernel,
-        2 * P,
-        gap_grad,
-        counts,
-        labels,
-        cu_seqlens,
-        row_grad,
-        row_grad.numel(),
-        P,
-        ignore_index,
-        BLOCK=BLOCK,
-        num_warps=4,
-    )
-    return row_grad
+        _row_grad_kernel, 2 * P,
+        gap_grads, counts, labels, cu_seqlens, found, labels.numel(), P, IGNORED,
+        BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip
+    return found

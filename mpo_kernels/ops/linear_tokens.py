@@ -1,0 +1,244 @@
+"""Autograd from hidden states through a linear head to log-probabilities of labels, for any
+upstream gradient; the [tokens, vocab] logits never exist as a whole.
+
+With a trainable head, backward computes the logits again: one GEMM forward, three backward. With a
+frozen one, dlogp/dH is made in the forward pass, where the logits are, and its rows are scaled in
+backward (equation 10): two GEMMs in all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from mpo_kernels.backends.results import RowStats
+from mpo_kernels.ops.chunks import Targets, scored_rows, split_rows
+from mpo_kernels.ops.gradients import (
+    HeadGradients,
+    HeadGrads,
+    boosted,
+    hidden_grad_dtype,
+    scaled,
+    spread,
+)
+from mpo_kernels.ops.operator import operator
+from mpo_kernels.ops.projection import Head, Needs, Projection, TokenOutputs
+from mpo_kernels.ops.stats import row_stats, write_logit_grads
+from mpo_kernels.options import LogitOptions, statistics_dtype
+
+
+class LinearTokenResults(NamedTuple):
+    """What M labels give, and what backward wants of it."""
+
+    logp: torch.Tensor
+    """(M,); differentiable."""
+    entropy: torch.Tensor
+    """(M,), like is_argmax, where token outputs are asked for, else (0,)."""
+    is_argmax: torch.Tensor
+    normalizer: torch.Tensor
+    """(M, 2) for a trainable head, else (0, 2)."""
+    hidden_grad: torch.Tensor
+    """(M, D) dlogp/dH for a frozen head, else (0,)."""
+
+
+@operator("mpo_kernels::linear_token_logprobs", strided=("hidden", "weight"))
+def linear_token_logprobs_op(
+    hidden: torch.Tensor,
+    head: Head,
+    targets: Targets,
+    options: LogitOptions,
+    keep_stats: bool,
+    keep_hidden_grad: bool,
+    token_outputs: bool,
+) -> LinearTokenResults:
+    """hidden (N, D), targets of M labels on any device -> log-probabilities; normalizers with
+    `keep_stats`, dlogp/dH with `keep_hidden_grad`."""
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        rows, labels = _Rows(hidden, head, targets, options), targets.labels.numel()
+        gradients = HeadGradients(
+            hidden,
+            head,
+            rows.projection,
+            Needs(keep_hidden_grad, False, False),
+            rows=labels,
+            scaled_later=True,
+        )
+        tokens = TokenOutputs.zeros(hidden, labels, labels if token_outputs else 0)
+        dtype = statistics_dtype(hidden)
+        normalizer = hidden.new_zeros(labels if keep_stats else 0, 2, dtype=dtype)
+        # the rows' own factors are left to backward
+        one = boosted(hidden.new_ones(1, dtype=dtype), rows.projection.dtype, options.scale)
+        for chunk in rows.chunks():
+            stats = row_stats(chunk.logits, chunk.labels, options, token_outputs=token_outputs)
+            tokens.put(chunk.indices, stats)
+            if keep_stats:
+                normalizer.index_copy_(0, chunk.indices, stats.normalizer)
+            if keep_hidden_grad:
+                row_grads = one.row_grads.repeat(chunk.labels.numel())
+                write_logit_grads(
+                    chunk.logits, chunk.labels, stats, row_grads, options, out=chunk.logits
+                )
+                gradients.add(chunk.indices, chunk.logits[0], chunk.hidden, None)
+        hidden_grad = gradients.result(options.parallel, boost=one.boost).hidden
+    return LinearTokenResults(*tokens, normalizer, hidden_grad)
+
+
+class _Chunk(NamedTuple):
+    """Scored rows whose logits exist at once, on the device."""
+
+    indices: torch.Tensor
+    """(n,) among the M labels."""
+    labels: torch.Tensor
+    """(n,)"""
+    hidden: torch.Tensor
+    """(n, D)"""
+    logits: torch.Tensor
+    """(1, n, V), in memory that the next chunk's take."""
+
+
+class _Rows:
+    """The scored rows, which it reads and checks."""
+
+    def __init__(
+        self, hidden: torch.Tensor, head: Head, targets: Targets, options: LogitOptions
+    ) -> None:
+        parallel = options.parallel
+        scored = scored_rows(
+            targets,
+            None,
+            hidden_rows=hidden.shape[0],
+            columns=head.weight.shape[0],
+            parallel=parallel,
+        )
+        self.projection = Projection(hidden, head)
+        self._indices, self._labels, self._rows = (
+            host.to(hidden.device, non_blocking=True)
+            for host in (scored.indices, scored.labels, scored.rows)
+        )
+        self._budget = head.rows_per_chunk(hidden, parallel)
+
+    def chunks(self) -> Iterator[_Chunk]:
+        """Each with its logits."""
+        for piece in split_rows(self._indices.numel(), self._budget):
+            hidden = self.projection.rows(self._rows[piece])
+            yield _Chunk(
+                self._indices[piece], self._labels[piece], hidden, self.projection.logits(hidden)
+            )
+
+
+@linear_token_logprobs_op.register_fake
+def _(hidden, head, targets, options, keep_stats, keep_hidden_grad, token_outputs):
+    rows, floats = targets.labels.shape[0], {"dtype": statistics_dtype(hidden)}
+    return LinearTokenResults(
+        hidden.new_empty(rows, **floats),
+        hidden.new_empty(rows if token_outputs else 0, **floats),
+        hidden.new_empty(rows if token_outputs else 0, dtype=torch.bool),
+        hidden.new_empty(rows if keep_stats else 0, 2, **floats),
+        hidden.new_empty(
+            (rows, hidden.shape[1]) if keep_hidden_grad else 0,
+            dtype=hidden_grad_dtype(hidden.dtype),
+        ),
+    )
+
+
+@operator("mpo_kernels::linear_token_logprobs_grad", strided=("hidden", "weight"))
+def linear_token_logprobs_grad_op(
+    grad_logp: torch.Tensor,
+    logp: torch.Tensor,
+    normalizer: torch.Tensor,
+    hidden: torch.Tensor,
+    head: Head,
+    targets: Targets,
+    options: LogitOptions,
+    needs: Needs,
+) -> HeadGrads:
+    """dL/dlogp (M,) -> gradients of the head. The logits are computed again: three GEMMs."""
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        rows = _Rows(hidden, head, targets, options)
+        gradients = HeadGradients(
+            hidden,
+            head,
+            rows.projection,
+            needs,
+            rows=logp.numel(),
+            scaled_later=rows.projection.dtype == torch.float16,
+        )
+        for chunk in rows.chunks():
+            upstream = boosted(
+                grad_logp.index_select(0, chunk.indices), rows.projection.dtype, options.scale
+            )
+            stats = RowStats(logp[chunk.indices], normalizer[chunk.indices], None, None)
+            write_logit_grads(
+                chunk.logits, chunk.labels, stats, upstream.row_grads, options, out=chunk.logits
+            )
+            gradients.add(chunk.indices, chunk.logits[0], chunk.hidden, upstream.boost)
+        return gradients.result(options.parallel)
+
+
+@linear_token_logprobs_grad_op.register_fake
+def _(grad_logp, logp, normalizer, hidden, head, targets, options, needs):
+    precise = torch.promote_types(head.weight.dtype, torch.float32)
+    is_half = head.dtype(hidden) == torch.float16
+    return HeadGrads(
+        hidden.new_empty(
+            (logp.shape[0], hidden.shape[1]) if needs.hidden_grad else 0,
+            dtype=hidden_grad_dtype(hidden.dtype) if is_half else hidden.dtype,
+        ),
+        logp.new_empty(logp.shape if needs.hidden_grad else 0),
+        head.weight.new_empty(head.weight.shape if needs.weight_grad else 0, dtype=precise),
+        head.weight.new_empty(head.weight.shape[0] if needs.bias_grad else 0, dtype=precise),
+    )
+
+
+def _save(ctx: Any, given: Any, found: LinearTokenResults) -> None:
+    head, targets, (_, *others) = given.head, given.targets, found
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*others)
+    ctx.options = given.options  # and with it a Parallel, which lives until backward has run
+    ctx.keep_hidden_grad, ctx.ignore_index = given.keep_hidden_grad, targets.ignore_index
+    ctx.gemm_dtype, ctx.chunk_bytes = head.gemm_dtype, head.chunk_bytes
+    ctx.hidden_shape, ctx.hidden_dtype = given.hidden.shape, given.hidden.dtype
+    # A frozen head needs neither hidden states nor weight again.
+    if given.keep_stats:
+        ctx.save_for_backward(
+            found.logp,
+            found.normalizer,
+            given.hidden,
+            head.weight,
+            head.bias,
+            targets.labels,
+            targets.rows,
+        )
+    else:
+        ctx.save_for_backward(found.hidden_grad, targets.rows)
+
+
+def _backward(ctx: Any, grad_logp: torch.Tensor | None, *_: Any) -> tuple:
+    if grad_logp is None:
+        return None, None, None
+    if ctx.keep_hidden_grad:
+        hidden_grad, rows = ctx.saved_tensors
+        hidden_grad = scaled(hidden_grad, grad_logp, grad_logp.new_ones(()), ctx.hidden_dtype)
+        return spread(hidden_grad, rows, ctx.hidden_shape[0]), None, None
+    logp, normalizer, hidden, weight, bias, labels, rows = ctx.saved_tensors
+    head = Head(weight, bias, ctx.gemm_dtype, ctx.chunk_bytes)
+    targets, needs = Targets(labels, rows, ctx.ignore_index), Needs(*ctx.needs_input_grad[:3])
+    grads = linear_token_logprobs_grad_op(
+        grad_logp, logp, normalizer, hidden, head, targets, ctx.options, needs
+    )
+    hidden_grad = weight_grad = bias_grad = None
+    if needs.hidden_grad:
+        hidden_grad = grads.hidden
+        if head.dtype(hidden) == torch.float16:
+            hidden_grad = scaled(hidden_grad, grads.pending, grad_logp.new_ones(()), hidden.dtype)
+        hidden_grad = spread(hidden_grad.to(hidden.dtype), rows, hidden.shape[0])
+    if needs.weight_grad:
+        weight_grad = grads.weight.to(weight.dtype)
+    if needs.bias_grad:
+        bias_grad = grads.bias.to(bias.dtype)
+    return hidden_grad, weight_grad, bias_grad
+
+
+linear_token_logprobs_op.register_autograd(save=_save, backward=_backward)
