@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 
 from mpo_kernels import checks
-from mpo_kernels.labels import with_one_ignored
+from mpo_kernels.labels import IGNORED, with_one_ignored
 from mpo_kernels.layouts import counts_in, offsets_of, overwritable, three_dimensional
 from mpo_kernels.ops.chunks import Targets
 from mpo_kernels.ops.flops import tell_counters
@@ -36,7 +36,13 @@ from mpo_kernels.parallel import Parallel, refused_together, whole_vocab
 
 
 class TokenStatistics(NamedTuple):
-    """What one read of a row's logits tells about its label; each of the shape of labels."""
+    """What one read of a row's logits tells about its label; each of the shape of labels.
+
+    Example:
+        >>> logprobs, entropy, is_argmax = token_statistics(torch.zeros(1, 4), torch.tensor([2]))
+        >>> (-logprobs).exp()  # perplexity
+        tensor([4.])
+    """
 
     logprobs: torch.Tensor
     """float32 log-probability of the label, 0 at ignored positions. Differentiable where it is the
@@ -48,7 +54,14 @@ class TokenStatistics(NamedTuple):
 
 
 class MPOLossOutput(NamedTuple):
-    """The loss and what it was computed from."""
+    """The loss and what it was computed from.
+
+    Example:
+        >>> logits, labels = torch.zeros(2, 3, 8), torch.ones(2, 3, dtype=torch.int64)
+        >>> out = mpo_loss(logits, labels, torch.tensor([0.5]))
+        >>> out.chosen_logps, out.rejected_logps, out.reward_gap
+        (tensor([-2.0794]), tensor([-2.0794]), tensor([0.]))
+    """
 
     loss: torch.Tensor
     """() for reduction mean or sum, (P,) for none; float32, differentiable."""
@@ -97,6 +110,12 @@ def token_logprobs(
         refused.
     Raises:
         ValueError: shapes, dtypes, devices or values do not fit.
+
+    Example:
+        >>> logits, labels = torch.zeros(2, 3, 8), torch.tensor([[1, 2, -100], [3, 4, 5]])
+        >>> token_logprobs(logits, labels)  # log(1 / 8), and 0 where nothing is scored
+        tensor([[-2.0794, -2.0794,  0.0000],
+                [-2.0794, -2.0794, -2.0794]])
     """
     checks.check_tensors(logits=logits, labels=labels)
     options = LogitOptions.checked(logits, logit_scale, softcap, parallel)
@@ -127,6 +146,11 @@ def token_statistics(
 
     Arguments and errors are those of `token_logprobs`; only the log-probabilities are
     differentiable.
+
+    Example:
+        >>> found = token_statistics(torch.tensor([[0.0, 9.0, 0.0]]), torch.tensor([1]))
+        >>> found.is_argmax, bool(found.entropy < 0.01)
+        (tensor([True]), True)
     """
     checks.check_tensors(logits=logits, labels=labels)
     options = LogitOptions.checked(logits, logit_scale, softcap, parallel)
@@ -183,6 +207,14 @@ def mpo_loss(
             a scored token, which otherwise gives NaN.
     Raises:
         ValueError: shapes, dtypes, devices or values do not fit.
+
+    Example:
+        >>> logits = torch.zeros(2, 3, 8, requires_grad=True)  # one pair: chosen, then rejected
+        >>> labels = torch.tensor([[-100, 1, 2], [-100, 3, 4]])
+        >>> out = mpo_loss(logits, labels, reference_gap=torch.tensor([0.5]))
+        >>> out.loss  # (1 * 0 - 0.5)^2
+        tensor(0.2500, grad_fn=<MeanBackward0>)
+        >>> out.loss.backward()
     """
     checks.check_tensors(
         logits=logits,
@@ -202,17 +234,17 @@ def mpo_loss(
         vocab = whole_vocab(logits.shape[-1], parallel)
         _check_pair_data(labels, offsets, ignore_index, vocab, parallel)
         _check_pair_values(reference_gap, pair_weights)
+    labels = with_one_ignored(labels.long(), ignore_index)
     found = _from_logits(
         logits,
         labels,
         options,
-        ignore_index=ignore_index,
+        ignore_index=IGNORED,
         token_outputs=token_outputs,
         inplace_backward=inplace_backward,
         validate=False,
     )
-    flat = with_one_ignored(labels.reshape(-1).long(), ignore_index)
-    losses = pair_loss_op(found.logp, flat, offsets, constants, parallel)
+    losses = pair_loss_op(found.logp, labels.reshape(-1), offsets, constants, parallel)
     tokens = _token_statistics(found, labels.shape, detached=True) if token_outputs else None
     chosen, rejected = losses.means.chunk(2)
     return MPOLossOutput(reduced(losses.losses, reduction), chosen, rejected, losses.gaps, tokens)
@@ -242,6 +274,9 @@ def linear_token_logprobs(
         hidden: (..., D) float. weight: (V, D), bias: (V,), of the same dtype and device.
         labels: (...) int64, on the device of `hidden` or on the CPU. CPU labels need no host sync;
             labels on a GPU are read back once.
+        rows: (M,) int64 on the device of `hidden` or on the CPU, with hidden (N, D): labels (M,)
+            are those of hidden[rows], which is gathered only where it is used. A row may come
+            several times; its gradient is the sum.
         chunk_bytes: bytes of logits that exist at once, 512 MiB by default; at least 128 rows.
         parallel: where weight and bias hold a slice of the vocabulary. The gradient of `hidden` is
             then summed over its ranks here.
@@ -249,6 +284,11 @@ def linear_token_logprobs(
         (...) float32, 0 at ignored positions.
     Raises:
         ValueError: shapes, dtypes, devices or label values do not fit.
+
+    Example:
+        >>> hidden, weight = torch.zeros(4, 16), torch.randn(8, 16)
+        >>> linear_token_logprobs(hidden, weight, torch.tensor([1, 2, 3, -100]))
+        tensor([-2.0794, -2.0794, -2.0794,  0.0000])
     """
     checks.check_tensors(hidden=hidden, weight=weight, labels=labels, bias=bias, rows=rows)
     options = LogitOptions.checked(hidden, logit_scale, softcap, parallel)
@@ -275,6 +315,11 @@ def linear_token_statistics(
 
     Arguments and errors are those of `linear_token_logprobs`; only the log-probabilities are
     differentiable.
+
+    Example:
+        >>> hidden, weight = torch.zeros(4, 16), torch.randn(8, 16)
+        >>> linear_token_statistics(hidden, weight, torch.tensor([1, 2, 3, -100])).entropy
+        tensor([2.0794, 2.0794, 2.0794, 0.0000])
     """
     checks.check_tensors(hidden=hidden, weight=weight, labels=labels, bias=bias, rows=rows)
     options = LogitOptions.checked(hidden, logit_scale, softcap, parallel)
@@ -319,6 +364,7 @@ def linear_mpo_loss(
         labels: (2P, T) or (N,) int64, on the device of `hidden` or on the CPU. CPU labels (and
             cu_seqlens) need no host sync; labels on a GPU are read back once, to know which rows
             are scored.
+        rows: see `linear_token_logprobs`; labels and cu_seqlens then count hidden[rows].
         chunk_bytes: bytes of logits that exist at once, 512 MiB by default; at least 128 rows.
             Pairs that are larger are computed in pieces, at the same cost for the first of them and
             with a fourth GEMM for each further one (none if the head is frozen).
@@ -326,6 +372,15 @@ def linear_mpo_loss(
         others: see `mpo_loss`.
     Raises:
         ValueError: shapes, dtypes, devices or values do not fit; a sequence has no scored token.
+
+    Example:
+        >>> hidden = torch.zeros(2, 3, 16, requires_grad=True)  # one pair: chosen, then rejected
+        >>> head = torch.nn.Linear(16, 8, bias=False)
+        >>> labels = torch.tensor([[-100, 1, 2], [-100, 3, 4]])
+        >>> out = linear_mpo_loss(hidden, head.weight, labels, reference_gap=torch.tensor([0.5]))
+        >>> out.loss.backward()
+        >>> out.loss.item(), hidden.grad.shape
+        (0.25, torch.Size([2, 3, 16]))
     """
     checks.check_tensors(
         hidden=hidden,
@@ -418,8 +473,7 @@ def _from_hidden(
     token_outputs: bool,
 ) -> LinearTokenResults:
     """Checks, and what the rows give."""
-    call = _checked(hidden, head, targets, options)
-    return _linear_tokens(call, options, token_outputs)
+    return _linear_tokens(_checked(hidden, head, targets, options), options, token_outputs)
 
 
 def _linear_tokens(

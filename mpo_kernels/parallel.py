@@ -43,6 +43,16 @@ class Parallel:
         context_group: the ranks that hold parts of the sequences; None where each holds them whole.
     Raises:
         ValueError: a group without its slice, or a slice without its group.
+
+    Example:
+        >>> import mpo_kernels, torch.distributed as dist
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> parallel = Parallel(vocab_group=dist.group.WORLD, vocab_slice=8)
+        >>> parallel
+        Parallel(tokens 0 to 8 of 8, whole context)
+        >>> mpo_kernels.token_logprobs(torch.zeros(1, 8), torch.tensor([3]), parallel=parallel)
+        tensor([-2.0794])
+        >>> dist.destroy_process_group()
     """
 
     def __init__(

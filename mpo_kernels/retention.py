@@ -32,6 +32,12 @@ def mean_pool(
         (S, D) float32.
     Raises:
         ValueError: shapes, dtypes, devices or values do not fit.
+
+    Example:
+        >>> hidden = torch.tensor([[[1.0], [3.0], [9.0]]])
+        >>> mask = torch.tensor([[True, True, False]])
+        >>> mean_pool(hidden, mask=mask)
+        tensor([[2.]])
     """
     checks.check_tensors(hidden=hidden, mask=mask, cu_seqlens=cu_seqlens)
     checks.check_float("hidden", hidden)
@@ -80,6 +86,11 @@ def retention_loss(
         reduction: "mean" (the sum over S, whatever the weights), "sum" or "none" (S,).
     Raises:
         ValueError: shapes, dtypes, devices or values do not fit.
+
+    Example:
+        >>> hidden = torch.tensor([[[1.0], [3.0]]])
+        >>> retention_loss(hidden, reference=torch.tensor([[5.0]]))  # (2 - 5)^2
+        tensor(9.)
     """
     checks.check_reduction(reduction)
     checks.check_tensors(hidden=hidden, reference=reference, sequence_weights=sequence_weights)
