@@ -69,43 +69,50 @@ class _Forward:
         return self._losses(batch) if isinstance(batch, Batch) else self._scores(batch)
 
     def head(
-        self, hidden: torch.Tensor, labels: torch.Tensor, pairs: dict[str, Any] | None = None
+        self, hidden: torch.Tensor, packed: PackedSequences, pairs: dict[str, Any] | None = None
     ) -> torch.Tensor | MPOLossOutput:
-        """In the place of the head's: hidden (M, D), labels (M,) -> (M,) log-probabilities; with
-        `pairs` the L1 of the pairs, summed with their weights."""
+        """In the place of the head's: hidden (N, D) -> (M,) log-probabilities of what its scored
+        rows predict; with `pairs` the L1 of the pairs, summed with their weights."""
         weight, bias = self._model.lm_head.weight, self._model.lm_head.bias
         if pairs is None:
             return linear_token_logprobs(
                 hidden,
                 weight,
-                labels,
+                packed.labels,
                 bias=bias,
+                rows=packed.scored_rows,
                 chunk_bytes=self._loss.chunk_bytes,
                 softcap=self._softcap,
             )
         # A sum, not a loss per pair: a pair's coefficient is then known in the forward pass, and
         # the head takes three products, not four.
-        options = dict(pairs, beta=self._loss.beta, reduction="sum", softcap=self._softcap)
+        options = dict(
+            pairs,
+            beta=self._loss.beta,
+            cu_seqlens=packed.scored_cu_seqlens,
+            reduction="sum",
+            softcap=self._softcap,
+        )
         if self._loss.head == "logits":
-            logits = torch.nn.functional.linear(hidden, weight, bias)  # (M, V)
-            labels = labels.to(logits.device, non_blocking=True)
+            rows = packed.scored_rows.to(hidden.device, non_blocking=True)
+            logits = torch.nn.functional.linear(hidden[rows], weight, bias)  # (M, V)
+            labels = packed.labels.to(logits.device, non_blocking=True)
             return mpo_loss(logits, labels, inplace_backward=logits.requires_grad, **options)
         return linear_mpo_loss(
-            hidden, weight, labels, bias=bias, chunk_bytes=self._loss.chunk_bytes, **options
+            hidden,
+            weight,
+            packed.labels,
+            bias=bias,
+            rows=packed.scored_rows,
+            chunk_bytes=self._loss.chunk_bytes,
+            **options,
         )
 
     def _losses(self, batch: Batch) -> Outputs:
         packed = batch.packed
         hidden = self._hidden_states(packed)
-        target = self._model.lm_head(
-            hidden[packed.scored_rows],
-            packed.labels,
-            {
-                "reference_gap": batch.reference_gap,
-                "pair_weights": batch.pair_weights,
-                "cu_seqlens": packed.scored_cu_seqlens,
-            },
-        )
+        pairs = {"reference_gap": batch.reference_gap, "pair_weights": batch.pair_weights}
+        target = self._model.lm_head(hidden, packed, pairs)
         l2 = hidden.new_zeros((), dtype=torch.float32)
         if packed.pooled_rows.numel():  # its shape, which the host knows
             l2 = retention_loss(
@@ -120,7 +127,7 @@ class _Forward:
 
     def _scores(self, packed: PackedSequences) -> Scores:
         hidden = self._hidden_states(packed)
-        logps = self._model.lm_head(hidden[packed.scored_rows], packed.labels)
+        logps = self._model.lm_head(hidden, packed)
         # The mean log-probability of a response is the mean of its rows, which is what pooling a
         # column computes.
         mean_logp = mean_pool(logps[:, None], cu_seqlens=packed.scored_cu_seqlens)[:, 0]

@@ -52,10 +52,13 @@ class PackedSequences:
         return max(lengths) * len(lengths)
 
     def to(self, device: torch.device) -> PackedSequences:
-        """On `device`, but for the labels and their offsets: the head plans its chunks from them,
-        which must not wait for a GPU."""
+        """On `device`, but for what is scored: the head plans its chunks from that, which must not
+        wait for a GPU."""
         return replace(
-            _to_device(self, device), labels=self.labels, scored_cu_seqlens=self.scored_cu_seqlens
+            _to_device(self, device),
+            scored_rows=self.scored_rows,
+            labels=self.labels,
+            scored_cu_seqlens=self.scored_cu_seqlens,
         )
 
 
