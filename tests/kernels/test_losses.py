@@ -3,6 +3,7 @@ TRL's own code on the same log-probabilities."""
 
 import math
 from collections import defaultdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from mpo_kernels import losses
 from mpo_kernels.losses import BCO, DPO, KTO, SFT, Scores, Sum, coefficients
+from mpo_kernels.losses.__main__ import page
 
 
 def sigmoid(x):
@@ -352,3 +354,10 @@ def test_a_setting_may_change_while_training_goes_on():
     scores, constants = drawn(17, loss, groups=3)
     loss.beta = 0.5
     assert torch.equal(loss(scores, *constants), DPO(0.5)(scores, *constants))
+
+
+def test_the_page_of_losses_is_current():
+    written = (Path(__file__).parents[2] / "docs/losses.md").read_text(encoding="utf-8")
+    assert written == page(), "python -m mpo_kernels.losses > docs/losses.md"
+    for kind in (type(loss) for loss in ORACLES):
+        assert f"## {kind.__name__}\n" in written
