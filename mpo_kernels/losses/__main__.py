@@ -1,4 +1,4 @@
-"""`python -m mpo_kernels.losses > docs/losses.md`: the page of all losses, from their docstrings."""
+"""The page of all losses, from their docstrings: `python -m mpo_kernels.losses > docs/losses.md`."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ loss = DPO(beta=0.1)(Scores(sums, tokens.to(sums.dtype)), reference_logps).mean(
   by a squared error. There is no sigmoid, and no reference value of the target language.
 - **Mixed** Preference Optimization, arXiv 2411.10442, TRL's "MPO":
   `Sum((0.8, DPO()), (0.2, BCO()), (1.0, SFT()))`.
-- **Maximum a posteriori** Policy Optimization, arXiv 1806.06920, a reinforcement learning method. It
-  is not of this family.
+- **Maximum a posteriori** Policy Optimization, arXiv 1806.06920: reinforcement learning, not of
+  this family.
 
 ## Two things called rDPO
 
