@@ -1,4 +1,4 @@
-"""The page of all losses, from their docstrings: `python -m mpo_kernels.losses > docs/losses.md`."""
+"""The page of all losses from their docstrings: `python -m mpo_kernels.losses >docs/losses.md`."""
 
 from __future__ import annotations
 
