@@ -1,5 +1,5 @@
-"""Fused loss kernels for MPO, multilingual reward gap optimization (arXiv 2505.16869). Needs torch
-and triton only."""
+"""Fused loss kernels for MPO, multilingual reward gap optimization (arXiv 2505.16869), and for every
+loss of its family (`mpo_kernels.losses`). Needs torch and triton only."""
 
 from mpo_kernels.functional import (
     MPOLossOutput,
@@ -13,17 +13,21 @@ from mpo_kernels.functional import (
 )
 from mpo_kernels.parallel import Parallel
 from mpo_kernels.retention import mean_pool, retention_loss
+from mpo_kernels.sequence_losses import SequenceLossOutput, linear_sequence_loss, sequence_loss
 
 __all__ = [
     "MPOLossOutput",
     "Parallel",
+    "SequenceLossOutput",
     "TokenStatistics",
     "linear_mpo_loss",
+    "linear_sequence_loss",
     "linear_token_logprobs",
     "linear_token_statistics",
     "mean_pool",
     "mpo_loss",
     "retention_loss",
+    "sequence_loss",
     "token_logprobs",
     "token_statistics",
 ]

@@ -19,6 +19,7 @@ from mpo_kernels.ops.linear_tokens import (
 )
 from mpo_kernels.ops.pairs import pair_loss_grad_op, pair_loss_op
 from mpo_kernels.ops.pool import mean_pool_grad_op, mean_pool_op
+from mpo_kernels.ops.sequences import sequence_sums_grad_op, sequence_sums_op
 from mpo_kernels.ops.tokens import token_logprobs_grad_op, token_logprobs_op
 
 if INTERPRETED:
@@ -83,6 +84,12 @@ OPERATORS = {
         (GAP, torch.ones(2 * P), FLAT, OFFSETS),
         {},
     ),
+    "sequence_sums": (
+        sequence_sums_op,
+        (random(2 * P * T, grad=True), FLAT, OFFSETS),
+        {"parallel": 0},
+    ),
+    "sequence_sums_grad": (sequence_sums_grad_op, (random(2 * P), FLAT, OFFSETS), {}),
     "mean_pool": (mean_pool_op, (random(2 * P * T, D, grad=True), FLAT > 0, OFFSETS), {}),
     "mean_pool_grad": (
         mean_pool_grad_op,
