@@ -1,5 +1,5 @@
-"""Fused loss kernels for MPO, multilingual reward gap optimization (arXiv 2505.16869), and for every
-loss of its family (`mpo_kernels.losses`). Needs torch and triton only."""
+"""Fused loss kernels for MPO, multilingual reward gap optimization (arXiv 2505.16869), and for any
+loss of sums of log-probabilities (`mpo_kernels.losses`). Needs torch and triton only."""
 
 from mpo_kernels.functional import (
     MPOLossOutput,

@@ -1,6 +1,8 @@
 """`sequence_loss` and `linear_sequence_loss` beside plain float64 PyTorch: losses of the family, a
 user's own, layouts, options, refusals."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -66,7 +68,7 @@ def plain(inputs, labels, offsets, loss, constants, *, weights=None, row_weights
     logps = oracle.token_logprobs(logits, labels, **options)
     logps = logps if row_weights is None else logps * row_weights
     bounds = offsets.tolist()
-    parts = [slice(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    parts = [slice(a, b) for a, b in pairwise(bounds)]
     k = getattr(loss, "sequences", 2)
     sums = torch.stack([logps[part].sum() for part in parts]).view(k, -1)
     counts = torch.stack([(labels[part] != -100).sum() for part in parts]).view(k, -1)
