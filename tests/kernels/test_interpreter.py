@@ -23,6 +23,8 @@ HERE = Path(__file__).parent
         "test_pool.py",
         "test_bytes.py",
         "test_strides.py",
+        "test_rows.py",
+        "test_sequence_losses.py",
     ],
 )
 def test_triton_kernels_in_the_interpreter(file):

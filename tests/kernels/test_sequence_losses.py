@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from cases import INTERPRETED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import logsigmoid
@@ -28,6 +29,8 @@ FAMILY = [
     losses.Sum((0.8, losses.DPO(0.2)), (1.0, losses.SFT())),
 ]
 VOCAB, WIDTH = 37, 6
+WIDE = torch.float32 if INTERPRETED else torch.float64  # the kernels do not compute in float64
+CLOSE = {"rtol": 1e-4, "atol": 1e-5} if INTERPRETED else {}
 
 
 def own(scores, reference_logps):
@@ -76,7 +79,7 @@ def plain(inputs, labels, offsets, loss, constants, *, weights=None, row_weights
     return values if weights is None else values * weights
 
 
-def leaves(inputs, dtype=torch.float64):
+def leaves(inputs, dtype=WIDE):
     return {name: value.to(dtype).detach().requires_grad_() for name, value in inputs.items()}
 
 
@@ -101,16 +104,16 @@ def test_loss_and_gradients_are_those_of_the_definition(loss, function):
     weights = torch.tensor([1.0, 0.0, 2.5], dtype=torch.float64)
     row_weights = torch.rand(labels.shape, generator=generator, dtype=torch.float64)
     given = {"weights": weights, "row_weights": row_weights, "logit_scale": 0.7, "softcap": 5.0}
-    ours, theirs = leaves(inputs), leaves(inputs)
+    ours, theirs = leaves(inputs), leaves(inputs, torch.float64)
     out = function(ours, labels, loss, *constants, cu_seqlens=offsets, **given)
     want = plain(theirs, labels, offsets, loss, constants, **given)
-    torch.testing.assert_close(out.loss, want.mean())
+    torch.testing.assert_close(out.loss.double(), want.mean(), **CLOSE)
     out.loss.backward()
     want.mean().backward()
     for name in inputs:
-        torch.testing.assert_close(ours[name].grad, theirs[name].grad)
-    each = function(inputs, labels, loss, *constants, cu_seqlens=offsets, reduction="none", **given)
-    torch.testing.assert_close(each.loss, want.detach())
+        torch.testing.assert_close(ours[name].grad.double(), theirs[name].grad, **CLOSE)
+    each = function(ours, labels, loss, *constants, cu_seqlens=offsets, reduction="none", **given)
+    torch.testing.assert_close(each.loss.detach().double(), want.detach(), **CLOSE)
 
 
 @settings(deadline=None, max_examples=30)
@@ -118,14 +121,14 @@ def test_loss_and_gradients_are_those_of_the_definition(loss, function):
     seed=st.integers(0, 2**31),
     groups=st.integers(1, 5),
     ignore_index=st.sampled_from([-100, 3, 2**40]),
-    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    dtype=st.sampled_from([WIDE, torch.float32, torch.bfloat16]),
 )
 def test_any_ragged_batch(seed, groups, ignore_index, dtype):
     generator = torch.Generator().manual_seed(seed)
     inputs, labels, offsets, constants = of_ragged(own, generator, groups, dtype)
     if ignore_index == 3:
         labels = torch.where(labels == 3, 4, labels)
-    theirs = leaves(inputs)
+    theirs = leaves(inputs, torch.float64)
     want = plain(theirs, labels, offsets, own, constants).sum()
     want.backward()
     renamed = labels.masked_fill(labels == -100, ignore_index)
@@ -185,6 +188,7 @@ def test_dense_rows_and_token_outputs():
     torch.testing.assert_close(gathered, direct)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="torch.compile and the interpreter do not meet")
 @pytest.mark.parametrize("function", [from_logits, from_hidden])
 def test_compiled_whole_with_a_loss_of_the_user(function):
     generator = torch.Generator().manual_seed(6)
