@@ -268,7 +268,8 @@ def linear_token_logprobs(
 
     Only scored rows reach the head. Work on them: one GEMM where no gradient is needed, which keeps
     nothing but the result; two with a frozen head (the rows of G W are kept and scaled in
-    backward); else one forward and three backward, which computes the logits again.
+    backward); else one forward and two backward where the logits fit `chunk_bytes` and are kept
+    until then; else, and under torch.compile, three backward, which computes them again.
 
     Args:
         hidden: (..., D) float. weight: (V, D), bias: (V,), of the same dtype and device.
@@ -277,7 +278,8 @@ def linear_token_logprobs(
         rows: (M,) int64 on the device of `hidden` or on the CPU, with hidden (N, D): labels (M,)
             are those of hidden[rows], which is gathered only where it is used. A row may come
             several times; its gradient is the sum.
-        chunk_bytes: bytes of logits that exist at once, 512 MiB by default; at least 128 rows.
+        chunk_bytes: bytes of logits that exist at once, 512 MiB by default; at least 128 rows. With a
+            trainable head so many may be kept until backward.
         parallel: where weight and bias hold a slice of the vocabulary. The gradient of `hidden` is
             then summed over its ranks here.
     Returns:
@@ -486,6 +488,10 @@ def _linear_tokens(
         call.targets,
         options,
         keep_stats=trains_head,
+        may_keep_logits=trains_head
+        and not torch.compiler.is_compiling()
+        and has_data(call.hidden)
+        and not is_wrapped(call.hidden),
         keep_hidden_grad=call.needs.hidden_grad and not trains_head,
         token_outputs=token_outputs,
     )

@@ -126,7 +126,8 @@ def sequence_loss(
     scores = groups.scores(*sequence_sums_op(logps, flat, offsets, parallel))
     values = groups.losses(scores, reads)
     tokens = _token_statistics(found, labels.shape, detached=True) if token_outputs else None
-    detached = Scores(scores.logps.detach(), scores.tokens)
+    # of their own, for the caller to edit: autograd has kept the others
+    detached = Scores(scores.logps.detach().clone(), scores.tokens.clone())
     return SequenceLossOutput(reduced(values, reduction), detached, tokens)
 
 
@@ -188,7 +189,8 @@ def linear_sequence_loss(
     scores = groups.scores(*sequence_sums_op(logps, here, offsets.to(hidden.device), parallel))
     values = groups.losses(scores, reads)
     tokens = _token_statistics(found, labels.shape, detached=True) if token_outputs else None
-    detached = Scores(scores.logps.detach(), scores.tokens)
+    # of their own, for the caller to edit: autograd has kept the others
+    detached = Scores(scores.logps.detach().clone(), scores.tokens.clone())
     return SequenceLossOutput(reduced(values, reduction), detached, tokens)
 
 

@@ -67,7 +67,8 @@ def _token_logprobs(given: Any, found: LinearTokenResults) -> int:
 
 
 def _token_logprobs_grad(given: Any, found: HeadGrads) -> int:
-    count = 1 + given.needs.hidden_grad + given.needs.weight_grad
+    is_computed_again = not given.kept_logits.shape[0]
+    count = is_computed_again + given.needs.hidden_grad + given.needs.weight_grad
     return _products(_scored(given.targets), given.head.weight, count)
 
 

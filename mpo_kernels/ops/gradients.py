@@ -262,12 +262,12 @@ def scaled_in_backward(
 
     A new tensor would be a second weight's gradient, for many heads the largest tensor of a step.
     """
-    if grad.dtype == dtype and _graph_ends_here(grad, scale):
+    if grad.dtype == dtype and graph_ends_here(grad, scale):
         return grad.mul_(_factor(grad, pending, scale))
     return scaled(grad, pending, scale, dtype)
 
 
-def _graph_ends_here(*tensors: torch.Tensor) -> bool:
+def graph_ends_here(*tensors: torch.Tensor) -> bool:
     """Whether this is a backward pass without retain_graph on plain tensors, not traced by a
     compiler and not batched."""
     keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)

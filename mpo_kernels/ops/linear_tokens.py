@@ -1,9 +1,10 @@
 """Autograd from hidden states through a linear head to log-probabilities of labels, for any
 upstream gradient; the [tokens, vocab] logits never exist as a whole.
 
-With a trainable head, backward computes the logits again: one GEMM forward, three backward. With a
-frozen one, dlogp/dH is made in the forward pass, where the logits are, and its rows are scaled in
-backward (equation 10): two GEMMs in all.
+With a trainable head the logits of a single chunk are kept, and turned into their gradient in
+backward, where any upstream gradient is known: one GEMM forward, two backward. More rows than that
+are computed again: three backward. With a frozen head dlogp/dH is made in the forward pass, where
+the logits are, and its rows are scaled in backward (equation 10): two GEMMs in all.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from mpo_kernels.ops.gradients import (
     HeadGradients,
     HeadGrads,
     boosted,
+    graph_ends_here,
     hidden_grad_dtype,
     scaled,
     spread,
@@ -41,6 +43,9 @@ class LinearTokenResults(NamedTuple):
     """(M, 2) for a trainable head, else (0, 2)."""
     hidden_grad: torch.Tensor
     """(M, D) dlogp/dH for a frozen head, else (0,)."""
+    kept_logits: torch.Tensor
+    """(n, V) of the only chunk, where they are kept; else n is 0. Nobody but backward may use
+    them, which may write over them."""
 
 
 @operator("mpo_kernels::linear_token_logprobs", strided=("hidden", "weight"))
@@ -50,11 +55,15 @@ def linear_token_logprobs_op(
     targets: Targets,
     options: LogitOptions,
     keep_stats: bool,
+    may_keep_logits: bool,
     keep_hidden_grad: bool,
     token_outputs: bool,
 ) -> LinearTokenResults:
     """hidden (N, D), targets of M labels on any device -> log-probabilities; normalizers with
-    `keep_stats`, dlogp/dH with `keep_hidden_grad`."""
+    `keep_stats`, dlogp/dH with `keep_hidden_grad`.
+
+    `may_keep_logits` makes shapes depend on the labels, which no compiler likes.
+    """
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         rows, labels = _Rows(hidden, head, targets, options), targets.labels.numel()
         gradients = HeadGradients(
@@ -82,7 +91,10 @@ def linear_token_logprobs_op(
                 )
                 gradients.add(chunk.indices, chunk.logits[0], chunk.hidden, None)
         hidden_grad = gradients.result(options.parallel, boost=one.boost).hidden
-    return LinearTokenResults(*tokens, normalizer, hidden_grad)
+        kept_logits = rows.projection.weight.new_empty(0, head.weight.shape[0])
+        if may_keep_logits and rows.are_one_chunk:
+            kept_logits = chunk.logits[0]
+    return LinearTokenResults(*tokens, normalizer, hidden_grad, kept_logits)
 
 
 class _Chunk(NamedTuple):
@@ -119,18 +131,23 @@ class _Rows:
         )
         self._budget = head.rows_per_chunk(hidden, parallel)
 
-    def chunks(self) -> Iterator[_Chunk]:
-        """Each with its logits."""
+    @property
+    def are_one_chunk(self) -> bool:
+        """Whether there are any, and their logits fit the budget together."""
+        return 0 < self._indices.numel() <= self._budget
+
+    def chunks(self, kept_logits: torch.Tensor | None = None) -> Iterator[_Chunk]:
+        """Each with its logits: those that were kept of all rows, or computed."""
         for piece in split_rows(self._indices.numel(), self._budget):
             hidden = self.projection.rows(self._rows[piece])
-            yield _Chunk(
-                self._indices[piece], self._labels[piece], hidden, self.projection.logits(hidden)
-            )
+            logits = self.projection.logits(hidden) if kept_logits is None else kept_logits[None]
+            yield _Chunk(self._indices[piece], self._labels[piece], hidden, logits)
 
 
 @linear_token_logprobs_op.register_fake
-def _(hidden, head, targets, options, keep_stats, keep_hidden_grad, token_outputs):
+def _(hidden, head, targets, options, keep_stats, may_keep_logits, keep_hidden_grad, token_outputs):
     rows, floats = targets.labels.shape[0], {"dtype": statistics_dtype(hidden)}
+    kept = torch.library.get_ctx().new_dynamic_size() if may_keep_logits else 0
     return LinearTokenResults(
         hidden.new_empty(rows, **floats),
         hidden.new_empty(rows if token_outputs else 0, **floats),
@@ -140,6 +157,7 @@ def _(hidden, head, targets, options, keep_stats, keep_hidden_grad, token_output
             (rows, hidden.shape[1]) if keep_hidden_grad else 0,
             dtype=hidden_grad_dtype(hidden.dtype),
         ),
+        head.weight.new_empty(kept, head.weight.shape[0], dtype=head.dtype(hidden)),
     )
 
 
@@ -148,13 +166,31 @@ def linear_token_logprobs_grad_op(
     grad_logp: torch.Tensor,
     logp: torch.Tensor,
     normalizer: torch.Tensor,
+    kept_logits: torch.Tensor,
     hidden: torch.Tensor,
     head: Head,
     targets: Targets,
     options: LogitOptions,
     needs: Needs,
 ) -> HeadGrads:
-    """dL/dlogp (M,) -> gradients of the head. The logits are computed again: three GEMMs."""
+    """dL/dlogp (M,) -> gradients of the head. Logits (n, V) that were kept are left as they are."""
+    stats = RowStats(logp, normalizer, None, None)
+    kept = kept_logits.clone() if kept_logits.shape[0] else None
+    return _head_gradients(grad_logp, stats, kept, hidden, head, targets, options, needs)
+
+
+def _head_gradients(
+    grad_logp: torch.Tensor,
+    stats: RowStats,
+    kept_logits: torch.Tensor | None,
+    hidden: torch.Tensor,
+    head: Head,
+    targets: Targets,
+    options: LogitOptions,
+    needs: Needs,
+) -> HeadGrads:
+    """Logits that were kept become their gradient, in their place: two GEMMs. Others are computed
+    again: three."""
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         rows = _Rows(hidden, head, targets, options)
         gradients = HeadGradients(
@@ -162,23 +198,25 @@ def linear_token_logprobs_grad_op(
             head,
             rows.projection,
             needs,
-            rows=logp.numel(),
+            rows=stats.logp.numel(),
             scaled_later=rows.projection.dtype == torch.float16,
         )
-        for chunk in rows.chunks():
+        for chunk in rows.chunks(kept_logits):
             upstream = boosted(
                 grad_logp.index_select(0, chunk.indices), rows.projection.dtype, options.scale
             )
-            stats = RowStats(logp[chunk.indices], normalizer[chunk.indices], None, None)
+            of_rows = RowStats(
+                stats.logp[chunk.indices], stats.normalizer[chunk.indices], None, None
+            )
             write_logit_grads(
-                chunk.logits, chunk.labels, stats, upstream.row_grads, options, out=chunk.logits
+                chunk.logits, chunk.labels, of_rows, upstream.row_grads, options, out=chunk.logits
             )
             gradients.add(chunk.indices, chunk.logits[0], chunk.hidden, upstream.boost)
         return gradients.result(options.parallel)
 
 
 @linear_token_logprobs_grad_op.register_fake
-def _(grad_logp, logp, normalizer, hidden, head, targets, options, needs):
+def _(grad_logp, logp, normalizer, kept_logits, hidden, head, targets, options, needs):
     precise = torch.promote_types(head.weight.dtype, torch.float32)
     is_half = head.dtype(hidden) == torch.float16
     return HeadGrads(
@@ -205,6 +243,7 @@ def _save(ctx: Any, given: Any, found: LinearTokenResults) -> None:
         ctx.save_for_backward(
             found.logp,
             found.normalizer,
+            found.kept_logits,
             given.hidden,
             head.weight,
             head.bias,
@@ -222,12 +261,18 @@ def _backward(ctx: Any, grad_logp: torch.Tensor | None, *_: Any) -> tuple:
         hidden_grad, rows = ctx.saved_tensors
         hidden_grad = scaled(hidden_grad, grad_logp, grad_logp.new_ones(()), ctx.hidden_dtype)
         return spread(hidden_grad, rows, ctx.hidden_shape[0]), None, None
-    logp, normalizer, hidden, weight, bias, labels, rows = ctx.saved_tensors
+    logp, normalizer, kept_logits, hidden, weight, bias, labels, rows = ctx.saved_tensors
     head = Head(weight, bias, ctx.gemm_dtype, ctx.chunk_bytes)
     targets, needs = Targets(labels, rows, ctx.ignore_index), Needs(*ctx.needs_input_grad[:3])
-    grads = linear_token_logprobs_grad_op(
-        grad_logp, logp, normalizer, hidden, head, targets, ctx.options, needs
-    )
+    if kept_logits.shape[0] and graph_ends_here(grad_logp, kept_logits):
+        stats = RowStats(logp, normalizer, None, None)
+        grads = _head_gradients(
+            grad_logp.contiguous(), stats, kept_logits, hidden, head, targets, ctx.options, needs
+        )
+    else:
+        grads = linear_token_logprobs_grad_op(
+            grad_logp, logp, normalizer, kept_logits, hidden, head, targets, ctx.options, needs
+        )
     hidden_grad = weight_grad = bias_grad = None
     if needs.hidden_grad:
         hidden_grad = grads.hidden

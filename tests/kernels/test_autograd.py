@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 import mpo_kernels
 from benchmarks.instruments.accuracy import relative_error
-from mpo_kernels import oracle
+from mpo_kernels import losses, oracle
 
 if INTERPRETED:
     pytest.skip("asks what is done with operators, not what they compute", allow_module_level=True)
@@ -47,7 +47,12 @@ class Call:
             return torch.randn(*shape, generator=generator).to(dtype)
 
         self.function, self.options, self.packed = function, options, packed
-        from_logits = function in ("token_logprobs", "token_statistics", "mpo_loss")
+        from_logits = function in (
+            "token_logprobs",
+            "token_statistics",
+            "mpo_loss",
+            "sequence_loss",
+        )
         rows = (2 * P * T,) if packed else (2 * P, T)
         self.tensors = {"logits": random(*rows, V)} if from_logits else {"hidden": random(*rows, D)}
         if function.startswith("linear"):
@@ -58,7 +63,7 @@ class Call:
             {"cu_seqlens": offsets} if packed and function.endswith(("loss", "pool")) else {}
         )
         self.gap, self.pool = torch.tensor([0.3, -0.2]), torch.randn(2 * P, D, generator=generator)
-        self.mask = self.labels != -100
+        self.mask, self.loss = self.labels != -100, losses.MPO()
         self.dtype = dtype
 
     def arguments(self, tensors: dict, wide: bool) -> tuple[list, dict]:
@@ -71,6 +76,7 @@ class Call:
             first,
             *others[:1],
             self.labels,
+            *([self.loss] if self.function.endswith("sequence_loss") and not wide else []),
             *([side[0]] if self.function.endswith("loss") else []),
         ]
         return positional, {
@@ -98,9 +104,8 @@ class Call:
             for k, v in options.items()
             if k not in ("inplace_backward", "token_outputs", "validate")
         }
-        result = getattr(oracle, self.function.replace("statistics", "logprobs"))(
-            *positional, **options
-        )
+        name = self.function.replace("statistics", "logprobs").replace("sequence_loss", "mpo_loss")
+        result = getattr(oracle, name)(*positional, **options)
         return result if isinstance(result, torch.Tensor) else result[0]
 
     def __repr__(self) -> str:
@@ -121,6 +126,9 @@ def calls(dtypes=(torch.float32,)) -> list[Call]:
         ("linear_token_statistics", {}),
         ("linear_mpo_loss", {"token_outputs": True}),
         ("linear_mpo_loss", {"reduction": "none", "token_outputs": True}),
+        ("sequence_loss", {}),
+        ("sequence_loss", {"reduction": "none", "inplace_backward": True}),
+        ("linear_sequence_loss", {"token_outputs": True}),
         ("mean_pool", {}),
         ("retention_loss", {}),
     ]

@@ -100,7 +100,7 @@ def test_a_scale_that_only_the_device_knows(frozen):
     wanted = oracle.linear_token_logprobs(*exact, flat, logit_scale=1e4).sum()
     head, targets = Head(ours[1], None, None, None), Targets(flat, None, -100)
     loss = linear_token_logprobs_op(
-        ours[0], head, targets, options, not frozen, frozen, token_outputs=False
+        ours[0], head, targets, options, not frozen, False, frozen, token_outputs=False
     ).logp.sum()
     count = 1 if frozen else 2
     check(ours[:count], loss, exact[:count], wanted, 1e-3)

@@ -312,19 +312,49 @@ def test_pairs_in_pieces_give_the_same_gradients(dtype, frozen):
 
 
 @pytest.mark.parametrize(
-    ("trained", "gemms"),
-    [(("hidden", "weight"), 4), (("hidden",), 2), (("weight",), 3), ((), 1)],
+    ("trained", "gemms", "again"),
+    [(("hidden", "weight"), 3, 1), (("hidden",), 2, 0), (("weight",), 2, 1), ((), 1, 0)],
     ids=str,
 )
-def test_flops_of_token_logprobs(trained, gemms):
+@pytest.mark.parametrize("is_kept", [True, False], ids=["one chunk", "several"])
+def test_flops_of_token_logprobs(is_kept, trained, gemms, again, monkeypatch):
+    """The logits of one chunk are kept; those of several are computed again."""
+    monkeypatch.setattr("mpo_kernels.ops.chunks.ROW_MULTIPLE", 16)
+    budget = None if is_kept else 1
+    gemms += 0 if is_kept else again
     hidden, weight, _, labels = inputs()
     hidden.requires_grad_("hidden" in trained)
     weight.requires_grad_("weight" in trained)
     with Flops() as counter:
-        logp = mpo_kernels.linear_token_logprobs(hidden, weight, labels)
+        logp = mpo_kernels.linear_token_logprobs(hidden, weight, labels, chunk_bytes=budget)
         if trained:
             logp.sum().backward()
     assert counter.total == gemms * 2 * int((labels != -100).sum()) * D * V
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_kept_logits_give_the_bits_of_computed_ones_as_often_as_asked(dtype, monkeypatch):
+    """Backward writes over them only where nobody can ask again."""
+    hidden, weight, bias, labels = inputs(dtype)
+    leaves = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
+    upstream = torch.linspace(-1, 2, labels.numel()).view(labels.shape)
+
+    def grads(logp, **options):
+        return torch.autograd.grad(logp, leaves, upstream, **options)
+
+    def call():
+        return mpo_kernels.linear_token_logprobs(
+            leaves[0], leaves[1], labels, bias=leaves[2], softcap=5.0
+        )
+
+    kept = call()
+    rounds = [grads(kept, retain_graph=True), grads(kept, retain_graph=True), grads(kept)]
+    monkeypatch.setattr("mpo_kernels.functional.has_data", lambda tensor: False)
+    computed = call()
+    assert torch.equal(kept, computed)
+    for found in rounds:
+        for ours, theirs in zip(found, grads(computed, retain_graph=True), strict=True):
+            assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("function", ["loss", "token_logprobs", "token_logprobs, frozen head"])

@@ -41,6 +41,9 @@ LINEAR = {
 GRAD = {name: value for name, value in LINEAR.items() if name != "token_outputs"}
 
 
+STATS = {"keep_stats": True, "may_keep_logits": False, "keep_hidden_grad": False}
+
+
 def random(*shape, grad=False):
     tensor = torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
     return tensor.requires_grad_(grad)
@@ -149,17 +152,22 @@ OPERATORS = {
     "linear_token_logprobs, gathered rows": (
         linear_token_logprobs_op,
         (*from_hidden(True), FLAT, FLAT.abs() % 9),
-        {"keep_stats": True, "keep_hidden_grad": False, **LINEAR},
+        {**STATS, **LINEAR},
     ),
     "linear_token_logprobs": (
         linear_token_logprobs_op,
         (*from_hidden(True), FLAT, None),
-        {"keep_stats": True, "keep_hidden_grad": False, **LINEAR},
+        {**STATS, **LINEAR},
+    ),
+    "linear_token_logprobs, logits kept": (
+        linear_token_logprobs_op,
+        (*from_hidden(True), FLAT, None),
+        {**STATS, **LINEAR, "may_keep_logits": True},
     ),
     "linear_token_logprobs, frozen head": (
         linear_token_logprobs_op,
         (random(2 * P * T, D, grad=True), *from_hidden(False)[1:], FLAT, None),
-        {"keep_stats": False, "keep_hidden_grad": True, **LINEAR},
+        {**STATS, "keep_stats": False, "keep_hidden_grad": True, **LINEAR},
     ),
     "linear_token_logprobs_grad": (
         linear_token_logprobs_grad_op,
@@ -167,6 +175,7 @@ OPERATORS = {
             random(2 * P * T),
             -random(2 * P * T).abs(),
             random(2 * P * T, 2).abs() + 1,
+            random(int((FLAT != -100).sum()), V),
             *from_hidden(False),
             FLAT,
             None,
@@ -185,7 +194,7 @@ def test_opcheck(name):
         "test_faketensor",
         "test_aot_dispatch_dynamic",
     ]
-    if keywords.get("may_keep_chunk"):  # never under a compiler
+    if keywords.get("may_keep_chunk") or keywords.get("may_keep_logits"):  # never under a compiler
         checks.remove("test_aot_dispatch_dynamic")
     torch.library.opcheck(operator.definition, arguments, keywords, test_utils=checks)
 

@@ -7,12 +7,14 @@ same steps.
 
 import functools
 import inspect
+from unittest import mock
 
 import pytest
 import torch
 from cases import INTERPRETED, OtherStrides, labels_of, laid_out
 
 import mpo_kernels
+from mpo_kernels import losses
 
 P, T, V, D = 2, 3, 37, 8
 OFFSETS = torch.arange(0, 2 * P * T + 1, T, dtype=torch.int32)
@@ -30,6 +32,12 @@ GATHERED = {
     "hidden": random(9, D),
     "labels": LABELS.flatten(),
     "rows": torch.arange(2 * P * T) * 5 % 9,
+}
+GROUPS = {
+    "loss": losses.DPO(0.3),
+    "constants": random(2, P),
+    "weights": random(P).abs(),
+    "row_weights": random(2 * P, T).abs(),
 }
 POOL = {"hidden": random(2 * P, T, D), "mask": LABELS >= 0}
 REFERENCE = {"reference": random(2 * P, D), "sequence_weights": random(2 * P).abs()}
@@ -50,10 +58,26 @@ CALLS = {
     "linear_mpo_loss packed": {**HEAD, "hidden": random(2 * P * T, D), **PACKED, **PAIRS},
     "linear_mpo_loss none": {**HEAD, **PAIRS, "reduction": "none"},
     "linear_mpo_loss, no gradient": {**HEAD, **PAIRS, "frozen": ("hidden", "weight", "bias")},
+    "linear_token_logprobs, pieces": {**HEAD, "chunk_bytes": 1},
     "linear_token_logprobs, frozen head": {**HEAD, "frozen": ("weight", "bias")},
     "linear_token_logprobs, rows": {**HEAD, **GATHERED},
     "linear_token_statistics, rows": {**HEAD, **GATHERED},
     "linear_mpo_loss, rows": {**HEAD, **GATHERED, **PACKED, **PAIRS},
+    "sequence_loss": {"logits": random(2 * P, T, V), "labels": LABELS, **GROUPS},
+    "sequence_loss packed": {
+        "logits": random(2 * P * T, V),
+        **PACKED,
+        **GROUPS,
+        "row_weights": random(2 * P * T).abs(),
+    },
+    "linear_sequence_loss": {**HEAD, **GROUPS},
+    "linear_sequence_loss, rows": {
+        **HEAD,
+        **GATHERED,
+        **PACKED,
+        **GROUPS,
+        "row_weights": random(2 * P * T).abs(),
+    },
     "mean_pool": POOL,
     "mean_pool packed": {
         "hidden": random(2 * P * T, D),
@@ -71,8 +95,13 @@ CALLS = {
 TRAINED = ("logits", "hidden", "weight", "bias")
 
 
-def results(call, arguments, compiler=lambda f: f, upstream=lambda grad: grad):
+def results(call, arguments, *ways, **named):
     """All that a function returns, and the gradients."""
+    with mock.patch("mpo_kernels.ops.chunks.ROW_MULTIPLE", 4 if "pieces" in call else 128):
+        return _results(call, arguments, *ways, **named)
+
+
+def _results(call, arguments, compiler=lambda f: f, upstream=lambda grad: grad):
     arguments = dict(arguments)
     frozen, inplace = arguments.pop("frozen", ()), arguments.get("inplace_backward")
     leaves = [
@@ -85,7 +114,13 @@ def results(call, arguments, compiler=lambda f: f, upstream=lambda grad: grad):
     )
     if inplace:  # what is overwritten is no leaf, and has the strides that were asked for
         arguments["logits"] = leaves[0].clone()
-    out = compiler(getattr(mpo_kernels, call.split(",")[0].split()[0]))(**arguments)
+    function = compiler(getattr(mpo_kernels, call.split(",")[0].split()[0]))
+    if "loss" in arguments:  # constants have no keyword
+        behind = [arguments.pop("loss"), arguments.pop("constants")]
+        names = [n for n in ("logits", "hidden", "weight", "labels") if n in arguments]
+        out = function(*[arguments.pop(n) for n in names], *behind, **arguments)
+    else:
+        out = function(**arguments)
     values = [
         v
         for v in torch.utils._pytree.tree_leaves(tuple(out) if isinstance(out, tuple) else out)
@@ -150,7 +185,7 @@ def test_all_tensors_at_once(call, layout):
 def test_no_argument_is_forgotten():
     """Each tensor of each public function is in the table above."""
     functions = [name for name in mpo_kernels.__all__ if name.islower()]
-    assert len(functions) == 8
+    assert len(functions) == 10
     for name in functions:
         parameters = inspect.signature(getattr(mpo_kernels, name)).parameters.values()
         tensors = {p.name for p in parameters if "Tensor" in str(p.annotation)}
