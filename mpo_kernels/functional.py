@@ -278,8 +278,8 @@ def linear_token_logprobs(
         rows: (M,) int64 on the device of `hidden` or on the CPU, with hidden (N, D): labels (M,)
             are those of hidden[rows], which is gathered only where it is used. A row may come
             several times; its gradient is the sum.
-        chunk_bytes: bytes of logits that exist at once, 512 MiB by default; at least 128 rows. With a
-            trainable head so many may be kept until backward.
+        chunk_bytes: bytes of logits that exist at once, 512 MiB by default; at least 128 rows. With
+            a trainable head so many may be kept until backward.
         parallel: where weight and bias hold a slice of the vocabulary. The gradient of `hidden` is
             then summed over its ranks here.
     Returns:
