@@ -15,7 +15,10 @@ from mpo_kernels.parallel import Parallel
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-OPTIONAL = ("bias", "pair_weights", "cu_seqlens", "rows", "mask", "sequence_weights")
+OPTIONAL = (
+    *("bias", "pair_weights", "weights", "row_weights", "sequence_weights"),
+    *("cu_seqlens", "rows", "mask"),
+)
 """Tensors that need not be given."""
 
 
@@ -327,8 +330,10 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def check_no_empty_sequence(counts: torch.Tensor, pairs: bool) -> None:
-    """counts (S,): every sequence has a scored (or pooled) position."""
+def check_no_empty_sequence(
+    counts: torch.Tensor, *, pairs: bool = False, kind: str = "scored"
+) -> None:
+    """counts (S,): every sequence has a scored position, or one of another kind."""
     empty = torch.nonzero(counts == 0)
     if empty.numel():
         sequence = int(empty[0])
@@ -338,7 +343,6 @@ def check_no_empty_sequence(counts: torch.Tensor, pairs: bool) -> None:
             if pairs
             else ""
         )
-        kind = "scored" if pairs else "pooled"
         raise ValueError(
             f"Sequence {sequence}{side} has no {kind} position, so its mean is undefined. Drop it,"
             " or keep at least one position."

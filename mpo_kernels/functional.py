@@ -232,7 +232,7 @@ def mpo_loss(
     offsets = offsets_of(cu_seqlens, sequences, labels.numel(), labels)
     if _reads_data(validate, logits, labels, reference_gap, pair_weights, cu_seqlens):
         vocab = whole_vocab(logits.shape[-1], parallel)
-        _check_pair_data(labels, offsets, ignore_index, vocab, parallel)
+        _check_sequences(labels, offsets, ignore_index, vocab, parallel, pairs=True)
         _check_pair_values(reference_gap, pair_weights)
     labels = with_one_ignored(labels.long(), ignore_index)
     found = _from_logits(
@@ -573,12 +573,14 @@ def _check_pair_values(reference_gap: torch.Tensor, pair_weights: torch.Tensor |
         checks.check_finite("pair_weights", pair_weights)
 
 
-def _check_pair_data(
+def _check_sequences(
     labels: torch.Tensor,
     offsets: torch.Tensor,
     ignore_index: int,
     vocab: int,
     parallel: Parallel | None,
+    *,
+    pairs: bool,
 ) -> None:
     """Checks that read data, on whatever device it is."""
     with refused_together(parallel):
@@ -586,7 +588,7 @@ def _check_pair_data(
         checks.check_cu_seqlens_values(offsets, labels.numel())
     counts = counts_in(labels.reshape(-1).long() != ignore_index, offsets)
     checks.check_no_empty_sequence(
-        counts if parallel is None else parallel.total(counts.cpu()), pairs=True
+        counts if parallel is None else parallel.total(counts.cpu()), pairs=pairs
     )
 
 

@@ -59,7 +59,7 @@ def mean_pool(
             if mask is None
             else mask.reshape(-1)
         )
-        checks.check_no_empty_sequence(counts_in(kept, offsets), pairs=False)
+        checks.check_no_empty_sequence(counts_in(kept, offsets), kind="pooled")
     return mean_pool_op(rows, None if mask is None else mask.reshape(-1), offsets).means
 
 

@@ -15,6 +15,7 @@ import torch
 from mpo_kernels import checks
 from mpo_kernels.functional import (
     TokenStatistics,
+    _check_sequences,
     _checked,
     _from_logits,
     _linear_tokens,
@@ -23,7 +24,7 @@ from mpo_kernels.functional import (
     reduced,
 )
 from mpo_kernels.labels import with_one_ignored
-from mpo_kernels.layouts import counts_in, offsets_of
+from mpo_kernels.layouts import offsets_of
 from mpo_kernels.losses.base import Scores, SequenceLoss
 from mpo_kernels.ops.chunks import Targets
 from mpo_kernels.ops.projection import Head
@@ -99,7 +100,13 @@ def sequence_loss(
         (0.6444, tensor([[-4.1589],
                 [-4.1589]]))
     """
-    checks.check_tensors(logits=logits, labels=labels, cu_seqlens=cu_seqlens)
+    checks.check_tensors(
+        logits=logits,
+        labels=labels,
+        weights=weights,
+        row_weights=row_weights,
+        cu_seqlens=cu_seqlens,
+    )
     options = LogitOptions.checked(logits, logit_scale, softcap, parallel)
     checks.check_reduction(reduction)
     checks.check_integers(ignore_index)
@@ -109,9 +116,8 @@ def sequence_loss(
     offsets = offsets_of(cu_seqlens, sequences, labels.numel(), labels)
     reads = _reads_data(validate, logits, labels, cu_seqlens, weights, *constants)
     if reads:
-        _check_data(
-            labels, offsets, ignore_index, whole_vocab(logits.shape[-1], parallel), parallel
-        )
+        vocab = whole_vocab(logits.shape[-1], parallel)
+        _check_sequences(labels, offsets, ignore_index, vocab, parallel, pairs=False)
     found = _from_logits(
         logits,
         labels,
@@ -168,7 +174,14 @@ def linear_sequence_loss(
         tensor(0.6931)
     """
     checks.check_tensors(
-        hidden=hidden, weight=weight, labels=labels, bias=bias, rows=rows, cu_seqlens=cu_seqlens
+        hidden=hidden,
+        weight=weight,
+        labels=labels,
+        bias=bias,
+        weights=weights,
+        row_weights=row_weights,
+        rows=rows,
+        cu_seqlens=cu_seqlens,
     )
     options = LogitOptions.checked(hidden, logit_scale, softcap, parallel)
     checks.check_reduction(reduction)
@@ -181,7 +194,7 @@ def linear_sequence_loss(
     reads = _reads_data(None, hidden, flat, cu_seqlens, weights, *constants)
     if reads:
         vocab = whole_vocab(weight.shape[0], parallel)
-        _check_data(flat, offsets, ignore_index, vocab, parallel)
+        _check_sequences(flat, offsets, ignore_index, vocab, parallel, pairs=False)
     with refused_together(None if torch.compiler.is_compiling() else parallel):
         found = _linear_tokens(call, options, token_outputs)
     logps = _weighted(found.logp, row_weights, labels)
@@ -310,20 +323,3 @@ def _weighted(
             f" the shape of labels, {tuple(labels.shape)}."
         )
     return logp * row_weights.detach().reshape(-1).to(logp.device, logp.dtype)
-
-
-def _check_data(
-    labels: torch.Tensor,
-    offsets: torch.Tensor,
-    ignore_index: int,
-    vocab: int,
-    parallel: Parallel | None,
-) -> None:
-    """Checks that read data."""
-    with refused_together(parallel):
-        checks.check_label_values(labels, vocab, ignore_index)
-        checks.check_cu_seqlens_values(offsets, labels.numel())
-    counts = counts_in(labels.reshape(-1).long() != ignore_index, offsets)
-    checks.check_no_empty_sequence(
-        counts if parallel is None else parallel.total(counts.cpu()), pairs=False
-    )

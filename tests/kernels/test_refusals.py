@@ -4,9 +4,8 @@ import itertools
 
 import pytest
 import torch
-from test_strides import CALLS, TENSORS, results
+from test_strides import CALLS, TENSORS, called, function_of, results
 
-import mpo_kernels
 from mpo_kernels import (
     Parallel,
     linear_mpo_loss,
@@ -348,20 +347,21 @@ def divided():
 def test_what_is_no_plain_tensor(call, name, divided):
     """Each tensor of each function as a list, as an array, and divided over ranks."""
     arguments = {n: a for n, a in CALLS[call].items() if n != "frozen"}
-    tensor, function = arguments[name], getattr(mpo_kernels, call.split(",")[0].split()[0])
+    tensor, function = arguments[name], function_of(call)
+    said = "reference_logps" if name == "constants" else name
     for other in (tensor.tolist(), tensor.numpy()):
         with pytest.raises(
             ValueError,
-            match=f"^{name} must be a tensor, not {type(other).__name__}; torch.as_tensor",
+            match=f"^{said} must be a tensor, not {type(other).__name__}; torch.as_tensor",
         ):
-            function(**arguments | {name: other})
+            called(function, arguments | {name: other})
     how = (
         "Call the loss inside the head"
         if name in ("weight", "bias")
-        else f"Give {name}.to_local\\(\\) and say with `parallel`"
+        else f"Give {said}.to_local\\(\\) and say with `parallel`"
     )
-    with pytest.raises(ValueError, match=f"^{name} is a DTensor.*{how}"):
-        function(**arguments | {name: divided(tensor)})
+    with pytest.raises(ValueError, match=f"^{said} is a DTensor.*{how}"):
+        called(function, arguments | {name: divided(tensor)})
 
 
 @pytest.mark.parametrize(("call", "name"), [(c, n) for c, n in TENSORS if n in SIDES], ids=str)

@@ -144,7 +144,7 @@ def test_any_ragged_batch(seed, groups, ignore_index, dtype):
         chunk_bytes=1,
     )
     out.loss.backward()
-    allowed = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2}[dtype]
+    allowed = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.1}[dtype]
     assert relative_error(out.loss, want) < allowed
     assert relative_error(ours["hidden"].grad, theirs["hidden"].grad) < allowed
     assert relative_error(ours["weight"].grad, theirs["weight"].grad) < allowed
@@ -252,3 +252,11 @@ def test_a_batch_loss_may_be_had_without_validation():
         logits, LABELS, lambda s: s.logps[0] - s.logps[0].mean(), reduction="sum", validate=False
     )
     assert abs(float(out.loss)) < 1e-5
+
+
+@pytest.mark.parametrize("function", [from_logits, from_hidden])
+def test_a_sequence_without_a_scored_token_is_refused(function):
+    inputs, labels, offsets, _ = of_ragged(losses.SimPO(), torch.Generator().manual_seed(8), 2)
+    labels[offsets[2] : offsets[3]] = -100
+    with pytest.raises(ValueError, match="Sequence 2 has no scored position"):
+        function(leaves(inputs), labels, losses.SimPO(), cu_seqlens=offsets)

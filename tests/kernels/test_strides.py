@@ -95,6 +95,20 @@ CALLS = {
 TRAINED = ("logits", "hidden", "weight", "bias")
 
 
+def function_of(call):
+    return getattr(mpo_kernels, call.split(",")[0].split()[0])
+
+
+def called(function, arguments):
+    """The constants of a loss have no keyword."""
+    arguments = dict(arguments)
+    if "loss" not in arguments:
+        return function(**arguments)
+    names = [n for n in ("logits", "hidden", "weight", "labels") if n in arguments]
+    positional = [arguments.pop(n) for n in (*names, "loss", "constants")]
+    return function(*positional, **arguments)
+
+
 def results(call, arguments, *ways, **named):
     """All that a function returns, and the gradients."""
     with mock.patch("mpo_kernels.ops.chunks.ROW_MULTIPLE", 4 if "pieces" in call else 128):
@@ -114,13 +128,7 @@ def _results(call, arguments, compiler=lambda f: f, upstream=lambda grad: grad):
     )
     if inplace:  # what is overwritten is no leaf, and has the strides that were asked for
         arguments["logits"] = leaves[0].clone()
-    function = compiler(getattr(mpo_kernels, call.split(",")[0].split()[0]))
-    if "loss" in arguments:  # constants have no keyword
-        behind = [arguments.pop("loss"), arguments.pop("constants")]
-        names = [n for n in ("logits", "hidden", "weight", "labels") if n in arguments]
-        out = function(*[arguments.pop(n) for n in names], *behind, **arguments)
-    else:
-        out = function(**arguments)
+    out = called(compiler(function_of(call)), arguments)
     values = [
         v
         for v in torch.utils._pytree.tree_leaves(tuple(out) if isinstance(out, tuple) else out)
