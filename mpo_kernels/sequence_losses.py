@@ -41,7 +41,7 @@ class SequenceLossOutput(NamedTuple):
 
     Example:
         >>> scores = Scores(torch.tensor([[-4.0], [-6.0]]), torch.tensor([[2.0], [2.0]]))
-        >>> SequenceLossOutput(torch.tensor(0.5), scores).scores.means
+        >>> SequenceLossOutput(torch.tensor(0.5), scores).scores.means()
         tensor([[-2.],
                 [-3.]])
     """

@@ -23,7 +23,6 @@ class Scores(NamedTuple):
     tokens: torch.Tensor
     """(k, P) of the same dtype: how many tokens are scored; at least 1."""
 
-    @property
     def means(self) -> torch.Tensor:
         """(k, P): log-probability per scored token."""
         return self.logps / self.tokens
@@ -155,7 +154,7 @@ class LikelihoodLoss(SequenceLoss):
 
     def likelihood(self, scores: Scores, *mean_tokens: torch.Tensor) -> torch.Tensor:
         """(P,) negative log-likelihoods."""
-        return -scores.logps[0] / mean_tokens[0] if mean_tokens else -scores.means[0]
+        return -scores.logps[0] / mean_tokens[0] if mean_tokens else -scores.means()[0]
 
 
 class Sum(SequenceLoss):

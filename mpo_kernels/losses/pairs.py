@@ -43,7 +43,7 @@ class MPO(SequenceLoss):
         return ("reference_gap",)
 
     def __call__(self, scores: Scores, reference_gap: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        chosen, rejected = scores.means
+        chosen, rejected = scores.means()
         return (self.beta * (chosen - rejected) - reference_gap).square()
 
 
@@ -383,7 +383,7 @@ class ORPO(LikelihoodLoss):
     per: str = divided_per("sequence")
 
     def __call__(self, scores: Scores, *mean_tokens: torch.Tensor) -> torch.Tensor:
-        chosen, rejected = scores.means
+        chosen, rejected = scores.means()
         odds_ratio = (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
         likelihood = self.likelihood(scores, *mean_tokens)
         return likelihood - self.beta * logsigmoid(odds_ratio)
@@ -400,7 +400,7 @@ class SimPO(SequenceLoss):
     gamma: float = any_number(1.375)
 
     def __call__(self, scores: Scores) -> torch.Tensor:  # type: ignore[override]
-        chosen, rejected = scores.means
+        chosen, rejected = scores.means()
         return -logsigmoid(self.beta * (chosen - rejected) - self.gamma)
 
 
@@ -416,7 +416,7 @@ class AlphaPO(SequenceLoss):
     alpha: float = any_number(0.25)
 
     def __call__(self, scores: Scores) -> torch.Tensor:  # type: ignore[override]
-        means = scores.means
+        means = scores.means()
         chosen, rejected = -torch.expm1(-self.alpha * means) / self.alpha if self.alpha else means
         return -logsigmoid(self.beta * (chosen - rejected) - self.gamma)
 
@@ -429,7 +429,7 @@ class SimPER(SequenceLoss):
     """
 
     def __call__(self, scores: Scores) -> torch.Tensor:  # type: ignore[override]
-        chosen, rejected = scores.means.exp()
+        chosen, rejected = scores.means().exp()
         return rejected - chosen
 
 

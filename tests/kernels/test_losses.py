@@ -314,13 +314,13 @@ def test_equal_to_trls_cpo_simpo_and_orpo():
     kind = {"simpo_gamma": 0.5, "alpha": 0.0}
     theirs, *_ = cpo.cpo_loss(settings(loss_type="sigmoid", **kind), *scores.logps)
     torch.testing.assert_close(losses.CPO(0.3, 0.0, per="sequence")(scores), theirs)
-    theirs, *_ = cpo.cpo_loss(settings(loss_type="simpo", **kind), *scores.means)
+    theirs, *_ = cpo.cpo_loss(settings(loss_type="simpo", **kind), *scores.means())
     torch.testing.assert_close(losses.SimPO(0.3, 0.5)(scores), theirs)
     kind["alpha"] = 0.25
-    theirs, *_ = cpo.cpo_loss(settings(loss_type="simpo", **kind), *scores.means)
+    theirs, *_ = cpo.cpo_loss(settings(loss_type="simpo", **kind), *scores.means())
     torch.testing.assert_close(losses.AlphaPO(0.3, 0.5, 0.25)(scores), theirs)
-    theirs, *_ = orpo.odds_ratio_loss(settings(), *scores.means)
-    torch.testing.assert_close(losses.ORPO(0.3)(scores), -scores.means[0] - theirs)
+    theirs, *_ = orpo.odds_ratio_loss(settings(), *scores.means())
+    torch.testing.assert_close(losses.ORPO(0.3)(scores), -scores.means()[0] - theirs)
 
 
 @pytest.mark.parametrize(
