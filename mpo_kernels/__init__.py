@@ -1,9 +1,9 @@
 """Fused loss kernels for MPO, multilingual reward gap optimization (arXiv 2505.16869), and for any
 loss of sums of log-probabilities (`mpo_kernels.losses`). Needs torch and triton only."""
 
+from mpo_kernels.calls import TokenStatistics
 from mpo_kernels.functional import (
     MPOLossOutput,
-    TokenStatistics,
     linear_mpo_loss,
     linear_token_logprobs,
     linear_token_statistics,

@@ -322,11 +322,12 @@ def check_label_values(labels: torch.Tensor, vocab: int, ignore_index: int) -> N
 
 
 def check_finite(name: str, tensor: torch.Tensor) -> None:
-    """Reads a small vector: no NaN, no infinity."""
+    """Reads a small tensor: no NaN, no infinity."""
     bad = torch.nonzero(~tensor.isfinite())
     if bad.numel():
+        index = bad[0].tolist()
         raise ValueError(
-            f"{name}[{int(bad[0])}] is {float(tensor[int(bad[0])])}; all values must be finite."
+            f"{name}{index} is {float(tensor[tuple(index)])}; all values must be finite."
         )
 
 

@@ -21,36 +21,27 @@ from typing import NamedTuple
 import torch
 
 from mpo_kernels import checks
+from mpo_kernels.calls import (
+    LinearCall,
+    TokenStatistics,
+    check_sequences,
+    checked_linear,
+    from_logits,
+    linear_tokens,
+    reads_data,
+    reduced,
+    token_statistics_of,
+)
 from mpo_kernels.labels import IGNORED, with_one_ignored
-from mpo_kernels.layouts import counts_in, offsets_of, overwritable, three_dimensional
+from mpo_kernels.layouts import offsets_of
 from mpo_kernels.ops.chunks import Targets
-from mpo_kernels.ops.flops import tell_counters
-from mpo_kernels.ops.linear_pairs import LinearPairLosses, linear_pair_loss_op
-from mpo_kernels.ops.linear_tokens import LinearTokenResults, linear_token_logprobs_op
-from mpo_kernels.ops.once import check_mode, has_data, is_wrapped
+from mpo_kernels.ops.linear_pairs import linear_pair_loss_op
+from mpo_kernels.ops.linear_tokens import LinearTokenResults
+from mpo_kernels.ops.once import has_data
 from mpo_kernels.ops.pairs import PairConstants, pair_loss_op
-from mpo_kernels.ops.projection import Head, Needs
-from mpo_kernels.ops.tokens import InplaceTokenLogprobs, TokenResults, token_logprobs_op
+from mpo_kernels.ops.projection import Head
 from mpo_kernels.options import LogitOptions, Number, statistics_dtype, stored
 from mpo_kernels.parallel import Parallel, refused_together, whole_vocab
-
-
-class TokenStatistics(NamedTuple):
-    """What one read of a row's logits tells about its label; each of the shape of labels.
-
-    Example:
-        >>> logprobs, entropy, is_argmax = token_statistics(torch.zeros(1, 4), torch.tensor([2]))
-        >>> (-logprobs).exp()  # perplexity
-        tensor([4.])
-    """
-
-    logprobs: torch.Tensor
-    """float32 log-probability of the label, 0 at ignored positions. Differentiable where it is the
-    result of a function, detached in `MPOLossOutput`."""
-    entropy: torch.Tensor
-    """float32, detached: entropy of the softmax in nats (equation 7), 0 at ignored positions."""
-    is_argmax: torch.Tensor
-    """bool: no token has a larger logit than the label; False at ignored positions."""
 
 
 class MPOLossOutput(NamedTuple):
@@ -119,7 +110,7 @@ def token_logprobs(
     """
     checks.check_tensors(logits=logits, labels=labels)
     options = LogitOptions.checked(logits, logit_scale, softcap, parallel)
-    return _from_logits(
+    return from_logits(
         logits,
         labels,
         options,
@@ -154,7 +145,7 @@ def token_statistics(
     """
     checks.check_tensors(logits=logits, labels=labels)
     options = LogitOptions.checked(logits, logit_scale, softcap, parallel)
-    found = _from_logits(
+    found = from_logits(
         logits,
         labels,
         options,
@@ -163,7 +154,7 @@ def token_statistics(
         inplace_backward=inplace_backward,
         validate=validate,
     )
-    return _token_statistics(found, labels.shape)
+    return token_statistics_of(found, labels.shape)
 
 
 def mpo_loss(
@@ -230,12 +221,12 @@ def mpo_loss(
     sequences = checks.check_layout(logits, cu_seqlens, "logits", pairs=True)
     constants = _pair_constants(logits, reference_gap, pair_weights, beta, sequences // 2)
     offsets = offsets_of(cu_seqlens, sequences, labels.numel(), labels)
-    if _reads_data(validate, logits, labels, reference_gap, pair_weights, cu_seqlens):
+    if reads_data(validate, logits, labels, reference_gap, pair_weights, cu_seqlens):
         vocab = whole_vocab(logits.shape[-1], parallel)
-        _check_sequences(labels, offsets, ignore_index, vocab, parallel, pairs=True)
+        check_sequences(labels, offsets, ignore_index, vocab, parallel, pairs=True)
         _check_pair_values(reference_gap, pair_weights)
     labels = with_one_ignored(labels.long(), ignore_index)
-    found = _from_logits(
+    found = from_logits(
         logits,
         labels,
         options,
@@ -245,7 +236,7 @@ def mpo_loss(
         validate=False,
     )
     losses = pair_loss_op(found.logp, labels.reshape(-1), offsets, constants, parallel)
-    tokens = _token_statistics(found, labels.shape, detached=True) if token_outputs else None
+    tokens = token_statistics_of(found, labels.shape, detached=True) if token_outputs else None
     chosen, rejected = losses.means.chunk(2)
     return MPOLossOutput(reduced(losses.losses, reduction), chosen, rejected, losses.gaps, tokens)
 
@@ -327,7 +318,7 @@ def linear_token_statistics(
     options = LogitOptions.checked(hidden, logit_scale, softcap, parallel)
     head, targets = Head(weight, bias, None, chunk_bytes), Targets(labels, rows, ignore_index)
     found = _from_hidden(hidden, head, targets, options, token_outputs=True)
-    return _token_statistics(found, labels.shape)
+    return token_statistics_of(found, labels.shape)
 
 
 def linear_mpo_loss(
@@ -397,10 +388,10 @@ def linear_mpo_loss(
     options = LogitOptions.checked(hidden, logit_scale, softcap, parallel)
     checks.check_reduction(reduction)
     head, targets = Head(weight, bias, None, chunk_bytes), Targets(labels, rows, ignore_index)
-    call = _checked(hidden, head, targets, options)
+    call = checked_linear(hidden, head, targets, options)
     sequences = checks.check_layout(hidden, cu_seqlens, "hidden", pairs=True)
     constants = _pair_constants(hidden, reference_gap, pair_weights, beta, sequences // 2)
-    if _reads_data(None, hidden, reference_gap, pair_weights):
+    if reads_data(None, hidden, reference_gap, pair_weights):
         _check_pair_values(reference_gap, pair_weights)
     # Offsets that are not given are wanted on the host.
     place = torch.device("cpu") if cu_seqlens is None else cu_seqlens.device
@@ -420,50 +411,9 @@ def linear_mpo_loss(
         token_outputs,
     )
     loss = found.loss / (sequences // 2) if reduction == "mean" else found.loss
-    tokens = _token_statistics(found, labels.shape) if token_outputs else None
+    tokens = token_statistics_of(found, labels.shape) if token_outputs else None
     chosen, rejected = found.means.chunk(2)
     return MPOLossOutput(loss, chosen, rejected, found.gaps, tokens)
-
-
-class _LinearCall(NamedTuple):
-    """A call of a linear function that was found right, as operators take it."""
-
-    hidden: torch.Tensor
-    """(N, D)"""
-    head: Head
-    targets: Targets
-    needs: Needs
-
-
-def _from_logits(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    options: LogitOptions,
-    *,
-    ignore_index: int,
-    token_outputs: bool,
-    inplace_backward: bool,
-    validate: bool | None,
-) -> TokenResults:
-    """Checks, and what the rows give."""
-    checks.check_rows("logits", logits, labels)
-    check_mode(logits)
-    checks.check_integers(ignore_index)
-    checks.check_slice("logits", logits.shape[-1], options.parallel)
-    if _reads_data(validate, logits, labels):
-        vocab = whole_vocab(logits.shape[-1], options.parallel)
-        checks.check_label_values(labels, vocab, ignore_index)
-    flat = with_one_ignored(labels.reshape(-1).long(), ignore_index)
-    if inplace_backward and not torch.compiler.is_compiling():
-        if is_wrapped(logits):
-            raise ValueError(
-                "inplace_backward=True overwrites one tensor, and under vmap there are several."
-                " Pass inplace_backward=False."
-            )
-        memory = overwritable(logits)
-        if has_data(logits):
-            return TokenResults(*InplaceTokenLogprobs.apply(memory, flat, options, token_outputs))
-    return token_logprobs_op(three_dimensional(logits), flat, options, token_outputs)
 
 
 def _from_hidden(
@@ -475,30 +425,11 @@ def _from_hidden(
     token_outputs: bool,
 ) -> LinearTokenResults:
     """Checks, and what the rows give."""
-    return _linear_tokens(_checked(hidden, head, targets, options), options, token_outputs)
-
-
-def _linear_tokens(
-    call: _LinearCall, options: LogitOptions, token_outputs: bool
-) -> LinearTokenResults:
-    trains_head = call.needs.weight_grad or call.needs.bias_grad
-    return linear_token_logprobs_op(
-        call.hidden,
-        call.head,
-        call.targets,
-        options,
-        keep_stats=trains_head,
-        may_keep_logits=trains_head
-        and not torch.compiler.is_compiling()
-        and has_data(call.hidden)
-        and not is_wrapped(call.hidden),
-        keep_hidden_grad=call.needs.hidden_grad and not trains_head,
-        token_outputs=token_outputs,
-    )
+    return linear_tokens(checked_linear(hidden, head, targets, options), options, token_outputs)
 
 
 def _linear_pairs_one_by_one(
-    call: _LinearCall,
+    call: LinearCall,
     options: LogitOptions,
     constants: PairConstants,
     offsets: torch.Tensor,
@@ -508,43 +439,13 @@ def _linear_pairs_one_by_one(
     """`linear_mpo_loss` with reduction="none", by way of the log-probabilities."""
     parallel, targets = options.parallel, call.targets
     with refused_together(None if torch.compiler.is_compiling() else parallel):
-        found = _linear_tokens(call, options, token_outputs)
+        found = linear_tokens(call, options, token_outputs)
     flat = with_one_ignored(targets.labels.long(), targets.ignore_index)
     device = call.hidden.device
     losses = pair_loss_op(found.logp, flat.to(device), offsets.to(device), constants, parallel)
-    tokens = _token_statistics(found, labels.shape, detached=True) if token_outputs else None
+    tokens = token_statistics_of(found, labels.shape, detached=True) if token_outputs else None
     chosen, rejected = losses.means.chunk(2)
     return MPOLossOutput(losses.losses, chosen, rejected, losses.gaps, tokens)
-
-
-def _checked(
-    hidden: torch.Tensor, head: Head, targets: Targets, options: LogitOptions
-) -> _LinearCall:
-    """Checks of a linear function, in the shapes of operators, and with the dtype that autocast
-    sets."""
-    checks.check_integers(targets.ignore_index, head.chunk_bytes)
-    device = hidden.device.type
-    # which there knows no devices but those that compute
-    autocast = device != "meta" and torch.is_autocast_enabled(device)
-    checks.check_rows("hidden", hidden, targets.labels, gathered=targets.rows, host_labels_ok=True)
-    checks.check_head(hidden, head.weight, head.bias, any_dtype=autocast)
-    check_mode(hidden, head.weight, head.bias)
-    if not torch.compiler.is_compiling():
-        tell_counters()
-    checks.check_slice("weight", head.weight.shape[0], options.parallel)
-    gemm_dtype = None
-    if autocast and hidden.dtype != torch.float64:
-        gemm_dtype = torch.get_autocast_dtype(device)
-    needs = (
-        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
-        for tensor in (hidden, head.weight, head.bias)
-    )
-    return _LinearCall(
-        hidden.reshape(-1, hidden.shape[-1]),
-        Head(head.weight, head.bias, gemm_dtype, head.chunk_bytes),
-        Targets(targets.labels.reshape(-1), targets.rows, targets.ignore_index),
-        Needs(*needs),
-    )
 
 
 def _pair_constants(
@@ -571,48 +472,3 @@ def _check_pair_values(reference_gap: torch.Tensor, pair_weights: torch.Tensor |
     checks.check_finite("reference_gap", reference_gap)
     if pair_weights is not None:
         checks.check_finite("pair_weights", pair_weights)
-
-
-def _check_sequences(
-    labels: torch.Tensor,
-    offsets: torch.Tensor,
-    ignore_index: int,
-    vocab: int,
-    parallel: Parallel | None,
-    *,
-    pairs: bool,
-) -> None:
-    """Checks that read data, on whatever device it is."""
-    with refused_together(parallel):
-        checks.check_label_values(labels, vocab, ignore_index)
-        checks.check_cu_seqlens_values(offsets, labels.numel())
-    counts = counts_in(labels.reshape(-1).long() != ignore_index, offsets)
-    checks.check_no_empty_sequence(
-        counts if parallel is None else parallel.total(counts.cpu()), pairs=pairs
-    )
-
-
-def _reads_data(validate: bool | None, tensor: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """Whether the data of the tensors are checked: where they are wanted to be, and there are any
-    to read."""
-    if validate is None:
-        validate = tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-    return validate and all(
-        each is None or (has_data(each) and not is_wrapped(each)) for each in (tensor, *others)
-    )
-
-
-def reduced(values: torch.Tensor, reduction: str) -> torch.Tensor:
-    """One value per pair or sequence, or one for all of them."""
-    return values if reduction == "none" else values.sum() if reduction == "sum" else values.mean()
-
-
-def _token_statistics(
-    found: TokenResults | LinearTokenResults | LinearPairLosses,
-    shape: torch.Size,
-    *,
-    detached: bool = False,
-) -> TokenStatistics:
-    """In the shape of the labels."""
-    logp = found.logp.detach().clone() if detached else found.logp
-    return TokenStatistics(logp.view(shape), found.entropy.view(shape), found.is_argmax.view(shape))

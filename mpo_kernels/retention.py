@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from mpo_kernels import checks
-from mpo_kernels.functional import _reads_data, reduced
+from mpo_kernels.calls import reads_data, reduced
 from mpo_kernels.layouts import counts_in, offsets_of
 from mpo_kernels.ops.once import check_mode
 from mpo_kernels.ops.pool import mean_pool_op
@@ -52,7 +52,7 @@ def mean_pool(
         )
     rows = hidden.reshape(-1, hidden.shape[-1])
     offsets = offsets_of(cu_seqlens, sequences, rows.shape[0], hidden)
-    if _reads_data(validate, hidden, mask, cu_seqlens):
+    if reads_data(validate, hidden, mask, cu_seqlens):
         checks.check_cu_seqlens_values(offsets, rows.shape[0])
         kept = (
             torch.ones(rows.shape[0], dtype=torch.bool, device=rows.device)

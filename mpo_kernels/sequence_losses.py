@@ -13,15 +13,15 @@ from typing import NamedTuple
 import torch
 
 from mpo_kernels import checks
-from mpo_kernels.functional import (
+from mpo_kernels.calls import (
     TokenStatistics,
-    _check_sequences,
-    _checked,
-    _from_logits,
-    _linear_tokens,
-    _reads_data,
-    _token_statistics,
+    check_sequences,
+    checked_linear,
+    from_logits,
+    linear_tokens,
+    reads_data,
     reduced,
+    token_statistics_of,
 )
 from mpo_kernels.labels import with_one_ignored
 from mpo_kernels.layouts import offsets_of
@@ -114,11 +114,12 @@ def sequence_loss(
     sequences = checks.check_layout(logits, cu_seqlens, "logits", pairs=False)
     groups = _Groups(loss, constants, weights, sequences, like=logits)
     offsets = offsets_of(cu_seqlens, sequences, labels.numel(), labels)
-    reads = _reads_data(validate, logits, labels, cu_seqlens, weights, *constants)
+    reads = reads_data(validate, logits, labels, cu_seqlens, weights, row_weights, *constants)
     if reads:
         vocab = whole_vocab(logits.shape[-1], parallel)
-        _check_sequences(labels, offsets, ignore_index, vocab, parallel, pairs=False)
-    found = _from_logits(
+        check_sequences(labels, offsets, ignore_index, vocab, parallel, pairs=False)
+        groups.check_values(row_weights)
+    found = from_logits(
         logits,
         labels,
         options,
@@ -131,7 +132,7 @@ def sequence_loss(
     logps = _weighted(found.logp, row_weights, labels)
     scores = groups.scores(*sequence_sums_op(logps, flat, offsets, parallel))
     values = groups.losses(scores, reads)
-    tokens = _token_statistics(found, labels.shape, detached=True) if token_outputs else None
+    tokens = token_statistics_of(found, labels.shape, detached=True) if token_outputs else None
     # of their own, for the caller to edit: autograd has kept the others
     detached = Scores(scores.logps.detach().clone(), scores.tokens.clone())
     return SequenceLossOutput(reduced(values, reduction), detached, tokens)
@@ -186,22 +187,23 @@ def linear_sequence_loss(
     options = LogitOptions.checked(hidden, logit_scale, softcap, parallel)
     checks.check_reduction(reduction)
     head, targets = Head(weight, bias, None, chunk_bytes), Targets(labels, rows, ignore_index)
-    call = _checked(hidden, head, targets, options)
+    call = checked_linear(hidden, head, targets, options)
     sequences = checks.check_layout(hidden, cu_seqlens, "hidden", pairs=False)
     groups = _Groups(loss, constants, weights, sequences, like=hidden)
     flat = call.targets.labels
     offsets = offsets_of(cu_seqlens, sequences, flat.numel(), flat)
-    reads = _reads_data(None, hidden, flat, cu_seqlens, weights, *constants)
+    reads = reads_data(None, hidden, flat, cu_seqlens, weights, row_weights, *constants)
     if reads:
         vocab = whole_vocab(weight.shape[0], parallel)
-        _check_sequences(flat, offsets, ignore_index, vocab, parallel, pairs=False)
+        check_sequences(flat, offsets, ignore_index, vocab, parallel, pairs=False)
+        groups.check_values(row_weights)
     with refused_together(None if torch.compiler.is_compiling() else parallel):
-        found = _linear_tokens(call, options, token_outputs)
+        found = linear_tokens(call, options, token_outputs)
     logps = _weighted(found.logp, row_weights, labels)
     here = with_one_ignored(flat.long(), ignore_index).to(hidden.device)
     scores = groups.scores(*sequence_sums_op(logps, here, offsets.to(hidden.device), parallel))
     values = groups.losses(scores, reads)
-    tokens = _token_statistics(found, labels.shape, detached=True) if token_outputs else None
+    tokens = token_statistics_of(found, labels.shape, detached=True) if token_outputs else None
     # of their own, for the caller to edit: autograd has kept the others
     detached = Scores(scores.logps.detach().clone(), scores.tokens.clone())
     return SequenceLossOutput(reduced(values, reduction), detached, tokens)
@@ -231,15 +233,14 @@ class _Groups:
                 f" needed are {self._size}P sequences, the first ones of all groups first."
             )
         self._count = sequences // self._size
-        self._constants = self._checked(constants, like)
+        self._names = self._names_of(constants)
+        self._constants = self._constants_of(constants, like)
         if weights is not None:
             checks.check_per("weights", weights, self._count, "group", like.device)
             weights = weights.detach().to(statistics_dtype(like))
         self._weights = weights
 
-    def _checked(
-        self, constants: tuple[torch.Tensor, ...], like: torch.Tensor
-    ) -> list[torch.Tensor]:
+    def _names_of(self, constants: tuple[torch.Tensor, ...]) -> tuple[str, ...]:
         names: tuple[str, ...] = tuple(f"constant {i + 1}" for i in range(len(constants)))
         if isinstance(self._loss, SequenceLoss):
             names = self._loss.constants
@@ -248,8 +249,13 @@ class _Groups:
             raise ValueError(
                 f"{self._name} takes {wanted} behind the loss, and {len(constants)} were given."
             )
-        checks.check_tensors(**dict(zip(names, constants, strict=True)))
-        for name, constant in zip(names, constants, strict=True):
+        return names
+
+    def _constants_of(
+        self, constants: tuple[torch.Tensor, ...], like: torch.Tensor
+    ) -> list[torch.Tensor]:
+        checks.check_tensors(**dict(zip(self._names, constants, strict=True)))
+        for name, constant in zip(self._names, constants, strict=True):
             shapes = ((self._count,), (self._size, self._count))
             if constant.shape not in shapes or constant.is_complex():
                 raise ValueError(
@@ -260,6 +266,15 @@ class _Groups:
                 raise ValueError(f"{name} is on {constant.device}; move it to {like.device}.")
         dtype = statistics_dtype(like)
         return [constant.detach().to(dtype) for constant in constants]
+
+    def check_values(self, row_weights: torch.Tensor | None) -> None:
+        """Refuses constants and weights that are not finite."""
+        named = dict(zip(self._names, self._constants, strict=True))
+        for name, values in (*named.items(), ("weights", self._weights)):
+            if values is not None:
+                checks.check_finite(name, values)
+        if row_weights is not None:
+            checks.check_finite("row_weights", row_weights)
 
     def scores(self, sums: torch.Tensor, counts: torch.Tensor) -> Scores:
         """(kP,) each -> (k, P)."""
@@ -288,7 +303,7 @@ class _Groups:
     def _probe(self, values: torch.Tensor, scores: Scores) -> None:
         """Refuses losses that are not finite, or in which groups depend on each other: the first
         and the last one alone have to have the loss that they have among the others."""
-        finite = torch.stack([part.isfinite().all() for part in (*scores, *self._constants)]).all()
+        finite = torch.stack([part.isfinite().all() for part in scores]).all()
         if bool(finite) and not bool(values.isfinite().all()):
             place = int(torch.nonzero(~values.isfinite())[0])
             raise ValueError(

@@ -28,6 +28,22 @@ class Scores(NamedTuple):
         return self.logps / self.tokens
 
 
+def log_ratios(scores: Scores, reference_logps: torch.Tensor) -> torch.Tensor:
+    """r (k, P): what the model gives to each sequence, minus what the reference model gave.
+
+    Raises:
+        ValueError: `reference_logps` has another shape than the sums. A number per pair would
+            cancel in the margin, and leave a loss without a reference.
+    """
+    if reference_logps.shape != scores.logps.shape:
+        raise ValueError(
+            f"reference_logps has shape {tuple(reference_logps.shape)}; needed is"
+            f" {tuple(scores.logps.shape)}, one sum per sequence: of pairs, first those of the"
+            " chosen ones."
+        )
+    return scores.logps - reference_logps
+
+
 @dataclass(eq=False)
 class SequenceLoss:
     """A loss per group: `loss(scores, *constants) -> (P,)`, in the dtype of `scores.logps`.

@@ -21,6 +21,7 @@ from mpo_kernels.losses.base import (
     any_number,
     divided_per,
     flip_rate,
+    log_ratios,
     not_negative,
     positive,
     positive_flip_rate,
@@ -56,7 +57,7 @@ class _WithReference(SequenceLoss):
         return ("reference_logps",)
 
     def __call__(self, scores: Scores, reference_logps: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        chosen, rejected = scores.logps - reference_logps
+        chosen, rejected = log_ratios(scores, reference_logps)
         return self.of_ratios(chosen, rejected, scores)
 
     def of_ratios(

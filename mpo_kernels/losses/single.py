@@ -7,7 +7,14 @@ from typing import ClassVar
 
 import torch
 
-from mpo_kernels.losses.base import LikelihoodLoss, Scores, SequenceLoss, not_negative, positive
+from mpo_kernels.losses.base import (
+    LikelihoodLoss,
+    Scores,
+    SequenceLoss,
+    log_ratios,
+    not_negative,
+    positive,
+)
 
 
 @dataclass(eq=False)
@@ -49,7 +56,7 @@ class KTO(SequenceLoss):
         is_desirable: torch.Tensor,
         kl: torch.Tensor,
     ) -> torch.Tensor:
-        above = self.beta * ((scores.logps - reference_logps)[0] - kl)
+        above = self.beta * (log_ratios(scores, reference_logps)[0] - kl)
         good = self.desirable_weight * (1 - above.sigmoid())
         bad = self.undesirable_weight * (1 - (-above).sigmoid())
         return torch.where(is_desirable.bool(), good, bad)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 import mpo_kernels
 import mpo_kernels.ops.chunks
-from mpo_kernels import Parallel, oracle
+from mpo_kernels import Parallel, losses, oracle
 
 P, T, D, V = 3, 7, 12, 53
 PROMPT = 3
@@ -241,6 +241,63 @@ def check_tokens(
         compare_gradients(mine, whole, layout, tolerance, f"linear_token_logprobs, trained {names}")
 
 
+def check_sequence_loss(
+    layout: Layout, chunk_bytes: int | None, dtype: torch.dtype, ignore_index: int
+) -> None:
+    """linear_sequence_loss, and sequence_loss of the same logits, against the definition."""
+    data, tolerance = problem(dtype, ignore_index), max(TOLERANCE[dtype], 1e-6)
+    loss, reference_logps = losses.DPO(0.3), torch.linspace(-9, -3, 2 * P).view(2, P)
+    options = {"softcap": 6.0, "ignore_index": ignore_index}
+    whole = trained({n: t.double() if t.is_floating_point() else t for n, t in data.items()})
+    mine = trained(layout.share(data))
+
+    def expected(logps: torch.Tensor) -> torch.Tensor:
+        scored = (data["labels"] != ignore_index).sum(1).view(2, P)
+        return loss(losses.Scores(logps.sum(1).view(2, P), scored), reference_logps.double()).mean()
+
+    want = expected(
+        oracle.linear_token_logprobs(
+            whole["hidden"], whole["weight"], whole["labels"], bias=whole["bias"], **options
+        )
+    )
+    got = mpo_kernels.linear_sequence_loss(
+        mine["hidden"],
+        mine["weight"],
+        mine["labels"],
+        loss,
+        reference_logps,
+        bias=mine["bias"],
+        chunk_bytes=chunk_bytes,
+        parallel=layout.parallel,
+        **options,
+    )
+    bar = tolerance if dtype.itemsize >= 4 else 2e-2
+    close(got.loss, want, "linear_sequence_loss", bar)
+    (want * 1.7).backward()
+    (got.loss * 1.7).backward()
+    compare_gradients(mine, whole, layout, bar, "linear_sequence_loss")
+    everywhere = [torch.empty_like(got.loss) for _ in range(dist.get_world_size())]
+    dist.all_gather(everywhere, got.loss.detach())
+    assert all(torch.equal(everywhere[0], other) for other in everywhere)
+
+    full = torch.nn.functional.linear(*(data[name].double() for name in HEADS)).to(dtype)
+    logits = full[:, layout.positions, layout.vocab].clone().requires_grad_()
+    exact = full.double().requires_grad_()
+    want = expected(oracle.token_logprobs(exact, data["labels"], **options))
+    got = mpo_kernels.sequence_loss(
+        logits, mine["labels"], loss, reference_logps, parallel=layout.parallel, **options
+    )
+    close(got.loss, want, "sequence_loss", max(tolerance, 1e-5) if dtype.itemsize >= 4 else 1e-4)
+    want.backward()
+    got.loss.backward()
+    close(
+        logits.grad,
+        exact.grad[:, layout.positions, layout.vocab],
+        "dlogits of sequence_loss",
+        tolerance if dtype.itemsize >= 4 else 4e-3,
+    )
+
+
 def check_unknown_label(parallel: Parallel) -> None:
     """A label that no rank has: value, entropy and gradient are NaN in its row, as on one rank, and
     in no other."""
@@ -378,9 +435,13 @@ def main(rank: int, ranks: int, rendezvous: str) -> None:
             mpo_kernels.ops.chunks.ROW_MULTIPLE = 1
             # a few rows a chunk: pairs in pieces
             check_loss(layout, 4 * V * 4, "sum", dtype, next(ignored), packed=True)
+            check_sequence_loss(layout, 4 * V * 4, dtype, next(ignored))
             check_tokens(layout, ("hidden",), dtype, next(ignored))
             if not INTERPRETED:
                 check_loss(layout, None, "none", dtype, next(ignored), packed=True)
+                mpo_kernels.ops.chunks.ROW_MULTIPLE = 128  # one chunk, whose logits are kept
+                check_sequence_loss(layout, None, dtype, next(ignored))
+                mpo_kernels.ops.chunks.ROW_MULTIPLE = 1
                 for names in (HEADS, ("weight", "bias"), ()):
                     check_tokens(layout, names, dtype, next(ignored))
         print(f"rank {rank}: {name} agrees", flush=True)
