@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mpo_kernels
 from mpo_kernels import oracle
+from mpo_kernels.losses import Scores
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -171,3 +172,23 @@ class OtherStrides(TorchDispatchMode):
             self.seen.add(func.name())
             args = [laid_out(a, self.layout) if isinstance(a, torch.Tensor) else a for a in args]
         return func(*args, **(kwargs or {}))
+
+
+def drawn(seed, loss, groups, spread=1.0):
+    """Scores of P groups and the loss's constants, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(*shape, low, high):
+        return torch.rand(shape, generator=generator, dtype=torch.float64) * (high - low) + low
+
+    k = loss.sequences
+    tokens = torch.randint(1, 40, (k, groups), generator=generator).double()
+    sums = tokens * uniform(k, groups, low=-3.0, high=-1e-3) * spread
+    constants = {
+        "reference_logps": sums + uniform(k, groups, low=-6.0, high=6.0) * spread,
+        "reference_gap": uniform(groups, low=-2.0, high=2.0),
+        "mean_tokens": torch.full((groups,), 17.25, dtype=torch.float64),
+        "is_desirable": (uniform(groups, low=0.0, high=1.0) > 0.5).double(),
+        "kl": torch.full((groups,), 0.375, dtype=torch.float64),
+    }
+    return Scores(sums, tokens), [constants[name] for name in loss.constants]

@@ -1,19 +1,20 @@
-"""`mpo_kernels.losses` beside formulas written out for one group in Python's own floats, and beside
-TRL's own code on the same log-probabilities."""
+"""`mpo_kernels.losses` beside formulas written out for one group in Python's own floats. What other
+libraries make of the same log-probabilities is in test_peer_losses.py."""
 
 import math
-from collections import defaultdict
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from cases import INTERPRETED, drawn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpo_kernels import losses
+from mpo_kernels import losses, oracle
 from mpo_kernels.losses import BCO, DPO, KTO, SFT, Scores, Sum, coefficients
 from mpo_kernels.losses.__main__ import page
+from mpo_kernels.sequence_losses import linear_sequence_loss
 
 
 def sigmoid(x):
@@ -136,26 +137,6 @@ ORACLES = {
 IDS = [f"{place}-{type(loss).__name__}" for place, loss in enumerate(ORACLES)]
 
 
-def drawn(seed, loss, groups, spread=1.0):
-    """Scores and the loss's constants, in float64."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def uniform(*shape, low, high):
-        return torch.rand(shape, generator=generator, dtype=torch.float64) * (high - low) + low
-
-    k = loss.sequences
-    tokens = torch.randint(1, 40, (k, groups), generator=generator).double()
-    sums = tokens * uniform(k, groups, low=-3.0, high=-1e-3) * spread
-    constants = {
-        "reference_logps": sums + uniform(k, groups, low=-6.0, high=6.0) * spread,
-        "reference_gap": uniform(groups, low=-2.0, high=2.0),
-        "mean_tokens": torch.full((groups,), 17.25, dtype=torch.float64),
-        "is_desirable": (uniform(groups, low=0.0, high=1.0) > 0.5).double(),
-        "kl": torch.full((groups,), 0.375, dtype=torch.float64),
-    }
-    return Scores(sums, tokens), [constants[name] for name in loss.constants]
-
-
 def one(values, group):
     """A constant of one group, as floats."""
     return values[..., group].tolist()
@@ -220,107 +201,53 @@ def test_float32_is_as_good_as_float32_can_be_and_extremes_stay_finite(loss):
             assert values.isfinite().all() and slopes.isfinite().all()
 
 
-def trl_sequence_batch(scores):
-    """What TRL's trainer makes of a batch: the answers' tokens in rows behind one prompt token."""
-    tokens = scores.tokens.flatten().long()
-    mask = torch.arange(int(tokens.max()) + 1) < tokens[:, None] + 1
-    mask[:, 0] = False
-    each = (scores.logps.flatten() / tokens)[:, None].expand(mask.shape[0], mask.shape[1] - 1)
-    return mask.long(), each * mask[:, 1:]
+def from_the_head(loss, compiler):
+    """Losses (P,), scores and constants of `linear_sequence_loss`, and the gradients of states and
+    weight; then those gradients by plain autograd."""
+    generator = torch.Generator().manual_seed(19)
+    k, groups = loss.sequences, 3
+    hidden = torch.randn(k * groups, 5, 6, generator=generator, dtype=torch.float64)
+    weight = torch.randn(13, 6, generator=generator, dtype=torch.float64)
+    labels = torch.randint(13, (k * groups, 5), generator=generator)
+    labels[torch.arange(5) < torch.arange(k * groups)[:, None] % 4] = -100
+    constants = drawn(20, loss, groups)[1]
+    if "reference_logps" in loss.constants:  # near what the model gives
+        constants[0] = -14 + constants[0] / 10
+
+    def ours(hidden, weight):
+        out = linear_sequence_loss(hidden, weight, labels, loss, *constants, reduction="none")
+        return out.loss, out.scores
+
+    def plain(hidden, weight):
+        logps = oracle.token_logprobs(hidden @ weight.T, labels).sum(1).view(k, -1)
+        tokens = (labels != -100).sum(1).view(k, -1).double()
+        return loss(Scores(logps, tokens), *constants), None
+
+    values, scores, gradients = None, None, []
+    for function in (compiler(ours), plain):
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        result = function(*leaves)
+        values, scores = (values, scores) if gradients else result
+        gradients.append(torch.autograd.grad(result[0].sum(), leaves))
+    return values, scores, constants, *gradients
 
 
-DPO_TYPES = {
-    "sigmoid": (losses.DPO(0.3), 0.0),
-    "hinge": (losses.Hinge(0.3), 0.0),
-    "ipo": (losses.IPO(0.3), 0.0),
-    "exo_pair": (losses.EXO(0.3, 0.01), 0.01),
-    "nca_pair": (losses.NCA(0.3), 0.0),
-    "robust": (losses.RobustDPO(0.3, 0.2), 0.2),
-    "bco_pair": (losses.BCO(0.3), 0.0),
-    "sppo_hard": (losses.SPPO(0.3), 0.0),
-    "apo_zero": (losses.APOZero(0.3), 0.0),
-    "apo_down": (losses.APODown(0.3), 0.0),
-    "discopop": (losses.DiscoPOP(0.3, 0.05), 0.0),
-    "sigmoid_norm": (losses.NormalisedDPO(0.3), 0.0),
-}
-
-
-def trl_dpo(types, weights, smoothing, scores, reference):
-    """The loss of TRL's DPOTrainer, whose model is replaced by one that has these
-    log-probabilities."""
-    trainer = pytest.importorskip("trl.trainer.dpo_trainer")
-    mask, per_token = trl_sequence_batch(scores)
-    zeros = torch.zeros_like(per_token)
-    outputs = SimpleNamespace(
-        log_probs=per_token, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool()
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(("loss", "oracle"), ORACLES.items(), ids=IDS)
+def test_each_loss_is_its_formula_behind_a_head(loss, oracle, is_compiled):
+    if INTERPRETED:
+        pytest.skip("torch.compile and the interpreter do not meet")
+    torch._dynamo.reset()
+    whole = partial(torch.compile, fullgraph=True, backend="aot_eager")
+    values, scores, constants, found, exact = from_the_head(
+        loss, whole if is_compiled else lambda function: function
     )
-    accelerator = SimpleNamespace(
-        device=torch.device("cpu"), gather=lambda t: t, gather_for_metrics=lambda t: t
-    )
-    self = SimpleNamespace(
-        model=SimpleNamespace(training=True),
-        accelerator=accelerator,
-        args=SimpleNamespace(discopop_tau=0.05),
-        beta=0.3,
-        f_divergence_type="reverse_kl",
-        precompute_ref_logps=True,
-        ld_alpha=None,
-        use_weighting=False,
-        aux_loss_enabled=False,
-        _total_train_tokens=0,
-        _tp_size=1,
-        loss_types=types,
-        loss_weights=weights,
-        label_smoothing=smoothing,
-        _metrics={"train": defaultdict(list)},
-    )
-    inputs = {
-        "input_ids": torch.zeros_like(mask),
-        "attention_mask": mask,
-        "completion_mask": mask,
-        "ref_chosen_logps": reference[0],
-        "ref_rejected_logps": reference[1],
-    }
-    return trainer.DPOTrainer._compute_loss(self, lambda **_: outputs, inputs, False)
-
-
-@pytest.mark.parametrize("name", DPO_TYPES)
-def test_equal_to_trls_dpo_trainer(name):
-    loss, smoothing = DPO_TYPES[name]
-    scores, (reference,) = drawn(11, loss, groups=7)
-    theirs = trl_dpo([name], [1.0], smoothing, scores, reference)
-    torch.testing.assert_close(
-        loss(scores, reference).mean(), theirs.double(), rtol=1e-6, atol=1e-6
-    )
-
-
-def test_equal_to_trls_mixed_preference_optimization():
-    loss = Sum((0.8, DPO(0.3)), (0.2, BCO(0.3)), (1.0, SFT()))
-    scores, (reference, _) = drawn(12, loss, groups=7)
-    theirs = trl_dpo(["sigmoid", "bco_pair", "sft"], [0.8, 0.2, 1.0], 0.0, scores, reference)
-    mean_tokens = scores.tokens[0].mean().expand(7)
-    torch.testing.assert_close(loss(scores, reference, mean_tokens).mean(), theirs)
-
-
-def test_equal_to_trls_cpo_simpo_and_orpo():
-    cpo = pytest.importorskip("trl.experimental.cpo.cpo_trainer").CPOTrainer
-    orpo = pytest.importorskip("trl.experimental.orpo.orpo_trainer").ORPOTrainer
-    scores, _ = drawn(13, losses.SimPO(), groups=7)
-
-    def settings(**others):
-        accelerator = SimpleNamespace(device=torch.device("cpu"))
-        return SimpleNamespace(accelerator=accelerator, beta=0.3, label_smoothing=0.0, **others)
-
-    kind = {"simpo_gamma": 0.5, "alpha": 0.0}
-    theirs, *_ = cpo.cpo_loss(settings(loss_type="sigmoid", **kind), *scores.logps)
-    torch.testing.assert_close(losses.CPO(0.3, 0.0, per="sequence")(scores), theirs)
-    theirs, *_ = cpo.cpo_loss(settings(loss_type="simpo", **kind), *scores.means())
-    torch.testing.assert_close(losses.SimPO(0.3, 0.5)(scores), theirs)
-    kind["alpha"] = 0.25
-    theirs, *_ = cpo.cpo_loss(settings(loss_type="simpo", **kind), *scores.means())
-    torch.testing.assert_close(losses.AlphaPO(0.3, 0.5, 0.25)(scores), theirs)
-    theirs, *_ = orpo.odds_ratio_loss(settings(), *scores.means())
-    torch.testing.assert_close(losses.ORPO(0.3)(scores), -scores.means()[0] - theirs)
+    expected = [
+        oracle(one(scores.logps, p), one(scores.tokens, p), *(one(c, p) for c in constants))
+        for p in range(3)
+    ]
+    torch.testing.assert_close(values.tolist(), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize(
