@@ -260,7 +260,9 @@ def linear_token_logprobs(
     Only scored rows reach the head. Work on them: one GEMM where no gradient is needed, which keeps
     nothing but the result; two with a frozen head (the rows of G W are kept and scaled in
     backward); else one forward and two backward where the logits fit `chunk_bytes` and are kept
-    until then; else, and under torch.compile, three backward, which computes them again.
+    until then; else, and under torch.compile, three backward, which computes them again. The
+    weight's gradient is written once, in its own dtype, where the rows are one chunk; else it is
+    summed over chunks in fp32.
 
     Args:
         hidden: (..., D) float. weight: (V, D), bias: (V,), of the same dtype and device.

@@ -35,13 +35,14 @@ class HeadGrads(NamedTuple):
     """Gradients of a head; those that are not needed are empty."""
 
     hidden: torch.Tensor
-    """(M, D), of which row i is still to be multiplied by pending[i]; 0 where no row was added."""
+    """(M, D), 0 where no row was added."""
     pending: torch.Tensor
-    """(M,)"""
+    """(M,) what row i of `hidden` is still to be multiplied by; (0,) where nothing is left to do.
+    """
     weight: torch.Tensor
-    """(V, D), at least float32."""
+    """(V, D)"""
     bias: torch.Tensor
-    """(V,), at least float32."""
+    """(V,)"""
 
 
 class Upstream(NamedTuple):
@@ -57,8 +58,10 @@ class HeadGradients:
     """Accumulates dH, dW and db chunk by chunk; what is not needed is not computed.
 
     dW and db are sums in at least float32, since sums over many chunks in bf16 would lose most of
-    what the later chunks add. dH is so too where it will be multiplied by a factor that is not
-    known yet, so that it is rounded once and not twice.
+    what the later chunks add. Where a single chunk holds all rows there is no sum: they are written
+    once, in the dtypes of weight and bias, and no float32 tensor of their size exists. All of that
+    is float32 at least where it will be multiplied by a factor that is not known yet, so that it is
+    rounded once and not twice; and so is dH.
 
     The rows of a pair in pieces may come before dL/dgap of the pair is known: between `defer` and
     `resolve`. Only while dW is empty, since it is scaled as a whole.
@@ -73,19 +76,28 @@ class HeadGradients:
         *,
         rows: int,
         scaled_later: bool,
+        in_one_chunk: bool = False,
     ) -> None:
-        """`rows`: M, of dH. `projection`: the head as the products take it."""
-        self._weight, self._needs = projection.weight, needs
+        """`rows`: M, of dH. `projection`: the head as the products take it. `scaled_later`: by a
+        factor that the caller applies to the result. `in_one_chunk`: `add` is called once at most.
+        """
+        self._weight, self._needs, self._scaled_later = projection.weight, needs, scaled_later
+        self._dtypes = (
+            head.weight.dtype,
+            head.weight.dtype if head.bias is None else head.bias.dtype,
+        )
         precise = torch.promote_types(head.weight.dtype, torch.float32)
+        is_sum = scaled_later or not in_one_chunk
         dtype = hidden_grad_dtype(hidden.dtype) if scaled_later else hidden.dtype
         self._hidden_grad = hidden.new_zeros(
             (rows, hidden.shape[1]) if needs.hidden_grad else (0,), dtype=dtype
         )
         self._pending = hidden.new_ones(
-            rows if needs.hidden_grad else 0, dtype=statistics_dtype(hidden)
+            rows if needs.hidden_grad and scaled_later else 0, dtype=statistics_dtype(hidden)
         )
         self._weight_grad = head.weight.new_empty(
-            head.weight.shape if needs.weight_grad else (0,), dtype=precise
+            head.weight.shape if needs.weight_grad else (0,),
+            dtype=precise if is_sum else head.weight.dtype,
         )
         self._bias_grad = head.weight.new_zeros(
             head.weight.shape[0] if needs.bias_grad else 0, dtype=precise
@@ -105,34 +117,32 @@ class HeadGradients:
         """Takes in grad_logits (n, V) of the rows hidden (n, D) at `indices` of dH; grad_logits
         were multiplied by `boost` (), if any.
 
-        dW and db are divided by it again; the rows of dH, which are scaled in backward anyway, keep
-        it as pending.
+        It is divided out again; the rows of dH that are scaled in backward anyway keep it as
+        pending.
         """
         if self._needs.hidden_grad:
-            product = _hidden_product(grad_logits, self._weight, self._hidden_grad.dtype)
-            self._hidden_grad.index_copy_(0, indices, product)
-            if boost is not None:
-                self._pending.index_copy_(0, indices, (1 / boost).expand(indices.shape))
+            self._add_to_hidden(indices, grad_logits, boost)
         if self._needs.weight_grad:
-            self._add_to_weight(grad_logits, hidden, boost)
+            _add_product(
+                self._weight_grad, grad_logits, hidden, boost, overwrite=self._weight_is_empty
+            )
+            self._weight_is_empty = False
         if self._needs.bias_grad:
-            total = grad_logits.sum(0, dtype=self._bias_grad.dtype)
+            total = _column_sums(grad_logits, self._bias_grad.dtype)
             self._bias_grad.add_(total if boost is None else total.div_(boost))
 
-    def _add_to_weight(
-        self, grad_logits: torch.Tensor, hidden: torch.Tensor, boost: torch.Tensor | None
+    def _add_to_hidden(
+        self, indices: torch.Tensor, grad_logits: torch.Tensor, boost: torch.Tensor | None
     ) -> None:
-        if boost is None:
-            _add_product(self._weight_grad, grad_logits, hidden, overwrite=self._weight_is_empty)
+        dtype = self._hidden_grad.dtype
+        if boost is None or self._scaled_later:
+            product = _hidden_product(grad_logits, self._weight, dtype)
         else:
-            product = torch.empty_like(self._weight_grad)
-            _add_product(product, grad_logits, hidden, overwrite=True)
-            self._weight_grad = (
-                product.div_(boost)
-                if self._weight_is_empty
-                else self._weight_grad.addcdiv_(product, boost)
-            )
-        self._weight_is_empty = False
+            product = _hidden_product(grad_logits, self._weight, hidden_grad_dtype(dtype))
+            product = product.div_(boost).to(dtype)
+        self._hidden_grad.index_copy_(0, indices, product)
+        if boost is not None and self._scaled_later:
+            self._pending.index_copy_(0, indices, (1 / boost).expand(indices.shape))
 
     @property
     def may_defer(self) -> bool:
@@ -163,7 +173,10 @@ class HeadGradients:
             self._hidden_grad.div_(boost)
         if self._needs.hidden_grad and parallel is not None:
             parallel.add_hidden_grads(self._hidden_grad)
-        return HeadGrads(self._hidden_grad, self._pending, self._weight_grad, self._bias_grad)
+        weight, bias = self._weight_grad, self._bias_grad
+        if not self._scaled_later:
+            weight, bias = weight.to(self._dtypes[0]), bias.to(self._dtypes[1])
+        return HeadGrads(self._hidden_grad, self._pending, weight, bias)
 
 
 def hidden_grad_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -174,13 +187,17 @@ def hidden_grad_dtype(dtype: torch.dtype) -> torch.dtype:
 def _gemms_return_float32(tensor: torch.Tensor) -> bool:
     """Half-precision GEMMs can hand out their float32 sums: cuBLAS, through PyTorch 2.8 and
     later."""
-    return tensor.device.type == "cuda" and torch.version.hip is None
+    return _is_half(tensor) and tensor.device.type == "cuda" and torch.version.hip is None
 
 
 def _is_widened(tensor: torch.Tensor) -> bool:
     """Other GEMMs round their results to half precision: on a GPU bfloat16 bears it, float16 would
     overflow."""
-    return tensor.device.type == "cpu" or tensor.dtype == torch.float16
+    return _is_half(tensor) and (tensor.device.type == "cpu" or tensor.dtype == torch.float16)
+
+
+def _is_half(tensor: torch.Tensor) -> bool:
+    return tensor.dtype.itemsize == 2
 
 
 def _hidden_product(
@@ -202,23 +219,54 @@ def _hidden_product(
 
 
 def _add_product(
-    total: torch.Tensor, grad_logits: torch.Tensor, hidden: torch.Tensor, *, overwrite: bool
+    total: torch.Tensor,
+    grad_logits: torch.Tensor,
+    hidden: torch.Tensor,
+    boost: torch.Tensor | None = None,
+    *,
+    overwrite: bool,
 ) -> None:
-    """total (V, D) += grad_logits^T (V, n) hidden (n, D), the sum in the dtype of `total`."""
+    """total (V, D) += grad_logits^T (V, n) hidden (n, D) / boost, the product rounded once to the
+    dtype of `total`."""
     beta = 0 if overwrite else 1  # 0 ignores what is there, NaN included
-    if grad_logits.dtype == total.dtype:
+    is_widened, precise = _is_widened(grad_logits), torch.promote_types(total.dtype, torch.float32)
+    if boost is None and grad_logits.dtype == total.dtype and not is_widened:
         torch.addmm(total, grad_logits.T, hidden, beta=beta, out=total)
-    elif _gemms_return_float32(grad_logits):
+        return
+    if boost is None and total.dtype == torch.float32 and _gemms_return_float32(grad_logits):
         torch.addmm(total, grad_logits.T, hidden, out_dtype=total.dtype, beta=beta, out=total)
-    elif _is_widened(grad_logits):
-        wide = hidden.to(total.dtype)
-        for rows, columns in zip(
-            total.split(_PRODUCT_COLUMNS), grad_logits.split(_PRODUCT_COLUMNS, 1), strict=True
-        ):
-            rows.addmm_(columns.to(total.dtype).T, wide, beta=beta)
-    else:  # each chunk's product is rounded once; their sum is not
-        product = grad_logits.T @ hidden
-        total.copy_(product) if overwrite else total.add_(product)
+        return
+    # Some rows of dW at a time: all of them in float32 would be what this is to do without.
+    wide = hidden.to(precise) if is_widened else hidden
+    for rows, columns in zip(
+        total.split(_PRODUCT_COLUMNS), grad_logits.split(_PRODUCT_COLUMNS, 1), strict=True
+    ):
+        if boost is None and total.dtype == precise and is_widened:
+            rows.addmm_(columns.to(precise).T, wide, beta=beta)
+            continue
+        product = _weight_product(columns, hidden, wide)
+        product = product if boost is None else product.div_(boost)
+        rows.copy_(product) if overwrite else rows.add_(product)
+
+
+def _weight_product(
+    grad_logits: torch.Tensor, hidden: torch.Tensor, wide: torch.Tensor
+) -> torch.Tensor:
+    """grad_logits^T hidden in the dtype of `wide`, which is `hidden` or a copy in float32."""
+    if wide is not hidden:
+        return grad_logits.to(wide.dtype).T @ wide
+    if _gemms_return_float32(grad_logits):
+        return torch.mm(grad_logits.T, hidden, out_dtype=torch.float32)
+    return grad_logits.T @ hidden  # rounded once; the sum of several is not
+
+
+def _column_sums(grad_logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(n, V) -> (V,) in `dtype`."""
+    if grad_logits.device.type != "cpu" or grad_logits.dtype == dtype:
+        return grad_logits.sum(0, dtype=dtype)
+    # the CPU copies to the other dtype what it sums
+    parts = grad_logits.split(_PRODUCT_COLUMNS, 1)
+    return torch.cat([part.sum(0, dtype=dtype) for part in parts])
 
 
 def boosted(

@@ -190,7 +190,7 @@ def _head_gradients(
     needs: Needs,
 ) -> HeadGrads:
     """Logits that were kept become their gradient, in their place: two GEMMs. Others are computed
-    again: three."""
+    again: three. All in the dtypes of what they are gradients of."""
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         rows = _Rows(hidden, head, targets, options)
         gradients = HeadGradients(
@@ -199,7 +199,8 @@ def _head_gradients(
             rows.projection,
             needs,
             rows=stats.logp.numel(),
-            scaled_later=rows.projection.dtype == torch.float16,
+            scaled_later=False,
+            in_one_chunk=rows.are_one_chunk,
         )
         for chunk in rows.chunks(kept_logits):
             upstream = boosted(
@@ -217,16 +218,13 @@ def _head_gradients(
 
 @linear_token_logprobs_grad_op.register_fake
 def _(grad_logp, logp, normalizer, kept_logits, hidden, head, targets, options, needs):
-    precise = torch.promote_types(head.weight.dtype, torch.float32)
-    is_half = head.dtype(hidden) == torch.float16
+    rows, (vocab, width) = logp.shape[0], head.weight.shape
+    like = head.weight if head.bias is None else head.bias
     return HeadGrads(
-        hidden.new_empty(
-            (logp.shape[0], hidden.shape[1]) if needs.hidden_grad else 0,
-            dtype=hidden_grad_dtype(hidden.dtype) if is_half else hidden.dtype,
-        ),
-        logp.new_empty(logp.shape if needs.hidden_grad else 0),
-        head.weight.new_empty(head.weight.shape if needs.weight_grad else 0, dtype=precise),
-        head.weight.new_empty(head.weight.shape[0] if needs.bias_grad else 0, dtype=precise),
+        hidden.new_empty((rows, width) if needs.hidden_grad else 0),
+        logp.new_empty(0),
+        head.weight.new_empty((vocab, width) if needs.weight_grad else 0),
+        like.new_empty(vocab if needs.bias_grad else 0),
     )
 
 
@@ -273,17 +271,9 @@ def _backward(ctx: Any, grad_logp: torch.Tensor | None, *_: Any) -> tuple:
         grads = linear_token_logprobs_grad_op(
             grad_logp, logp, normalizer, kept_logits, hidden, head, targets, ctx.options, needs
         )
-    hidden_grad = weight_grad = bias_grad = None
-    if needs.hidden_grad:
-        hidden_grad = grads.hidden
-        if head.dtype(hidden) == torch.float16:
-            hidden_grad = scaled(hidden_grad, grads.pending, grad_logp.new_ones(()), hidden.dtype)
-        hidden_grad = spread(hidden_grad.to(hidden.dtype), rows, hidden.shape[0])
-    if needs.weight_grad:
-        weight_grad = grads.weight.to(weight.dtype)
-    if needs.bias_grad:
-        bias_grad = grads.bias.to(bias.dtype)
-    return hidden_grad, weight_grad, bias_grad
+    hidden_grad = spread(grads.hidden, rows, hidden.shape[0]) if needs.hidden_grad else None
+    weight_grad = grads.weight if needs.weight_grad else None
+    return hidden_grad, weight_grad, grads.bias if needs.bias_grad else None
 
 
 linear_token_logprobs_op.register_autograd(save=_save, backward=_backward)

@@ -131,6 +131,38 @@ def test_no_chunk_of_the_gradients_is_rounded_to_half(dtype, boost):
     assert relative_error(found.hidden, grads.double() @ weight.double()) < 1e-6
 
 
+@pytest.mark.parametrize("boost", [None, torch.tensor(64.0)], ids=["as they are", "times 64"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_one_chunk_are_rounded_once(dtype, boost, monkeypatch):
+    """Straight to half precision, with the error of rounding the exact sums."""
+    monkeypatch.setattr(gradients, "_PRODUCT_COLUMNS", 64)
+    generator = torch.Generator().manual_seed(0)
+    hidden, grads = (torch.randn(24, size, generator=generator).to(dtype) for size in (D, V))
+    weight = torch.randn(V, D, generator=generator).to(dtype)
+    head, indices = Head(weight, weight[:, 0], None, None), torch.arange(24).flip(0)
+    sums = gradients.HeadGradients(
+        hidden,
+        head,
+        Projection(hidden, head),
+        Needs(True, True, True),
+        rows=24,
+        scaled_later=False,
+        in_one_chunk=True,
+    )
+    sums.add(indices, grads, hidden, boost)
+    found, factor = sums.result(None), 1.0 if boost is None else 64.0
+    assert not found.pending.numel()
+    for name, exact in {
+        "hidden": (grads.double() @ weight.double()).flip(0),
+        "weight": grads.double().T @ hidden.double(),
+        "bias": grads.double().sum(0),
+    }.items():
+        got, best = getattr(found, name), (exact / factor).to(dtype)
+        assert got.dtype == dtype
+        # a float32 sum that lies between two numbers may go to the other one
+        assert relative_error(got, exact / factor) < 1.01 * relative_error(best, exact / factor)
+
+
 class Products(TorchDispatchMode):
     """The dtypes of the results of matrix products inside."""
 
@@ -156,5 +188,7 @@ def test_no_product_of_gradients_is_rounded_to_float16(device, monkeypatch):
             for shape in ((5, V), (5, D), (V, D))
         )
         gradients._hidden_product(grad, head, torch.float32)
-        gradients._add_product(torch.empty(V, D, device=device), grad, hidden, overwrite=True)
+        for total in (torch.empty(V, D, device=device), torch.empty_like(head)):
+            gradients._add_product(total, grad, hidden, grad.sum(), overwrite=False)
+            gradients._add_product(total, grad, hidden, overwrite=False)
     assert products.dtypes and set(products.dtypes) == {torch.float32}

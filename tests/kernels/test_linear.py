@@ -6,6 +6,7 @@ import torch
 from cases import INTERPRETED, labels_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mpo_kernels
 from benchmarks.instruments.accuracy import relative_error
@@ -218,6 +219,43 @@ def test_a_kept_chunk_is_smaller_than_the_weight_gradient_and_is_not_copied():
     with Memory() as backward:
         loss.backward()
     assert backward.peak <= weight.nbytes + scored * D * 4 + small
+
+
+class Results(TorchDispatchMode):
+    """Names of the operations inside that hand out a tensor of `shape`."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.names = shape, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.shape == self.shape and not func.is_view:
+            self.names.append(func.name().removeprefix("aten::").split(".")[0])
+        return out
+
+
+@pytest.mark.skipif(INTERPRETED, reason="counts what torch does, not kernels")
+@pytest.mark.parametrize("dtype", list(ERROR))
+def test_one_chunk_writes_the_weight_gradient_once_in_its_dtype(dtype, monkeypatch):
+    """No sum in fp32 beside it, which would be cast or scaled: backward holds the gradients, and a
+    block of those that are widened to be summed."""
+    monkeypatch.setattr("mpo_kernels.ops.gradients._PRODUCT_COLUMNS", 64)
+    vocab, width, rows = 4000, 96, 8
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (
+        torch.randn(*shape, generator=generator).to(dtype).requires_grad_()
+        for shape in ((rows, width), (vocab, width), (vocab,))
+    )
+    labels = torch.randint(0, vocab, (rows,), generator=generator)
+    logp = mpo_kernels.linear_token_logprobs(hidden, weight, labels, bias=bias)
+    with Memory() as seen, Results(weight.shape) as results:
+        (logp * 1.7).sum().backward()
+    assert weight.grad.dtype == dtype and bias.grad.dtype == dtype
+    assert seen.largest == weight.nbytes and seen.peak <= 1.5 * weight.nbytes
+    # in half precision its rows are copied from the blocks
+    written_whole = ["addmm"] if dtype == torch.float32 else []
+    assert [n for n in results.names if n not in ("new_empty", "detach")] == written_whole
 
 
 def test_outputs_follow_the_order_of_pairs():
