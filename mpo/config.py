@@ -98,10 +98,11 @@ class ModelConfig(Section):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Dtype of parameters in forward and backward. Under bfloat16 the optimizer still steps an fp32
     master copy."""
-    attention: Literal["auto", "flash_attention_2", "flex_attention", "eager", "packed"] = "auto"
-    """`packed` runs attention sequence by sequence with PyTorch's SDPA: no mask, no padding, any
-    model, any device.
-    `auto`: flash_attention_2 on a GPU where it is installed, else packed."""
+    attention: Literal["packed", "flex_attention", "eager"] = "packed"
+    """`packed`: no mask, no padding, any model, any device. On a GPU in bfloat16 it is one call of
+    PyTorch's flash-attention per layer, for Gemma-2 of flash-attn 2.7 or later where that is
+    installed; elsewhere a call of SDPA per sequence. `mpo env` says which.
+    The others are transformers' own, to compare with."""
     activation_checkpointing: bool | Literal["selective"] = False
     """true: recompute each block in backward, for the least memory and about a third more compute.
     `selective`: keep the outputs of matrix products and attention and recompute what lies between,

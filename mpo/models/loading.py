@@ -18,8 +18,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+import mpo.models.attention  # noqa: F401 - transformers knows the name `packed` from then on
 from mpo.config import ModelConfig
-from mpo.models import attention, lora, pypi, quantized, recompute
+from mpo.models import lora, pypi, quantized, recompute
 from mpo.models.weights import check_weights, damaged, first_line, refuse_partial
 from mpo.runtime.errors import UserError
 
@@ -231,14 +232,13 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
 def _read_weights(config: ModelConfig) -> PreTrainedModel:
     """A whole model as its files have it. Raises UserError where a tensor did not come from
     them."""
-    chosen = attention.resolve(config.attention)
     try:
         loader: Any = AutoModelForCausalLM
         model, found = loader.from_pretrained(
             config.path,
             revision=config.revision,
             dtype=getattr(torch, config.dtype),
-            attn_implementation=chosen,
+            attn_implementation=config.attention,
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, with their names
@@ -247,7 +247,7 @@ def _read_weights(config: ModelConfig) -> PreTrainedModel:
     # a damaged file makes the libraries raise whatever they happen to trip over
     except Exception as error:
         raise UserError(
-            f"The model at {config.path} could not be loaded with {chosen} attention:"
+            f"The model at {config.path} could not be loaded with {config.attention} attention:"
             f" {first_line(error)}."
         ) from error
     refuse_partial(config.path, found)

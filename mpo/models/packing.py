@@ -7,13 +7,13 @@ tensors reach the device, so the forward pass never waits for one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 
 from mpo.data.examples import TokenizedResponse
-from mpo.models.attention import Document
+from mpo.models.documents import Document, Documents, moved, offsets
 
 Pool = Literal["response", "all"]
 
@@ -33,8 +33,7 @@ class PackedSequences:
 
     input_ids: torch.Tensor  # (1, N) int64
     position_ids: torch.Tensor  # (1, N) int64, each token's place in its own sequence
-    # tokens of each prompt and of its responses, in the order of the row; sum N
-    documents: tuple[Document, ...]
+    documents: Documents  # the prompts with their responses; sum N
     scored_rows: torch.Tensor  # (M,) int64 rows of the hidden states that predict a scored token
     labels: torch.Tensor  # (M,) int64 the tokens they predict
     # (S' + 1,) int32 offsets of each scored sequence in `scored_rows`
@@ -47,19 +46,16 @@ class PackedSequences:
         """Tokens of the same sequences as a rectangle: each with its own prompt, all as long as the
         longest."""
         lengths = [
-            prompt + response for prompt, *responses in self.documents for response in responses
+            prompt + response
+            for prompt, *responses in self.documents.lengths
+            for response in responses
         ]
         return max(lengths) * len(lengths)
 
     def to(self, device: torch.device) -> PackedSequences:
         """On `device`, but for what is scored: the head plans its chunks from that, which must not
         wait for a GPU."""
-        return replace(
-            _to_device(self, device),
-            scored_rows=self.scored_rows,
-            labels=self.labels,
-            scored_cu_seqlens=self.scored_cu_seqlens,
-        )
+        return moved(self, device, stay=("scored_rows", "labels", "scored_cu_seqlens"))
 
 
 @dataclass(frozen=True)
@@ -79,7 +75,7 @@ class Batch:
     pooled_weights: torch.Tensor
 
     def to(self, device: torch.device) -> Batch:
-        return _to_device(self, device)
+        return moved(self, device)
 
 
 def pack(
@@ -108,12 +104,12 @@ def pack(
     return PackedSequences(
         input_ids=torch.tensor([row.ids]),
         position_ids=torch.tensor([row.positions]),
-        documents=tuple(row.documents),
+        documents=Documents.of(row.documents),
         scored_rows=_concatenated(predicting),
         labels=_concatenated([sequences[i].input_ids[starts[i] :] for i in scored]),
-        scored_cu_seqlens=_offsets(predicting),
+        scored_cu_seqlens=offsets(map(len, predicting)),
         pooled_rows=_concatenated(averaged),
-        pooled_cu_seqlens=_offsets(averaged),
+        pooled_cu_seqlens=offsets(map(len, averaged)),
     )
 
 
@@ -168,13 +164,6 @@ def _concatenated(lists: Sequence[Sequence[int]]) -> torch.Tensor:
     return torch.tensor([value for values in lists for value in values], dtype=torch.int64)
 
 
-def _offsets(lists: Sequence[Sequence[int]]) -> torch.Tensor:
-    offsets = [0]
-    for values in lists:
-        offsets.append(offsets[-1] + len(values))
-    return torch.tensor(offsets, dtype=torch.int32)
-
-
 def tokens_of(sequences: Sequence[TokenizedResponse], share_prompts: bool) -> int:
     """Tokens that `pack` makes of the sequences."""
     total = 0
@@ -192,15 +181,3 @@ def pack_for_scoring(
     evaluation."""
     every = range(len(sequences))
     return pack(sequences, scored=every, pooled=every, pool=pool, share_prompts=share_prompts)
-
-
-def _to_device(batch, device: torch.device):
-    """The same dataclass with every tensor on `device`."""
-    moved: dict[str, Any] = {}
-    for field in fields(batch):
-        value = getattr(batch, field.name)
-        if isinstance(value, torch.Tensor):
-            moved[field.name] = value.to(device, non_blocking=True)
-        elif isinstance(value, PackedSequences):
-            moved[field.name] = value.to(device)
-    return replace(batch, **moved)

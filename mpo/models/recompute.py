@@ -10,12 +10,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedModel
 
-_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
+# By name: an operator of flash-attn is there once it is imported.
+_PRODUCTS = {"aten::mm", "aten::addmm"}
 _ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    "aten::_flash_attention_forward",
+    "flash_attn::_flash_attn_varlen_forward",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention",
 }
 
 
@@ -70,8 +72,9 @@ class _Selective(TorchDispatchMode):
     def _keeps(self, operator: Any, args: tuple) -> bool:
         """Products but for those whose input, their last operand but one, is `unneeded_width` wide;
         and attention."""
-        return operator in _ATTENTION or (
-            operator in _PRODUCTS and args[-2].shape[-1] != self._unneeded_width
+        name = operator.name()
+        return name in _ATTENTION or (
+            name in _PRODUCTS and args[-2].shape[-1] != self._unneeded_width
         )
 
 

@@ -26,7 +26,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from mpo.config import ModelConfig
 from mpo.data.examples import Example, TokenizedResponse
 from mpo.data.run_date import parts_folder
-from mpo.models import attention, lora
+from mpo.models import lora
 from mpo.models.forward import Scores
 from mpo.models.packing import FILLER, Pool
 from mpo.models.scoring import Scorer
@@ -225,7 +225,7 @@ def model_identity(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> di
         **_files_of(model),
         "chat_template": _sha256(str(tokenizer.chat_template)),
         "vocabulary": _sha256(json.dumps(sorted(tokenizer.get_vocab().items()), allow_nan=False)),
-        "attention": attention.resolve(model.attention),
+        "attention": model.attention,
         "dtype": model.dtype,
         "quantized": model.quantize,
     }

@@ -2,9 +2,10 @@
 
     python -m torch.distributed.run ... exactness_worker.py CONFIG CELLS.json
 
-CELLS.json holds [{"name": output folder beside CONFIG, "overrides": [...]}, ...]. Each cell is one
-call of `mpo.training.train.train`, the function behind `mpo train`. Beside what the run itself
-leaves in its folder, rank 0 writes what only the live engine knows:
+CELLS.json holds [{"name": output folder beside CONFIG, "overrides": [...]}, ...], with "kernel"
+where one of flash.py stands in. Each cell is one call of `mpo.training.train.train`, the function
+behind `mpo train`. Beside what the run itself leaves in its folder, rank 0 writes what only the
+live engine knows:
 
     moments.safetensors   AdamW's first moment of every trained parameter after the last step,
                           gathered. It is linear in the gradients: it shows a wrong scale of them,
@@ -23,11 +24,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import deepspeed.comm as dist
+import flash
 import torch
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import safe_get_full_optimizer_state
@@ -144,7 +146,8 @@ def main(configuration: Path, cells: list[dict[str, Any]]) -> None:
         folder = configuration.with_name(cell["name"])
         print(f"-- {folder.name}", flush=True)
         observer = Observer()
-        with observer.watching():
+        kernel = flash.standing_in(cell["kernel"]) if "kernel" in cell else nullcontext()
+        with observer.watching(), kernel:
             mpo.training.train.train(
                 load_config(configuration, [f"output_dir={folder}", *cell["overrides"]])
             )

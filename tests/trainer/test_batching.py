@@ -14,7 +14,7 @@ from tiny import example_of
 from mpo.config import Config, TrainConfig
 from mpo.data.examples import TokenizedResponse
 from mpo.models.forward import Scores
-from mpo.models.packing import pack, pack_for_scoring, tokens_of
+from mpo.models.packing import Batch, pack, pack_for_scoring, tokens_of
 from mpo.training.engine import learning_rate
 from mpo.training.micro_batches import (
     Batches,
@@ -71,11 +71,11 @@ def test_each_label_is_the_token_after_its_row(shapes, same, share):
             tuple(ids[row] for row in packed.pooled_rows[first:last].tolist())
             == sequence.input_ids[start:]
         )
-    assert sum(map(sum, packed.documents)) == len(ids) == tokens_of(sequences, share)
-    assert positions.count(0) == len(packed.documents)
-    assert all(len(document) <= (3 if share else 2) for document in packed.documents)
+    assert sum(map(sum, packed.documents.lengths)) == len(ids) == tokens_of(sequences, share)
+    assert positions.count(0) == len(packed.documents.lengths)
+    assert all(len(document) <= (3 if share else 2) for document in packed.documents.lengths)
     if share and len(sequences) == 2 and same[0]:
-        assert len(packed.documents) == 1
+        assert len(packed.documents.lengths) == 1
 
 
 def test_pool_all_takes_every_position_and_only_named_sequences():
@@ -90,7 +90,7 @@ def test_pool_all_takes_every_position_and_only_named_sequences():
 def test_pool_all_averages_a_shared_prompt_into_both():
     sequences = with_shared_prompts(sequences_of([(2, 3), (2, 1)]), [True])
     packed = pack(sequences, scored=[], pooled=[1, 0], pool="all", share_prompts=True)
-    assert packed.documents == ((2, 3, 1),)
+    assert packed.documents.lengths == ((2, 3, 1),)
     assert packed.input_ids[0][packed.pooled_rows].tolist() == list(
         sequences[1].input_ids + sequences[0].input_ids
     )
@@ -245,7 +245,9 @@ def test_an_empty_micro_batch_runs_on_the_filler():
     batch = make_batch(
         MicroBatch(), ReferenceStore({}, Scores(torch.zeros(0), torch.zeros(0, 4))), config
     )
-    assert batch.packed.documents == ((1, 1, 1),) and batch.packed.input_ids.tolist() == [[0, 0, 0]]
+    assert batch.packed.documents.lengths == ((1, 1, 1),) and batch.packed.input_ids.tolist() == [
+        [0, 0, 0]
+    ]
     assert batch.packed.scored_rows.tolist() == [0, 0] and batch.packed.pooled_rows.numel() == 0
     assert batch.pair_weights.tolist() == [0] and batch.pooled_weights.numel() == 0
 
@@ -298,3 +300,37 @@ def test_order_is_a_function_of_seed_and_epoch(grouped):
     assert order != order_of_rows(examples, 1, 8, grouped)
     if grouped:
         assert all(len({i // 3 for i in order[k : k + 3]}) == 1 for k in range(0, 30, 3))
+
+
+def test_copies_to_a_gpu_are_from_page_locked_memory(monkeypatch):
+    """Of everything but what the head reads on the host."""
+    sequences = [TokenizedResponse((5, 6, 7), 2), TokenizedResponse((5, 6, 8, 9), 2)]
+    batch = Batch(
+        packed=pack(sequences, scored=[0, 1], pooled=[0, 1], pool="all", share_prompts=True),
+        reference_gap=torch.zeros(1),
+        pair_weights=torch.ones(1),
+        pooled_reference=torch.zeros(2, 4),
+        pooled_weights=torch.ones(2),
+    )
+    locked, copies = [], []
+
+    def pin_memory(tensor):
+        locked.append(tensor.clone())
+        return locked[-1]
+
+    def to(tensor, device, non_blocking=False):
+        assert device.type == "cuda" and non_blocking
+        assert any(tensor is one for one in locked)
+        copies.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    there = batch.to(torch.device("cuda"))
+    stay = {"scored_rows", "labels", "scored_cu_seqlens"}
+    found = {}
+    for record in (there, there.packed, there.packed.documents):
+        found |= {k: v for k, v in vars(record).items() if isinstance(v, torch.Tensor)}
+    assert len(found) == 14 and {"key_rows", "query_offsets", "input_ids"} < found.keys()
+    for name, tensor in found.items():
+        assert any(tensor is one for one in copies) == (name not in stay), name

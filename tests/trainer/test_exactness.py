@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flash
 import pytest
 import torch
 import yaml
@@ -132,6 +133,14 @@ GATHERING = [
     gathering("llama", "lookahead", "train.pairs_per_micro_batch=1", zero3=PARTITION_ALL),
 ]
 ADAPTERS = ["model.path=llama", "model.lora.rank=2"]
+ONE_CALL = [
+    {"name": f"{kernel}-{how}", "overrides": [f"model.path={model}", *more], "kernel": kernel}
+    for model, kernel in (("llama", flash.PYTORCHS), ("gemma2", flash.FLASH_ATTN))
+    for how, more in (
+        ("zero3-selective", [*stage(3), *RECOMPUTE["selective"], "train.pairs_per_micro_batch=2"]),
+        ("zero2", [*stage(2), "train.tokens_per_micro_batch=500"]),
+    )
+]
 UNMOVED = {
     name: [*ADAPTERS, f"train.seed={seed}", "train.learning_rate=1e-30", "train.max_steps=1"]
     for name, seed in (("adapters-seed-6", 6), ("adapters-seed-6-again", 6), ("adapters-seed-7", 7))
@@ -207,7 +216,7 @@ def computed(project):
     ]
     unmoved = [{"name": name, "overrides": overrides} for name, overrides in UNMOVED.items()]
     compute(project, 1, [*as_runs(cells, 1), plain, *planted, *unmoved])
-    compute(project, 2, [*as_runs(cells, 2), *GATHERING, split])
+    compute(project, 2, [*as_runs(cells, 2), *GATHERING, *ONE_CALL, split])
     return project
 
 
@@ -319,6 +328,12 @@ def test_same_losses_moments_and_weights(computed, cell):
     ours, plain = outcome(computed / cell.name), outcome(computed / PLAIN[cell.architecture].name)
     check_same(ours, plain)
     assert set(ours.observed["attention_calls"]) == {1 if cell.recompute == "kept" else 2}
+
+
+@pytest.mark.parametrize("run", ONE_CALL, ids=lambda run: run["name"])
+def test_one_call_of_a_kernel_for_a_row_changes_nothing(computed, run):
+    architecture = "llama" if run["kernel"] == flash.PYTORCHS else "gemma2"
+    check_same(outcome(computed / run["name"]), outcome(computed / PLAIN[architecture].name))
 
 
 def test_adapters_with_frozen_weights_recomputed_under_zero3(computed):
