@@ -84,6 +84,7 @@ ROOMS = {
 MORE_ARROWS = {
     ("training", "mpo.evaluation.gaps"): "a run ends with the gaps before and after",
     ("models.forward", "mpo_kernels"): "the head's losses take the place of the model's forward",
+    ("models.environment", "mpo_kernels.backends"): "`mpo env` says which of them computes",
     ("training.memory", "mpo_kernels.ops.chunks"): "the bytes of a chunk of logits have one home",
 }
 """Imports that no other file of `mpo` has, from a room or a file to another, and why."""

@@ -26,7 +26,7 @@ PANELS = {
     ),
     "Evaluation": (evaluation.gaps,),
     "Data": (data.validate,),
-    "Reference": (reference.recipes, reference.fields),
+    "Reference": (reference.recipes, reference.fields, reference.env),
 }
 """The commands as `mpo --help` groups them; the name of each is that of its function."""
 

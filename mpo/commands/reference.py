@@ -1,4 +1,5 @@
-"""`mpo fields` and `mpo recipes`: what a configuration may hold, and those that ship with mpo."""
+"""`mpo fields`, `mpo recipes` and `mpo env`: what a configuration may hold, those that ship with
+mpo, and the machine that it runs on."""
 
 from __future__ import annotations
 
@@ -139,6 +140,25 @@ def _show_recipes(found: Sequence[dict[str, str]], to: Console) -> None:
         f"Or copy its file from {Path(found[0]['file']).parent}",
         soft_wrap=True,
     )
+
+
+def env(as_json: AsJson = False) -> None:
+    """Shows versions, devices, and which kernels are chosen for them: for the report of a fault.
+
+    It names neither you nor your files: `mpo env`
+    """
+    from mpo.models.environment import environment
+
+    found = environment()
+    if as_json:
+        print_json(found)
+        return
+    table = _two_columns()
+    for section, facts in found.items():
+        table.add_row(Text(section, "bold underline"), "")
+        for name, fact in facts.items():
+            table.add_row(name, "none" if fact is None else str(fact))
+    show_table(table, console())
 
 
 def _two_columns() -> Table:
