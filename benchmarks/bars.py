@@ -1,8 +1,8 @@
 """What this package promises of itself, each with the value measured now: `python -m
 benchmarks.bars [--quick]`.
 
-Exits with status 1 if one is missed. Bars of the whole training step are read from the newest
-`step.json` of `benchmarks.step`.
+Exits with status 1 if one is missed. Bars that take long to measure are read from what
+`benchmarks.linear` and `benchmarks.step` wrote last: on this machine, or else on another.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import typer
@@ -29,11 +29,13 @@ from benchmarks.instruments.accuracy import relative_error
 from benchmarks.instruments.covering import covering
 from benchmarks.instruments.operators import Flops
 from benchmarks.options import RESULTS, Quick, Threads, wide_console
+from benchmarks.output import Machine, Result
 from benchmarks.step import StepResult
 from benchmarks.workloads import FromHidden
 
 ACCURACY_ELEMENTS = 9_000_000
 """Elements of the largest head in the accuracy sample."""
+PRODUCTS = "time of linear_mpo_loss / its matrix products alone, over 64 scored rows"
 PEERS = ("plain PyTorch", "Liger fused, chunk 1", "Liger fused, chunk 16", "TRL chunked log-probs")
 
 
@@ -52,7 +54,7 @@ def main(quick: Quick = False, threads: Threads = 2) -> None:
     console = wide_console()
     table = Table("", "bar", "measured", "", title="Bars", title_justify="left")
     missed = 0
-    for section in (accuracy, traffic, work, memory, compiled, emulated, peers, step):
+    for section in (accuracy, traffic, work, memory, compiled, emulated, peers, products, step):
         with console.status(section.__name__):
             for bar in section(quick):
                 table.add_row(
@@ -122,7 +124,7 @@ def work(quick: bool) -> Iterator[Bar]:
         inputs = workload.inputs()
         with Flops() as counter:
             mpo_kernels.linear_mpo_loss(
-                inputs["hidden"], inputs["weight"], workload.labels, workload.gap
+                inputs["hidden"], inputs["weight"], workload.labels, *workload.constants
             ).loss.backward()
         times = counter.total / (
             2 * int((workload.labels != -100).sum()) * workload.hidden * workload.vocab
@@ -147,7 +149,7 @@ def memory(quick: bool) -> Iterator[Bar]:
                 inputs["hidden"],
                 inputs["weight"],
                 workload.labels,
-                workload.gap,
+                *workload.constants,
                 chunk_bytes=budget,
             ).loss
 
@@ -254,23 +256,45 @@ def peers(quick: bool) -> Iterator[Bar]:
     )
 
 
+def products(quick: bool) -> Iterator[Bar]:
+    """The linear loss beside its matrix products alone, from what `benchmarks.linear` wrote last at
+    full size."""
+    found = _newest_full("linear", Result)
+    if found is None:
+        yield Bar(PRODUCTS, "<= 1.10", "run python -m benchmarks.linear", None)
+        return
+    machine, result = found
+    panels = [
+        (comparison.times_least_work["mpo_kernels"], comparison.settings)
+        for comparison in result.comparisons
+        if comparison.settings.get("loss", "MPO") == "MPO" and _scored_rows(comparison) > 64
+    ]
+    worst, sizes = max(panels, key=lambda panel: panel[0])
+    within = sum(ratio <= 1.10 for ratio, _ in panels)
+    names = ("tokens", "hidden", "vocab", "scored", "head")
+    text = f"{worst:.2f} at {', '.join(f'{name} {sizes[name]}' for name in names)}"
+    yield Bar(
+        f"{PRODUCTS} ({machine})",
+        "<= 1.10",
+        f"{text}; {within} of {len(panels)} panels hold",
+        worst <= 1.10,
+    )
+
+
+def _scored_rows(comparison: Comparison) -> int:
+    pairs, tokens, scored = (float(comparison.settings[n]) for n in ("pairs", "tokens", "scored"))
+    return round(2 * pairs * max(1, round(tokens * scored)))
+
+
 def step(quick: bool) -> Iterator[Bar]:
     """The whole step, from what `benchmarks.step` wrote last at full size."""
-    paths = sorted(
-        [*RESULTS.glob("*/step.json"), *Path("runs/benchmarks").glob("*/step.json")],
-        key=lambda path: path.stat().st_mtime,
-    )
-    results = [
-        (path.parent.name, StepResult.model_validate_json(path.read_text(encoding="utf-8")))
-        for path in paths
-    ]
-    full = [(machine, result) for machine, result in results if not result.quick]
-    if not full:
+    found = _newest_full("step", StepResult)
+    if found is None:
         yield Bar(
             "whole training step", "1.8x; 0.55 of the memory", "run python -m benchmarks.step", None
         )
         return
-    machine, result = full[-1]
+    machine, result = found
     for bar in result.bars:
         yield Bar(
             f"step, {bar.what}, {bar.side} ({machine})",
@@ -278,6 +302,28 @@ def step(quick: bool) -> Iterator[Bar]:
             f"{bar.measured:.2f}",
             bar.holds,
         )
+
+
+R = TypeVar("R", Result, StepResult)
+
+
+def _newest_full(benchmark: str, kind: type[R]) -> tuple[str, R] | None:
+    """A machine's folder and what was written there: of this machine's results at full size the
+    newest, or else of all."""
+    here = Machine.here(torch.device("cuda" if torch.cuda.is_available() else "cpu")).folder
+    paths = sorted(
+        (
+            path
+            for root in (RESULTS, Path("runs/benchmarks"))
+            for path in root.glob(f"*/{benchmark}.json")
+        ),
+        key=lambda path: (path.parent.name == here, path.stat().st_mtime),
+    )
+    for path in reversed(paths):
+        result = kind.model_validate_json(path.read_text(encoding="utf-8"))
+        if not result.quick:
+            return path.parent.name, result
+    return None
 
 
 if __name__ == "__main__":

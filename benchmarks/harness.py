@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, computed_field
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.instruments.accuracy import relative_error
+from benchmarks.instruments.operators import Flops
 
 # torch's profiler would write lines of its own between the tables
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -44,8 +45,8 @@ class Workload(Protocol):
     """What is computed."""
 
     name: str
-    limit: str
-    """What the least work measures: the machine's copy bandwidth or its GEMM rate."""
+    product_flops: int
+    """FLOPs of one matrix product of the scored rows with the head; 0 where there is none."""
     dtype: torch.dtype
     device: torch.device
 
@@ -100,29 +101,28 @@ class Row(BaseModel):
     backward: Timing | None = None
     both: Timing | None = None
     peak_bytes: int | None = None
+    products: float | None = None
+    """Matrix products that forward and backward make, in multiples of one over the scored rows."""
 
 
 class Comparison(BaseModel):
     """All candidates on one workload, best first."""
 
     workload: str
-    limit: str
     settings: dict[str, str | int | float]
     rows: list[Row]
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def times_least_work(self) -> dict[str, float]:
+        """Time of each candidate over that of the least work, forward and backward."""
+        least = next((r.both.median for r in self.rows if r.status == "bound" and r.both), None)
+        timed = {r.candidate: r.both.median for r in self.rows if r.status != "bound" and r.both}
+        return {} if least is None else {name: time / least for name, time in timed.items()}
 
     def row(self, candidate: str) -> Row:
         """The row of a candidate by its name."""
         return next(row for row in self.rows if row.candidate == candidate)
-
-    def limit_share(self, row: Row) -> float | None:
-        """Time of the least work over time of this row, forward and backward: its share of
-        `limit`."""
-        least = next((r.both for r in self.rows if r.status == "bound"), None)
-        return (
-            None
-            if least is None or row.both is None or row.status == "bound"
-            else least.median / row.both.median
-        )
 
     def fastest(self, ours: bool) -> Row | None:
         """The right row with the smallest time, of ours or of the others."""
@@ -167,6 +167,7 @@ def compare(
     for row in rows:
         if row.candidate in times:
             row.forward, row.backward, row.both = _timings(times[row.candidate])
+            row.products = _products(workload, losses[row.candidate])
     if bound:
         forward_time, backward_time, both_time = _timings(bound)
         rows.append(
@@ -180,9 +181,7 @@ def compare(
         )
     order = {"bound": 0, "ok": 1, "wrong": 2, "failed": 3, "absent": 4}
     rows.sort(key=lambda row: (order[row.status], _both(row)))
-    return Comparison(
-        workload=workload.name, limit=workload.limit, settings=workload.settings(), rows=rows
-    )
+    return Comparison(workload=workload.name, settings=workload.settings(), rows=rows)
 
 
 def peak_bytes(workload: Workload, loss: Loss) -> int:
@@ -216,6 +215,16 @@ def allocations(work: Callable[[], object]) -> int:
         alive += event.nbytes()
         peak = max(peak, alive)
     return peak
+
+
+def _products(workload: Workload, loss: Loss) -> float | None:
+    """Of compiled code those of the code as it is written, which is what a counter sees. None of an
+    operator that hides them."""
+    if not workload.product_flops:
+        return None
+    with torch.compiler.set_stance("force_eager"), Flops() as counter:
+        _run(loss, workload.inputs())
+    return counter.total / workload.product_flops or None
 
 
 def _check(workload: W, candidate: Candidate[W], exact: Inputs) -> tuple[Row, Loss | None]:

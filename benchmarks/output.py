@@ -86,8 +86,8 @@ def announced(workloads: Sequence[W], console: Console) -> Iterator[W]:
 
 
 def show(comparison: Comparison, console: Console) -> None:
-    """A table: times with their 20th and 80th percentile, memory, worst error, and time beside the
-    least work's and the best peer's."""
+    """A table: times with their 20th and 80th percentile, memory, matrix products, worst error, and
+    time beside the least work's and the best peer's."""
     table = Table(
         title=f"{comparison.workload}: {_listed(comparison.settings)}", title_justify="left"
     )
@@ -97,13 +97,14 @@ def show(comparison: Comparison, console: Console) -> None:
         "backward ms",
         "both ms (20-80%)",
         "peak MiB",
+        "products",
         "worst error",
-        f"of {comparison.limit}",
+        "x least work",
         "x fastest peer",
         "",
     ):
         table.add_column(column, justify="left" if not column else "right", no_wrap=not column)
-    peer = comparison.fastest(ours=False)
+    peer, ratios = comparison.fastest(ours=False), comparison.times_least_work
     for row in comparison.rows:
         table.add_row(
             row.candidate,
@@ -111,8 +112,9 @@ def show(comparison: Comparison, console: Console) -> None:
             _median(row.backward),
             _spread(row.both),
             "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f}",
+            "" if row.products is None else f"{row.products:.2f}",
             f"{max(row.errors.values()):.1e}" if row.errors else "",
-            "" if (share := comparison.limit_share(row)) is None else f"{share:.0%}",
+            f"{ratios[row.candidate]:.2f}" if row.candidate in ratios else "",
             _share(row, peer),
             row.status if row.status in ("ok", "bound") else f"{row.status}: {row.reason}",
             style=_style(row),

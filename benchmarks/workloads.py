@@ -1,8 +1,4 @@
-"""The MPO loss from logits and from hidden states, with its exact results.
-
-All pairs have the same reference gap, because Liger's base class for preference losses does not
-tell which pairs a chunk holds.
-"""
+"""The MPO loss from logits, and any objective from hidden states, with the exact results."""
 
 from __future__ import annotations
 
@@ -12,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.harness import UPSTREAM, Inputs
+from benchmarks.objectives import GAP, MPO, Objective
 from mpo_kernels import oracle
 
-GAP, BETA = 2.0, 1.0
 SEED = 0
 CPU = torch.device("cpu")
 
@@ -58,7 +54,7 @@ class FromLogits:
     dtype: torch.dtype = torch.float32
     device: torch.device = CPU
     name: str = "from logits"
-    limit: str = "copy bandwidth"
+    product_flops: int = 0
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(SEED)
@@ -89,7 +85,7 @@ class FromLogits:
 
     def exact(self) -> dict[str, torch.Tensor]:
         logits = self._logits.double().requires_grad_()
-        loss = oracle.mpo_loss(logits, self.labels, self.gap.double(), beta=BETA)[0]
+        loss = oracle.mpo_loss(logits, self.labels, self.gap.double())[0]
         (grad,) = torch.autograd.grad(loss * UPSTREAM, logits)
         return {"loss": loss.detach(), "logits": grad}
 
@@ -101,8 +97,8 @@ class FromLogits:
 
 @dataclass
 class FromHidden:
-    """Loss and gradients of the hidden states (2P, T, D) and, unless it is frozen, of the head's
-    weight (V, D)."""
+    """An objective and its gradients of the hidden states (2P, T, D) and, unless it is frozen, of
+    the head's weight (V, D)."""
 
     pairs: int
     tokens: int
@@ -110,9 +106,9 @@ class FromHidden:
     vocab: int
     scored: float = 0.625
     trainable: bool = True
+    objective: Objective = MPO
     dtype: torch.dtype = torch.float32
     device: torch.device = CPU
-    limit: str = "GEMM roofline"
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(SEED)
@@ -125,7 +121,8 @@ class FromHidden:
         self.labels = masked_labels(
             2 * self.pairs, self.tokens, self.vocab, self.scored, self.device
         )
-        self.gap = torch.full((self.pairs,), GAP, device=self.device)
+        self.product_flops = 2 * int((self.labels != -100).sum()) * self.hidden * self.vocab
+        self.constants = self.objective.constants_of(self.pairs, self.device)
 
     def settings(self) -> dict[str, str | int | float]:
         sizes = {
@@ -136,6 +133,7 @@ class FromHidden:
             "scored": self.scored,
         }
         return {
+            "loss": self.objective.name,
             **sizes,
             "head": "trainable" if self.trainable else "frozen",
             "dtype": str(self.dtype)[6:],
@@ -158,7 +156,8 @@ class FromHidden:
             self._hidden.double().requires_grad_(),
             self._weight.double().requires_grad_(self.trainable),
         )
-        loss = oracle.linear_mpo_loss(hidden, weight, self.labels, self.gap.double(), beta=BETA)[0]
+        logps = oracle.linear_token_logprobs(hidden, weight, self.labels)
+        loss = self.objective.of_tokens(logps, self.labels)
         leaves = {"hidden": hidden, "weight": weight} if self.trainable else {"hidden": hidden}
         gradients = torch.autograd.grad(loss * UPSTREAM, list(leaves.values()))
         return {"loss": loss.detach(), **dict(zip(leaves, gradients, strict=True))}

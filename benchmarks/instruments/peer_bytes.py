@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from pydantic import BaseModel, TypeAdapter
 
-from benchmarks.candidates import mpo_of
+from benchmarks.objectives import MPO
 
 PAIRS, TOKENS = 2, 6
 
@@ -47,13 +47,13 @@ def _ours(logits: torch.Tensor, labels: torch.Tensor, inplace: bool) -> torch.Te
 def _liger(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     from benchmarks.instruments.peers import liger
 
-    return mpo_of(liger(logits, labels), labels)
+    return MPO.of_tokens(liger(logits, labels), labels)
 
 
 def _trl(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     from benchmarks.instruments.peers import trl
 
-    return mpo_of(trl(logits, labels), labels)
+    return MPO.of_tokens(trl(logits, labels), labels)
 
 
 CANDIDATES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
