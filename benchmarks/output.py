@@ -1,6 +1,6 @@
 """Where results go.
 
-A table on the terminal, JSON with everything needed to judge them, and pictures.
+A table on the terminal and in Markdown, JSON with everything needed to judge them, and pictures.
 """
 
 from __future__ import annotations
@@ -85,28 +85,55 @@ def announced(workloads: Sequence[W], console: Console) -> Iterator[W]:
         yield workload
 
 
+COLUMNS = (
+    "",
+    "forward ms",
+    "backward ms",
+    "both ms (20-80%)",
+    "peak MiB",
+    "products",
+    "worst error",
+    "x least work",
+    "x fastest peer",
+    "",
+)
+
+
 def show(comparison: Comparison, console: Console) -> None:
     """A table: times with their 20th and 80th percentile, memory, matrix products, worst error, and
     time beside the least work's and the best peer's."""
-    table = Table(
-        title=f"{comparison.workload}: {_listed(comparison.settings)}", title_justify="left"
-    )
-    for column in (
-        "",
-        "forward ms",
-        "backward ms",
-        "both ms (20-80%)",
-        "peak MiB",
-        "products",
-        "worst error",
-        "x least work",
-        "x fastest peer",
-        "",
-    ):
+    table = Table(title=_title(comparison), title_justify="left")
+    for column in COLUMNS:
         table.add_column(column, justify="left" if not column else "right", no_wrap=not column)
+    for row, cells in zip(comparison.rows, _cells(comparison), strict=True):
+        table.add_row(*cells, style=_style(row))
+    console.print(table)
+
+
+def markdown(result: Result) -> str:
+    """The same tables, for a reader of the repository; rows of candidates that are absent are left
+    out."""
+    lines = [f"# {result.benchmark} on {result.machine.device}, {result.machine.threads} threads"]
+    for comparison in result.comparisons:
+        lines += ["", _title(comparison), "", f"| {' | '.join(COLUMNS)} |"]
+        lines.append("|---" * len(COLUMNS) + "|")
+        lines += [
+            f"| {' | '.join(cells)} |"
+            for row, cells in zip(comparison.rows, _cells(comparison), strict=True)
+            if row.status != "absent"
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _title(comparison: Comparison) -> str:
+    return f"{comparison.workload}: {_listed(comparison.settings)}"
+
+
+def _cells(comparison: Comparison) -> Iterator[list[str]]:
+    """One for each row, a text for each column."""
     peer, ratios = comparison.fastest(ours=False), comparison.times_least_work
     for row in comparison.rows:
-        table.add_row(
+        yield [
             row.candidate,
             _median(row.forward),
             _median(row.backward),
@@ -117,9 +144,7 @@ def show(comparison: Comparison, console: Console) -> None:
             f"{ratios[row.candidate]:.2f}" if row.candidate in ratios else "",
             _share(row, peer),
             row.status if row.status in ("ok", "bound") else f"{row.status}: {row.reason}",
-            style=_style(row),
-        )
-    console.print(table)
+        ]
 
 
 def _style(row: Row) -> str | None:
@@ -138,14 +163,15 @@ def _share(row: Row, peer: Row | None) -> str:
 
 
 def save(result: Result, folder: Path, console: Console, pictured: bool = True) -> Path:
-    """`<folder>/<benchmark>.json` and, unless the caller draws one of its own, a picture;
-    returns the JSON's path."""
+    """`<folder>/<benchmark>.json`, its tables as Markdown and, unless the caller draws one of its
+    own, a picture; returns the JSON's path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{result.benchmark}.json"
     path.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(markdown(result), encoding="utf-8")
     if pictured:
-        draw(result, folder / f"{result.benchmark}.png")
-    console.print(f"{path} and {path.with_suffix('.png').name}")
+        draw(result, path.with_suffix(".png"))
+    console.print(f"{path}, {path.with_suffix('.md').name} and {path.with_suffix('.png').name}")
     return path
 
 
@@ -163,7 +189,7 @@ def draw(result: Result, path: Path) -> None:
             )
             for r in rows
         ]
-        lines.append((f"{comparison.workload}: {_listed(comparison.settings)}", drawn))
+        lines.append((_title(comparison), drawn))
     panels(
         f"{result.benchmark} on {result.machine.device}, {result.machine.threads} threads",
         lines,

@@ -118,6 +118,12 @@ def test_results_are_json_that_validates_and_a_picture(planted_comparison, tmp_p
     path = save(result, tmp_path, Console(quiet=True))
     assert Result.model_validate_json(path.read_text()) == result
     assert (tmp_path / "logits.png").read_bytes().startswith(b"\x89PNG")
+    table = (tmp_path / "logits.md").read_text().splitlines()[4:]
+    assert {line.count("|") for line in table} == {11}
+    assert [line.split(" | ")[0].removeprefix("| ") for line in table[2:]] == [
+        row.candidate for row in planted_comparison.rows if row.status != "absent"
+    ]
+    assert "| failed: RuntimeError: no such kernel on this device |" in table[-1]
     assert (
         result.machine.versions["torch"] == torch.__version__
         and result.machine.threads == torch.get_num_threads()
