@@ -133,7 +133,10 @@ def _make_states(
     inner = optimizer if zero_stage == 0 else optimizer.optimizer
     counts_in_tensors = isinstance(inner, torch.optim.AdamW)  # DeepSpeed's own count in integers
     for flat in flats:
-        count: Any = torch.tensor(float(step)) if counts_in_tensors else step
+        count: Any = step
+        if counts_in_tensors:  # a fused optimizer reads it on the device
+            device = flat.device if inner.defaults["fused"] else "cpu"
+            count = torch.tensor(float(step), device=device)
         inner.state[flat] = {
             "step": count,
             "exp_avg": torch.zeros_like(flat),

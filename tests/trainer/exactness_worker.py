@@ -3,9 +3,9 @@
     python -m torch.distributed.run ... exactness_worker.py CONFIG CELLS.json
 
 CELLS.json holds [{"name": output folder beside CONFIG, "overrides": [...]}, ...], with "kernel"
-where one of flash.py stands in. Each cell is one call of `mpo.training.train.train`, the function
-behind `mpo train`. Beside what the run itself leaves in its folder, rank 0 writes what only the
-live engine knows:
+where one of flash.py stands in and AdamW steps as on a GPU. Each cell is one call of
+`mpo.training.train.train`, the function behind `mpo train`. Beside what the run itself leaves in
+its folder, rank 0 writes what only the live engine knows:
 
     moments.safetensors   AdamW's first moment of every trained parameter after the last step,
                           gathered. It is linear in the gradients: it shows a wrong scale of them,
@@ -15,7 +15,7 @@ live engine knows:
                           parameter, "forward" or "backward"].
                           `attention_calls`: per micro-batch, forward calls of the first block's
                           attention.
-                          `optimizer`: the class that steps.
+                          `optimizer`: the class that steps. `fused`: whether in one kernel.
                           `offloads_parameters`: whether ZeRO-3 keeps those not in use on the host.
 """
 
@@ -35,6 +35,7 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from deepspeed.utils import safe_get_full_optimizer_state
 from safetensors.torch import save_file
 
+import mpo.training.engine
 import mpo.training.run
 import mpo.training.train
 from mpo.config import load_config
@@ -133,6 +134,7 @@ class Observer:
                 "gathers": self.gathers,
                 "attention_calls": self.attention_calls,
                 "optimizer": type(getattr(optimizer, "optimizer", optimizer)).__name__,
+                "fused": bool(optimizer.param_groups[0].get("fused")),
                 "offloads_parameters": getattr(optimizer, "offload_param", False),
             }
             (folder / "observed.json").write_text(json.dumps(observed))
@@ -147,6 +149,7 @@ def main(configuration: Path, cells: list[dict[str, Any]]) -> None:
         print(f"-- {folder.name}", flush=True)
         observer = Observer()
         kernel = flash.standing_in(cell["kernel"]) if "kernel" in cell else nullcontext()
+        mpo.training.engine._steps_on_a_gpu = lambda: "kernel" in cell  # noqa: B023
         with observer.watching(), kernel:
             mpo.training.train.train(
                 load_config(configuration, [f"output_dir={folder}", *cell["overrides"]])
