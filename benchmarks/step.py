@@ -181,6 +181,7 @@ def ours(model: Any, examples: Sequence[Any], config: Any) -> tuple[Callable[[_P
     from mpo.models.forward import bind_mpo_forward
     from mpo.models.packing import pack_for_scoring
     from mpo.training.micro_batches import in_micro_batches, make_batch
+    from mpo.training.objective import Objective
     from mpo.training.reference import ReferenceStore, dominant_sequences
 
     bind_mpo_forward(model, config.loss)
@@ -192,7 +193,8 @@ def ours(model: Any, examples: Sequence[Any], config: Any) -> tuple[Callable[[_P
         "pairs": config.train.pairs_per_micro_batch,
         "tokens": config.train.tokens_per_micro_batch,
     }
-    plan = in_micro_batches(examples, **budget, share_prompts=True)
+    objective = Objective(config.loss)
+    plan = in_micro_batches(examples, objective, **budget, share_prompts=True)
 
     def gradients(parts: _Parts) -> float:
         if config.model.activation_checkpointing:
@@ -201,7 +203,7 @@ def ours(model: Any, examples: Sequence[Any], config: Any) -> tuple[Callable[[_P
             recompute.disable(model)
         l1 = 0.0
         for part in plan:
-            batch = make_batch(part, store, config)
+            batch = make_batch(part, objective, store, config, {})
             out = model(batch=batch)
             parts.mark("forward, head's gradients")
             (out.loss / len(examples)).backward()

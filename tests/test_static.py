@@ -77,7 +77,8 @@ ROOMS = {
     "data_build": {"models"},
     "models": {"data"},
     "data": {"config"},
-    "config": {"languages"},
+    "config": {"languages", "losses"},
+    "losses": {"runtime"},
     "languages": {"runtime"},
     "runtime": set(),
 }
@@ -85,6 +86,9 @@ MORE_ARROWS = {
     ("training", "mpo.evaluation.gaps"): "a run ends with the gaps before and after",
     ("models.forward", "mpo_kernels"): "the head's losses take the place of the model's forward",
     ("models.environment", "mpo_kernels.backends"): "`mpo env` says which of them computes",
+    ("losses", "mpo_kernels.losses"): "names of a configuration mean losses",
+    ("config", "mpo_kernels.losses"): "MPO's section is read without the others",
+    ("training.objective", "mpo_kernels.losses"): "a loss known before training is checked",
     ("training.memory", "mpo_kernels.ops.chunks"): "the bytes of a chunk of logits have one home",
 }
 """Imports that no other file of `mpo` has, from a room or a file to another, and why."""

@@ -82,6 +82,7 @@ def validate(
         from mpo.models.inputs import load_inputs
 
         inputs = load_inputs(checked, note)
+        note(f"Loss: {checked.loss.in_words()}")
         report = inspect(inputs.examples, inputs.tokenizer, inputs.data)
     print_report(report, show, as_json)
     if strict and (report.suspicious or report.dropped):

@@ -21,6 +21,7 @@ from mpo.runtime.terminal import console, show_table
 
 if TYPE_CHECKING:
     from mpo.runtime.fields import FieldText, SectionText
+    from mpo.runtime.settings import Section
 
 BUILD = "build"
 """The name before the sections of `mpo data build`."""
@@ -32,7 +33,8 @@ def fields(
     section: Annotated[
         str | None,
         typer.Argument(
-            help="Such as loss, model.lora, train.seed, or build.translator.", show_default=False
+            help="Such as loss, loss=dpo, model.lora, train.seed, or build.translator.",
+            show_default=False,
         ),
     ] = None,
     as_json: AsJson = False,
@@ -42,6 +44,8 @@ def fields(
     All: `mpo fields`
 
     Of one section: `mpo fields loss`
+
+    Of a loss that is not mpo: `mpo fields loss=dpo`
 
     Of a data build: `mpo fields build`
     """
@@ -63,6 +67,8 @@ def _chosen(wanted: str | None) -> list[SectionText]:
         return describe(Config)
     if wanted == BUILD:
         return describe(BuildConfig)
+    if wanted.startswith("loss="):
+        return describe(_loss_section(wanted.removeprefix("loss=")), "loss")
     prefix = f"{BUILD}." if wanted.startswith(f"{BUILD}.") else ""
     sections = describe(BuildConfig if prefix else Config)
     name = wanted.removeprefix(prefix)
@@ -74,6 +80,17 @@ def _chosen(wanted: str | None) -> list[SectionText]:
         known = [f"{prefix}{section.name}" for section in sections if section.name]
         hint = f"known sections: {', '.join([*known, *([] if prefix else [BUILD])])}."
     raise UserError(f"{wanted}: unknown section or field; {hint}")
+
+
+def _loss_section(name: str) -> type[Section]:
+    """The section that loss.name makes it. Raises UserError where it means no loss."""
+    from mpo.config import LossConfig, MPOLoss
+    from mpo.losses import section_of
+
+    try:
+        return MPOLoss if name == "mpo" else section_of(name, LossConfig)
+    except ValueError as error:
+        raise UserError(f"loss={name}: {error}") from error
 
 
 def _nearest(name: str, sections: Sequence[SectionText]) -> str | None:

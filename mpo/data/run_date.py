@@ -35,7 +35,8 @@ def _kept(config: Config) -> datetime | None:
     places = [Path(config.output_dir) / "config.json"]
     if config.reference.mode == "stored" and config.reference.store is not None:
         store = Path(os.path.realpath(config.reference.store))
-        places += [folder / "manifest.json" for folder in (store, parts_folder(store))]
+        stores = (store, scored_folder(store))
+        places += [f / "manifest.json" for s in stores for f in (s, parts_folder(s))]
     for path in places:
         kept = read_object(path).get("date") if path.is_file() else None
         if kept is not None:
@@ -52,6 +53,11 @@ def _kept(config: Config) -> datetime | None:
 def parts_folder(store: Path) -> Path:
     """Where the finished parts of a reference store lie while it is being built."""
     return store.with_name(f".{store.name}.parts")
+
+
+def scored_folder(store: Path) -> Path:
+    """Where the store of what a loss scores lies, beside that of the dominant sequences."""
+    return store.with_name(f"{store.name}-scored")
 
 
 def dated(template: str, date: datetime) -> str:

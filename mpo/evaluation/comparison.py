@@ -58,7 +58,7 @@ def compare_models(
             scorer = Scorer(model, config.loss.pool, device)
             measured[path] = scorer.measure(examples[path], advance)
         del model, scorer
-    return GapTable.of(next(iter(examples.values())), measured, config.loss.beta)
+    return GapTable.of(next(iter(examples.values())), measured, config.loss.gap_scale)
 
 
 def _settings_of(path: str, own: ModelConfig) -> ModelConfig:

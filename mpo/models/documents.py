@@ -75,14 +75,18 @@ def moved(record: Moved, device: torch.device, stay: Iterable[str] = ()) -> Move
     values: dict[str, Any] = {}
     for field in fields(record):  # type: ignore[arg-type]
         value = getattr(record, field.name)
-        if isinstance(value, torch.Tensor):
-            if field.name not in stay:
-                host = value.pin_memory() if device.type == "cuda" and value.is_cpu else value
-                value = host.to(device, non_blocking=True)
-        elif hasattr(value, "to"):
-            value = value.to(device)
-        values[field.name] = value
+        values[field.name] = value if field.name in stay else _on(device, value)
     return replace(record, **values)  # type: ignore[type-var]
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    """A field on `device`: a tensor, several, or a record of them; anything else as it is."""
+    if isinstance(value, torch.Tensor):
+        host = value.pin_memory() if device.type == "cuda" and value.is_cpu else value
+        return host.to(device, non_blocking=True)
+    if isinstance(value, tuple) and all(isinstance(each, torch.Tensor) for each in value):
+        return tuple(_on(device, each) for each in value)
+    return value.to(device) if hasattr(value, "to") else value
 
 
 def offsets(counts: Iterable[int]) -> torch.Tensor:

@@ -19,22 +19,26 @@ from mpo.models import attention
 from mpo.models.packing import Batch, PackedSequences
 from mpo_kernels import (
     MPOLossOutput,
+    SequenceLossOutput,
     linear_mpo_loss,
+    linear_sequence_loss,
     linear_token_logprobs,
     mean_pool,
     mpo_loss,
     retention_loss,
+    sequence_loss,
 )
+from mpo_kernels.losses import MPO
 
 
 class Outputs(NamedTuple):
-    """Sums over the pairs of one micro-batch; the trainer divides by the number of pairs of the
+    """Sums over the groups of one micro-batch; the trainer divides by the number of rows of the
     whole step."""
 
-    loss: torch.Tensor  # () of weight * (L1 + retention_weight * L2), differentiable
-    l1: torch.Tensor  # () float32, detached: of weight * (beta * RG - RG_reference)^2
+    loss: torch.Tensor  # () of weight * (loss's own value + retention_weight * L2), differentiable
+    l1: torch.Tensor  # () float32, detached: of weight * loss's own value, which is L1 for MPO
     l2: torch.Tensor  # () float32, detached: of weight * L2
-    reward_gap: torch.Tensor  # (P,) float32, detached
+    reward_gap: torch.Tensor  # (P,) float32, detached; (0,) where groups are single sequences
 
 
 class Scores(NamedTuple):
@@ -60,7 +64,7 @@ class _Forward:
     """What a model computes of packed sequences."""
 
     def __init__(self, model: PreTrainedModel, loss: LossConfig) -> None:
-        self._model, self._loss = model, loss
+        self._model, self._config, self._loss = model, loss, loss.build()
         self._softcap = getattr(model.config, "final_logit_softcapping", None)
         self._takes_documents = model.config._attn_implementation == attention.NAME
 
@@ -69,50 +73,77 @@ class _Forward:
         return self._losses(batch) if isinstance(batch, Batch) else self._scores(batch)
 
     def head(
-        self, hidden: torch.Tensor, packed: PackedSequences, pairs: dict[str, Any] | None = None
-    ) -> torch.Tensor | MPOLossOutput:
+        self, hidden: torch.Tensor, packed: PackedSequences, batch: Batch | None = None
+    ) -> torch.Tensor | MPOLossOutput | SequenceLossOutput:
         """In the place of the head's: hidden (N, D) -> (M,) log-probabilities of what its scored
-        rows predict; with `pairs` the L1 of the pairs, summed with their weights."""
+        rows predict; with `batch` the loss of its groups, summed with their weights."""
         weight, bias = self._model.lm_head.weight, self._model.lm_head.bias
-        if pairs is None:
+        if batch is None:
             return linear_token_logprobs(
                 hidden,
                 weight,
                 packed.labels,
                 bias=bias,
                 rows=packed.scored_rows,
-                chunk_bytes=self._loss.chunk_bytes,
+                chunk_bytes=self._config.chunk_bytes,
                 softcap=self._softcap,
             )
-        # A sum, not a loss per pair: a pair's coefficient is then known in the forward pass, and
-        # the head takes three products, not four.
-        options = dict(
-            pairs,
-            beta=self._loss.beta,
-            cu_seqlens=packed.scored_cu_seqlens,
-            reduction="sum",
-            softcap=self._softcap,
-        )
-        if self._loss.head == "logits":
-            rows = packed.scored_rows.to(hidden.device, non_blocking=True)
-            logits = torch.nn.functional.linear(hidden[rows], weight, bias)  # (M, V)
-            labels = packed.labels.to(logits.device, non_blocking=True)
-            return mpo_loss(logits, labels, inplace_backward=logits.requires_grad, **options)
-        return linear_mpo_loss(
+        if self._config.head == "logits":
+            return self._loss_of_logits(hidden, weight, bias, batch)
+        options = {
+            "bias": bias,
+            "rows": packed.scored_rows,
+            "chunk_bytes": self._config.chunk_bytes,
+            **self._options(packed),
+        }
+        if isinstance(self._loss, MPO):
+            return linear_mpo_loss(hidden, weight, packed.labels, **self._pairs(batch), **options)
+        return linear_sequence_loss(
             hidden,
             weight,
             packed.labels,
-            bias=bias,
-            rows=packed.scored_rows,
-            chunk_bytes=self._loss.chunk_bytes,
+            self._loss,
+            *batch.constants,
+            weights=batch.weights,
             **options,
         )
+
+    def _loss_of_logits(
+        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, batch: Batch
+    ) -> MPOLossOutput | SequenceLossOutput:
+        packed = batch.packed
+        rows = packed.scored_rows.to(hidden.device, non_blocking=True)
+        logits = torch.nn.functional.linear(hidden[rows], weight, bias)  # (M, V)
+        labels = packed.labels.to(logits.device, non_blocking=True)
+        options = {"inplace_backward": logits.requires_grad, **self._options(packed)}
+        if isinstance(self._loss, MPO):
+            return mpo_loss(logits, labels, **self._pairs(batch), **options)
+        return sequence_loss(
+            logits, labels, self._loss, *batch.constants, weights=batch.weights, **options
+        )
+
+    def _options(self, packed: PackedSequences) -> dict[str, Any]:
+        # A sum, not a loss per group: a group's coefficient is then known in the forward pass, and
+        # the head takes three products, not four.
+        return {
+            "cu_seqlens": packed.scored_cu_seqlens,
+            "reduction": "sum",
+            "softcap": self._softcap,
+        }
+
+    def _pairs(self, batch: Batch) -> dict[str, Any]:
+        """What MPO's own kernel takes for them."""
+        (reference_gap,) = batch.constants
+        return {
+            "reference_gap": reference_gap,
+            "pair_weights": batch.weights,
+            "beta": self._loss.beta,
+        }
 
     def _losses(self, batch: Batch) -> Outputs:
         packed = batch.packed
         hidden = self._hidden_states(packed)
-        pairs = {"reference_gap": batch.reference_gap, "pair_weights": batch.pair_weights}
-        target = self._model.lm_head(hidden, packed, pairs)
+        target = self._model.lm_head(hidden, packed, batch)
         l2 = hidden.new_zeros((), dtype=torch.float32)
         if packed.pooled_rows.numel():  # its shape, which the host knows
             l2 = retention_loss(
@@ -122,8 +153,8 @@ class _Forward:
                 sequence_weights=batch.pooled_weights,
                 reduction="sum",
             )
-        total = self._loss.total(target.loss, l2)
-        return Outputs(total, target.loss.detach(), l2.detach(), target.reward_gap)
+        total = self._config.total(target.loss, l2)
+        return Outputs(total, target.loss.detach(), l2.detach(), _reward_gap(target))
 
     def _scores(self, packed: PackedSequences) -> Scores:
         hidden = self._hidden_states(packed)
@@ -144,3 +175,11 @@ class _Forward:
             **({"documents": packed.documents} if self._takes_documents else {}),
         )
         return outputs.last_hidden_state[0]
+
+
+def _reward_gap(target: MPOLossOutput | SequenceLossOutput) -> torch.Tensor:
+    """(P,) of pairs, (0,) of single sequences; detached."""
+    if isinstance(target, MPOLossOutput):
+        return target.reward_gap
+    first, *others = target.scores.means()
+    return first - others[0] if others else first[:0]

@@ -60,18 +60,19 @@ class PackedSequences:
 
 @dataclass(frozen=True)
 class Batch:
-    """P weighted pairs in one packed row: target chosen, target rejected, then distinct dominant
-    sequences.
+    """P weighted groups of k sequences in one packed row, the first ones of all groups first, then
+    distinct dominant sequences.
 
-    Target sequences are scored, dominant ones pooled. A dominant sequence that rows of the step
+    Sequences of groups are scored, dominant ones pooled. A dominant sequence that rows of the step
     share is in one batch of the step only.
     """
 
     packed: PackedSequences
-    reference_gap: torch.Tensor  # (P,) float32
-    pair_weights: torch.Tensor  # (P,) float32, 0 for a filler
+    # what the loss takes beside the scores, (P,) or (k, P) float32 each
+    constants: tuple[torch.Tensor, ...]
+    weights: torch.Tensor  # (P,) float32, 0 for a filler
     pooled_reference: torch.Tensor  # (S'', D) float32
-    # (S'',) float32: share of each sequence in the pairs' L2, summed over pairs
+    # (S'',) float32: share of each sequence in the rows' L2, summed over rows
     pooled_weights: torch.Tensor
 
     def to(self, device: torch.device) -> Batch:

@@ -22,6 +22,7 @@ WORDS = {
     bool: "true | false",
     datetime: "date",
     NoneType: "null",
+    Any: "any value",
 }
 SIGNS = {"gt": "> {}", "ge": ">= {}", "lt": "< {}", "le": "<= {}", "min_length": "not empty"}
 

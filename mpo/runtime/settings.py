@@ -127,7 +127,12 @@ OneOrSeveral = BeforeValidator(one_or_several)
 Checked = TypeVar("Checked", bound=Section)
 
 
-def read_settings(path: Path, overrides: list[str] | None, kind: type[Checked]) -> Checked:
+def read_settings(
+    path: Path,
+    overrides: list[str] | None,
+    kind: type[Checked],
+    beside: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] = lambda file, given: file,
+) -> Checked:
     """Reads, overrides and checks a YAML file.
 
     build = read_settings(Path("build.yaml"), ["languages=[sw]"], BuildConfig)
@@ -136,6 +141,7 @@ def read_settings(path: Path, overrides: list[str] | None, kind: type[Checked]) 
         path: the file.
         overrides: `section.field=value` strings; the value is parsed as YAML.
         kind: the section that the file as a whole is.
+        beside: what of the file's own tree stands beside that of the overrides.
     Raises:
         UserError: the file is missing or no YAML mapping, an override is malformed, or a field is
             unknown or has a wrong value.
@@ -154,7 +160,10 @@ def read_settings(path: Path, overrides: list[str] | None, kind: type[Checked]) 
             )
     try:
         if overrides:
-            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
+            given = OmegaConf.from_dotlist(list(overrides))
+            own: Any = OmegaConf.to_container(tree)
+            over: Any = OmegaConf.to_container(given)
+            tree = OmegaConf.merge(OmegaConf.create(beside(own, over)), given)
         values = OmegaConf.to_container(tree, resolve=True)
     except Exception as error:  # of many kinds, as above
         raise UserError(

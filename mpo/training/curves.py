@@ -37,7 +37,6 @@ DASHES: tuple[Any, ...] = (
     (0, (8, 4)),
     (0, (3, 1, 1, 4)),
 )
-CURVES = (("loss", "loss"), ("l1", "L1 (gap)"), ("l2", "L2 (retention)"))
 
 
 class Run(NamedTuple):
@@ -48,6 +47,11 @@ class Run(NamedTuple):
     """Of metrics.jsonl."""
     result: dict[str, Any] | None
     """Of result.json, where the run is finished."""
+
+    @property
+    def loss(self) -> str:
+        """Name of what it makes small."""
+        return str(self.rows[-1].get("loss_name", "mpo")) if self.rows else "mpo"
 
 
 def plot_runs(folders: Sequence[Path], path: Path) -> None:
@@ -63,10 +67,10 @@ def plot_runs(folders: Sequence[Path], path: Path) -> None:
     check_target(path)
     different = list({os.path.realpath(folder): folder for folder in folders}.values())
     names = distinct_names([str(folder) for folder in different])
-    draw(
-        [_run(name, OutputFolder(folder)) for name, folder in zip(names, different, strict=True)],
-        path,
-    )
+    runs = [_run(name, OutputFolder(folder)) for name, folder in zip(names, different, strict=True)]
+    if len({run.loss for run in runs}) > 1:
+        runs = [run._replace(name=f"{run.name} ({run.loss})") for run in runs]
+    draw(runs, path)
 
 
 def plot_run(metrics: Path, result: dict[str, Any], path: Path) -> None:
@@ -256,22 +260,39 @@ def _draw_curves(
 
 
 def _draw_losses(axis: Any, runs: Sequence[Run]) -> None:
-    """Loss, L1 and L2 on a logarithmic axis."""
+    """The loss and, where it has two parts, both; on a logarithmic axis unless a loss that is no
+    MPO's goes below 0."""
     from matplotlib.lines import Line2D
 
+    is_log = not any(
+        value <= 0 for run in runs if run.loss != "mpo" for _, value in _points(run, "loss")
+    )
+    points, curves = _above_0 if is_log else _points, _curves_of(runs)
     entries = {}
-    for colour, (key, label) in enumerate(CURVES):
-        seen = any(_above_0(run, key) for run in runs)
+    for colour, (key, label) in enumerate(curves):
+        seen = any(points(run, key) for run in runs)
         name = label if seen else f"{label}: never above 0"
         entries[name] = Line2D([], [], color=f"C{colour}")
     for place, run in enumerate(runs):
-        for colour, (key, _) in enumerate(CURVES):
+        for colour, (key, _) in enumerate(curves):
             width = 2 if key == "loss" else 1.2
-            _curve(axis, _above_0(run, key), place, color=f"C{colour}", width=width)
-    if axis.get_lines():
+            _curve(axis, points(run, key), place, color=f"C{colour}", width=width)
+    if axis.get_lines() and is_log:
         axis.set_yscale("log")
-    axis.set(xlabel="optimizer step", ylabel="loss", title="Training loss")
+    names = ", ".join(dict.fromkeys(run.loss for run in runs))
+    title = "Training loss" if names == "mpo" else f"Training loss: {names}"
+    axis.set(xlabel="optimizer step", ylabel="loss")
+    axis.set_title(title, parse_math=False)
     _legend_below(axis, entries, columns=3)
+
+
+def _curves_of(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """Keys of metrics and what they are called: the loss alone where it has no second part."""
+    names = dict.fromkeys(run.loss for run in runs)
+    if "mpo" not in names and all(row.get("l2") is None for run in runs for row in run.rows):
+        return [("loss", "loss")]
+    own = ", ".join("L1 (gap)" if name == "mpo" else name for name in names)
+    return [("loss", "loss"), ("l1", own), ("l2", "L2 (retention)")]
 
 
 def _draw_gaps(
@@ -299,8 +320,13 @@ def _draw_gaps(
 
 def _above_0(run: Run, key: str) -> list[tuple[int, float]]:
     """What a logarithmic axis can show of a quantity."""
+    return [(step, value) for step, value in _points(run, key) if value > 0]
+
+
+def _points(run: Run, key: str) -> list[tuple[int, float]]:
+    """The finite numbers of a quantity."""
     points = [(row["step"], _number(row.get(key))) for row in run.rows]
-    return [(step, value) for step, value in points if 0 < value < math.inf]
+    return [(step, value) for step, value in points if math.isfinite(value)]
 
 
 def _style(run: int) -> dict[str, Any]:

@@ -42,7 +42,10 @@ class DryRun:
     micro_batches_per_step_one_rank: int
     tokens_per_micro_batch: Tokens
     """On one rank."""
+    loss: str
+    """In words, with what goes through the model for it."""
     reference_sequences: int
+    """That are scored once, before the first step."""
     size: memory.Size
     zero_stage: int
     dtype: str
@@ -61,7 +64,12 @@ class DryRun:
         lines = {
             "Model": f"{self.model} ({self.dtype}), ZeRO-{self.zero_stage}",
             "Rows": f"{self.rows} ({counts}), {self.measured} measured, {self.dropped} dropped",
-            "Reference": f"{self.reference_sequences} dominant sequences to score once",
+            "Loss": self.loss,
+            "Reference": (
+                f"{self.reference_sequences} sequences to score once"
+                if self.reference_sequences
+                else "none: the loss takes nothing of it"
+            ),
             "Steps": f"{self.steps} of {self.pairs_per_step} pairs",
             "Batches": (
                 f"{self.micro_batches_per_step_one_rank} micro-batches per step on one rank,"
@@ -101,7 +109,8 @@ def describe(config: Config) -> DryRun:
         pairs_per_step=config.train.pairs_per_step,
         micro_batches_per_step_one_rank=math.ceil(len(parts) / of_epoch),
         tokens_per_micro_batch=Tokens(round(sum(tokens) / len(tokens)), max(tokens)),
-        reference_sequences=len({s for e in examples for s in e.dominant}),
+        loss=config.loss.in_words(),
+        reference_sequences=len(set(batches.objective.referenced(examples))),
         size=size,
         zero_stage=config.zero.stage,
         dtype=config.model.dtype,

@@ -32,7 +32,7 @@ class StepSums:
         self, stop_requested: bool, languages: Sequence[str], device: torch.device
     ) -> StepTotals:
         """Sums over all ranks in one collective; its read-back is the step's only wait for the
-        device."""
+        device. Groups of single sequences have no gap."""
         sums = torch.zeros(_FIRST_LANGUAGE + 2 * len(languages), dtype=torch.float64)
         sums[_STOP] = float(stop_requested)
         for part, batch, output in self._parts:
@@ -40,11 +40,12 @@ class StepSums:
             sums[_L2] += output.l2.double().cpu()
             sums[_TOKENS] += batch.packed.input_ids.numel()
             sums[_PADDED] += batch.packed.padded_tokens()
-            # a filler pair is of no example
-            for example, gap in zip(part.examples, output.reward_gap.tolist(), strict=False):
-                place = _FIRST_LANGUAGE + 2 * languages.index(example.language)
-                sums[place] += gap
-                sums[place + 1] += 1
+            # a filler is of no group
+            for group, gap in zip(part.groups, output.reward_gap.tolist(), strict=False):
+                if group.is_target:
+                    place = _FIRST_LANGUAGE + 2 * languages.index(group.example.language)
+                    sums[place] += gap
+                    sums[place + 1] += 1
         l1, l2, tokens, padded, stops, *by_language = summed(sums, device).tolist()
         counted = zip(languages, by_language[::2], by_language[1::2], strict=True)
         return StepTotals(
@@ -59,14 +60,15 @@ class StepSums:
 
 @dataclass(frozen=True)
 class StepTotals:
-    """Of all pairs of one step, the same on every rank."""
+    """Of all rows of one step, the same on every rank."""
 
     l1: float
-    """Sum over the pairs."""
+    """The loss's own value, summed over the rows."""
     l2: float
-    """Sum over the pairs."""
+    """Sum over the rows; 0 where no dominant pair goes through the model."""
     gap: Mapping[str, float]
-    """Mean reward gap of each language that the step has, in nats per token."""
+    """Mean reward gap of each language that the step has, in nats per token. Empty where the loss
+    sees no pairs."""
     tokens: int
     """Packed; none of them is padding."""
     padded_tokens: int
@@ -86,7 +88,7 @@ class StepMetrics:
     pairs: int
     totals: StepTotals
     objective: LossConfig
-    """Which knows the loss of L1 and L2."""
+    """Which knows the loss of its own value and L2."""
     learning_rate: float
     grad_norm: float | None
     """Before clipping; None where DeepSpeed does not tell."""
@@ -97,18 +99,18 @@ class StepMetrics:
 
     @property
     def l1(self) -> float:
-        """Per pair."""
+        """The loss's own value per row: L1 for MPO."""
         return self.totals.l1 / self.pairs
 
     @property
-    def l2(self) -> float:
-        """Per pair."""
-        return self.totals.l2 / self.pairs
+    def l2(self) -> float | None:
+        """Per row; None where no dominant pair goes through the model."""
+        return self.totals.l2 / self.pairs if self.objective.pools_dominant else None
 
     @property
     def loss(self) -> float:
-        """Per pair."""
-        return self.objective.total(self.l1, self.l2)
+        """Per row."""
+        return self.objective.total(self.l1, self.l2 or 0.0)
 
     @property
     def padding_avoided(self) -> float:
@@ -122,6 +124,7 @@ class StepMetrics:
             "step": self.step,
             "epoch": self.epoch,
             "pairs": self.pairs,
+            "loss_name": self.objective.name,
             "loss": self.loss,
             "l1": self.l1,
             "l2": self.l2,
@@ -139,11 +142,11 @@ class StepMetrics:
     def in_words(self) -> list[str]:
         """For people, the most important first: a narrow terminal shows as many as fit."""
         gaps = [f"{language} {gap:+.2f}" for language, gap in self.totals.gap.items()]
+        label = self.objective.label
         return [
             f"loss {self.loss:.4f}",
             *(["SKIPPED: non-finite gradients"] if self.skipped else []),
-            f"L1 {self.l1:.4f}",
-            f"L2 {self.l2:.2e}",
+            *([] if self.l2 is None else [f"{label} {self.l1:.4f}", f"L2 {self.l2:.2e}"]),
             f"{self.pairs / self.seconds:.2f} pairs/s",
             *([f"gap {gaps[0]}", *gaps[1:]] if gaps else []),
         ]

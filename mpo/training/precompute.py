@@ -13,18 +13,27 @@ from mpo.config import Config
 from mpo.models.forward import bind_mpo_forward
 from mpo.models.loading import load_model
 from mpo.models.scoring import Scorer
+from mpo.runtime.errors import UserError
 from mpo.runtime.ranks import start
 from mpo.training.engine import partitioned_loading
+from mpo.training.objective import Objective
 from mpo.training.run import Run, claim_folder, open_store, read_run
 
 
 def precompute(config: Config) -> Path:
-    """Builds the reference store of a configuration, or finds it built, and returns its folder.
+    """Builds what a configuration's loss takes of the reference, or finds it built, and returns the
+    folder of the store.
 
     Raises:
-        UserError: bad configuration, data or model; or a store of something else is there.
+        UserError: bad configuration, data or model; a loss without a reference; or a store of
+            something else is there.
     """
     run = read_run(config, start())
+    if not Objective(config.loss).takes_reference:
+        raise UserError(
+            f"loss.name={config.loss.name} takes nothing of the reference, so there is no store to"
+            " build. Train without one."
+        )
     if config.reference.store is None:  # else nothing is written to the run's folder
         claim_folder(run, may_be_finished=True)
     open_store(run, Scorer(_load(run), config.loss.pool, run.device))

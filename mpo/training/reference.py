@@ -1,9 +1,12 @@
-"""The reference store: what the model said of the dominant pairs before training.
+"""The reference store: what the model said of the rows before training.
 
 The reference model is the policy before the first step, so its reward gaps and pooled hidden states
 on the dominant pairs are constants of the data. They are computed once, kept as
 `<output_dir>/reference/{manifest.json, values.safetensors}`, and no reference model is resident
 while training.
+
+Losses of log-ratios take log-probabilities of what they score, too. Those have a store of their own
+beside it, `<output_dir>/reference-scored`, so that runs of any loss may share both.
 """
 
 from __future__ import annotations
@@ -54,11 +57,11 @@ PATIENCE = 1.0
 
 @dataclass(frozen=True)
 class ReferenceStore:
-    """Mean log-probability and pooled hidden state of K distinct dominant (prompt, response)
-    sequences."""
+    """Mean log-probability of K distinct (prompt, response) sequences, and the pooled hidden state
+    of the dominant ones, which come first."""
 
     rows: dict[TokenizedResponse, int]
-    scores: Scores  # mean_logp (K,), pooled (K, D)
+    scores: Scores  # mean_logp (K,), pooled (K', D); of what is only scored (K, 0)
 
     def gap(self, example: Example) -> float:
         """RG of the example's dominant pair under the reference: the constant of L1."""
@@ -70,17 +73,35 @@ class ReferenceStore:
         of L2."""
         return self.scores.pooled[self.rows[sequence]]
 
+    def logp(self, sequence: TokenizedResponse) -> float:
+        """Sum of the log-probabilities of a scored sequence's response under the reference."""
+        return float(self.scores.mean_logp[self.rows[sequence]]) * len(sequence.response)
+
     @classmethod
     def of(cls, sequences: Sequence[TokenizedResponse], scores: Scores) -> ReferenceStore:
         """The scores of these sequences, in their order."""
         return cls({sequence: i for i, sequence in enumerate(sequences)}, scores)
 
     @classmethod
+    def joined(
+        cls, dominant: ReferenceStore | None, scored: ReferenceStore | None
+    ) -> ReferenceStore:
+        """Both stores of a run as one, or what it has of them."""
+        if dominant is None or scored is None:
+            return dominant or scored or cls({}, Scores(torch.zeros(0), torch.zeros(0, 0)))
+        more = [sequence for sequence in scored.rows if sequence not in dominant.rows]
+        means = scored.scores.mean_logp[[scored.rows[sequence] for sequence in more]]
+        return cls.of(
+            [*dominant.rows, *more],
+            Scores(torch.cat([dominant.scores.mean_logp, means]), dominant.scores.pooled),
+        )
+
+    @classmethod
     def open(
         cls,
         folder: Path,
         manifest: dict[str, Any],
-        examples: Sequence[Example],
+        sequences: Sequence[TokenizedResponse],
         date: datetime | None,
         build_values: Callable[[Parts], Scores],
         log: Callable[[str], None],
@@ -93,6 +114,7 @@ class ReferenceStore:
 
         Args:
             manifest: what the values depend on, `identity`.
+            sequences: whose values it holds, in their order.
             date: the date that the chat template may have printed, which the store keeps for
                 whoever uses it later.
         Raises:
@@ -102,14 +124,14 @@ class ReferenceStore:
         folder = Path(os.path.realpath(folder))  # of a link to itself too
         claim = Claim(folder.with_name(f".{folder.name}.lock"))
         try:
-            store = cls._find_or_claim(folder, manifest, examples, claim, log)
+            store = cls._find_or_claim(folder, manifest, sequences, claim, log)
             if store is not None:
                 log(f"Reference {folder} ({len(store.rows)} sequences)")
                 return store
             kept = {**manifest, "date": None if date is None else date.isoformat()}
             parts = Parts(parts_folder(folder), kept)
-            store = cls.of(dominant_sequences(examples), build_values(parts))
-            on_main(store._publish, folder, kept, examples, claim)
+            store = cls.of(sequences, build_values(parts))
+            on_main(store._publish, folder, kept, sequences, claim)
             on_main(parts.remove)
             return store
         finally:
@@ -120,18 +142,18 @@ class ReferenceStore:
         cls,
         folder: Path,
         manifest: dict[str, Any],
-        examples: Sequence[Example],
+        sequences: Sequence[TokenizedResponse],
         claim: Claim,
         log: Callable[[str], None],
     ) -> ReferenceStore | None:
         """The store, once nobody builds it; or None, when it is ours to build."""
-        store = on_main(cls.load, folder, manifest, examples)
+        store = on_main(cls.load, folder, manifest, sequences)
         said = False
         while store is None:
             holder = on_main(claim.take)
             if holder is None:
                 # another process may have built it until now
-                return on_main(cls.load, folder, manifest, examples)
+                return on_main(cls.load, folder, manifest, sequences)
             if not said:
                 log(
                     f"Another process ({holder}) builds the reference store {folder}. Waiting for"
@@ -142,12 +164,16 @@ class ReferenceStore:
         return store
 
     def _publish(
-        self, folder: Path, manifest: dict[str, Any], examples: Sequence[Example], claim: Claim
+        self,
+        folder: Path,
+        manifest: dict[str, Any],
+        sequences: Sequence[TokenizedResponse],
+        claim: Claim,
     ) -> None:
         if claim.is_held:
             remove_incomplete(folder.parent, folder.name)
         # one that does not see the lock may have been faster
-        if ReferenceStore.load(folder, manifest, examples) is None:
+        if ReferenceStore.load(folder, manifest, sequences) is None:
             self.save(folder, manifest)
 
     def save(self, folder: Path, manifest: dict[str, Any]) -> None:
@@ -159,7 +185,7 @@ class ReferenceStore:
 
     @classmethod
     def load(
-        cls, folder: Path, manifest: dict[str, Any], examples: Sequence[Example]
+        cls, folder: Path, manifest: dict[str, Any], sequences: Sequence[TokenizedResponse]
     ) -> ReferenceStore | None:
         """The store at `folder`, or None where there is none.
 
@@ -189,7 +215,6 @@ class ReferenceStore:
                 f" reference.store, or delete {folder} and run `mpo precompute` with this"
                 " configuration to build it again."
             )
-        sequences = dominant_sequences(examples)
         try:
             scores = _read_scores(folder / "values.safetensors", len(sequences))
         except _Damaged as problem:
@@ -204,15 +229,12 @@ def dominant_sequences(examples: Sequence[Example]) -> list[TokenizedResponse]:
     return list(dict.fromkeys(s for e in examples for s in e.dominant))
 
 
-def identity(model: dict[str, Any], examples: Sequence[Example], pool: Pool) -> dict[str, Any]:
-    """What the stored values depend on: `model_identity`, the sequences and the pooling. A store is
-    used only where all of it agrees."""
-    return {
-        "format": FORMAT,
-        **model,
-        "pool": pool,
-        "sequences": digest(dominant_sequences(examples)),
-    }
+def identity(
+    model: dict[str, Any], sequences: Sequence[TokenizedResponse], pool: Pool | None
+) -> dict[str, Any]:
+    """What the stored values depend on: `model_identity`, the sequences and the pooling; no pool
+    where only log-probabilities are kept. A store is used only where all of it agrees."""
+    return {"format": FORMAT, **model, "pool": pool, "sequences": digest(sequences)}
 
 
 def model_identity(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -271,15 +293,23 @@ def digest(sequences: Sequence[TokenizedResponse]) -> str:
 
 
 def build(
-    scorer: Scorer, examples: Sequence[Example], parts: Parts, advance: Callable[[int], None]
+    scorer: Scorer,
+    sequences: Sequence[TokenizedResponse],
+    examples: Sequence[Example],
+    parts: Parts,
+    advance: Callable[[int], None],
+    *,
+    pools: bool,
 ) -> Scores:
-    """Scores every distinct dominant sequence with the model as it is now, the ranks sharing the
-    work; finished parts are not done again.
+    """Scores every sequence with the model as it is now, the ranks sharing the work; finished parts
+    are not done again.
 
+    Args:
+        sequences: distinct ones of the examples, which errors name.
+        pools: keep the pooled hidden states too.
     Raises:
         UserError: the model gives numbers that are not finite, or a part cannot be written.
     """
-    sequences = dominant_sequences(examples)
     pieces = [sequences[first : first + PART] for first in range(0, len(sequences), PART)]
     done = on_main(parts.finished, [len(piece) for piece in pieces])
     scores = []
@@ -289,6 +319,8 @@ def build(
             advance(len(mine))
         else:
             part = scorer.scores(mine, advance)
+            if not pools:
+                part = Scores(part.mean_logp, part.pooled[:, :0])
             on_main(parts.keep, number, part)
         scores.append(part)
     whole = Scores(
@@ -299,9 +331,9 @@ def build(
     ].tolist()
     if bad:
         on_main(parts.remove)
-        names = [e.source for e in examples if set(e.dominant) & {sequences[i] for i in bad}]
+        names = [e.source for e in examples if set(e.sequences()) & {sequences[i] for i in bad}]
         raise UserError(
-            f"The model gives non-finite log-probabilities or hidden states for {len(bad)} dominant"
+            f"The model gives non-finite log-probabilities or hidden states for {len(bad)}"
             f" sequence(s), e.g. in {names[0]}. Check the model's weights, or train with"
             " model.dtype=float32."
         )
@@ -365,7 +397,7 @@ class Reference(Protocol):
     """Where the reference's values come from."""
 
     def look_up(self, sequences: Sequence[TokenizedResponse]) -> ReferenceStore:
-        """Values that hold these dominant sequences. It may run the model, which under ZeRO-3 is a
+        """Values that hold these sequences. It may run the model, which under ZeRO-3 is a
         collective: every rank looks up as often as the others."""
 
 

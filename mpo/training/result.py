@@ -28,6 +28,8 @@ QUANTITIES = {
 class RunResult:
     """Gaps before and after, and how far the dominant representation moved."""
 
+    loss: str
+    """Name of what it was trained with."""
     gaps: GapTable
     """Of the models `before` and `after`; each distance is from the dominant gap before."""
     l2: float
@@ -37,14 +39,20 @@ class RunResult:
 
     @classmethod
     def of(
-        cls, examples: Sequence[Example], before: Measurement, after: Measurement, beta: float
+        cls,
+        examples: Sequence[Example],
+        before: Measurement,
+        after: Measurement,
+        beta: float,
+        loss: str,
     ) -> RunResult:
         """The result of a run on R measured examples.
 
-        RunResult.of(examples, before, after, beta=1.0).as_dict()["all"]["distance"]["after"]
+        RunResult.of(examples, before, after, 1.0, "mpo").as_dict()["all"]["distance"]["after"]
         """
         change = (after.pooled - before.pooled).square().mean()
         return cls(
+            loss,
             GapTable.of(examples, {"before": before, "after": after}, beta),
             float(change),
             float(change / before.pooled.square().mean()),
@@ -54,6 +62,7 @@ class RunResult:
         """As `result.json` has it: each quantity of a language as a pair, before and after."""
         rows = {language: self._row(language) for language in self.gaps.languages}
         return {
+            "loss": self.loss,
             "beta": self.gaps.beta,
             "languages": {name: row for name, row in rows.items() if name != ALL},
             ALL: rows[ALL],
@@ -75,8 +84,8 @@ class RunResult:
         """A line for each language; every pair of numbers is before → after."""
         table = Table(
             title=(
-                "Reward gaps on the measured rows, before → after (nats per token, beta"
-                f" {self.gaps.beta:g})"
+                f"Reward gaps on the measured rows, before → after {self.loss} (nats per token,"
+                f" beta {self.gaps.beta:g})"
             )
         )
         table.add_column("language")

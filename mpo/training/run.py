@@ -18,8 +18,8 @@ import deepspeed.comm as dist
 import torch
 
 from mpo.config import Config
-from mpo.data.examples import Example
-from mpo.data.run_date import with_date
+from mpo.data.examples import Example, TokenizedResponse
+from mpo.data.run_date import scored_folder, with_date
 from mpo.models.forward import Scores, bind_mpo_forward
 from mpo.models.inputs import Inputs, load_inputs
 from mpo.models.loading import load_model
@@ -33,6 +33,7 @@ from mpo.training.engine import (
     deepspeed_settings,
     partitioned_loading,
 )
+from mpo.training.objective import Objective
 from mpo.training.reference import (
     LiveReference,
     Parts,
@@ -151,9 +152,9 @@ def show_header(run: Run) -> None:
     log(
         f"Steps     {run.schedule.steps} of {train.pairs_per_step} pairs (micro-batches of"
         f" {train.pairs_per_micro_batch}), learning rate {train.learning_rate:g}"
-        f" {train.schedule}, beta {config.loss.beta:g}, retention weight"
-        f" {config.loss.retention_weight:g}"
+        f" {train.schedule}"
     )
+    log(f"Loss      {config.loss.in_words()}")
 
 
 def _by_language(examples: Sequence[Example]) -> str:
@@ -176,29 +177,47 @@ def load_engine(run: Run) -> tuple[deepspeed.DeepSpeedEngine, OptimizerGuard]:
 
 
 def open_reference(run: Run, scorer: Scorer) -> Reference:
-    """The run's reference: the store, or the model itself with its adapters off."""
-    if run.config.reference.mode == "live":
+    """The run's reference: the store, or the model itself with its adapters off; of a loss without
+    one, nothing."""
+    if run.config.reference.mode == "live" and Objective(run.config.loss).takes_reference:
         return LiveReference(scorer)
     return StoredReference(open_store(run, scorer))
 
 
 def open_store(run: Run, scorer: Scorer) -> ReferenceStore:
-    """The run's reference store, built on first use.
+    """What the run's loss takes of the reference, from its stores, which are built on first use.
 
     Raises:
-        UserError: it is of something else or damaged, or the model gives numbers that are not
+        UserError: one is of something else or damaged, or the model gives numbers that are not
             finite.
     """
-    total = len(dominant_sequences(run.examples))
+    objective, dominant, scored = Objective(run.config.loss), None, None
+    if objective.takes_dominant:
+        dominant = _open_store(run, scorer, run.store_folder, dominant_sequences(run.examples))
+    if objective.takes_logps:
+        folder, sequences = scored_folder(run.store_folder), objective.scored(run.examples)
+        scored = _open_store(run, scorer, folder, sequences, pools=False)
+    return ReferenceStore.joined(dominant, scored)
+
+
+def _open_store(
+    run: Run,
+    scorer: Scorer,
+    folder: Path,
+    sequences: Sequence[TokenizedResponse],
+    *,
+    pools: bool = True,
+) -> ReferenceStore:
+    name = "Reference store" if pools else "Reference store of what is scored"
 
     def build_values(parts: Parts) -> Scores:
-        with run.progress.task("Reference store", total) as advance:
-            return build(scorer, run.examples, parts, advance)
+        with run.progress.task(name, len(sequences)) as advance:
+            return build(scorer, sequences, run.examples, parts, advance, pools=pools)
 
     return ReferenceStore.open(
-        run.store_folder,
-        identity(run.identity, run.examples, scorer.pool),
-        run.examples,
+        folder,
+        identity(run.identity, sequences, scorer.pool if pools else None),
+        sequences,
         run.inputs.data.date,
         build_values,
         run.progress.log,

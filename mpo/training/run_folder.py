@@ -5,6 +5,7 @@ config.json           the configuration, and digests of the rows and the model: 
 metrics.jsonl         one line a logged step
 dropped_rows.jsonl    rows left out, with reasons (only with data.on_bad_row=drop)
 reference/            the reference store; .reference.lock is held while it is built
+reference-scored/     likewise, of the answers that losses of log-ratios score
 gaps_before/          gaps and pooled hidden states of the measured rows before training
 checkpoints/          step-00000010, ...
 model/                the trained model, a Hugging Face folder
@@ -25,6 +26,7 @@ from pydantic import ValidationError
 
 from mpo.config import Config
 from mpo.data.rows import Finding
+from mpo.data.run_date import scored_folder
 from mpo.runtime.claims import Claim, Difference, differences
 from mpo.runtime.errors import UserError
 from mpo.runtime.files import (
@@ -186,7 +188,8 @@ class OutputFolder:
     def _check_kinds(self) -> None:
         """Refuses a file where the run has a folder, and the other way round, before anything is
         computed."""
-        folders = (self.root, self.reference, self.before, self.checkpoints, self.model)
+        stores = (self.reference, scored_folder(self.reference))
+        folders = (self.root, *stores, self.before, self.checkpoints, self.model)
         files = (self.root / LOCK, self.config, self.metrics, self.dropped, self.result, self.plot)
         for paths, what, is_fine in (
             (folders, "folder", Path.is_dir),

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from mpo.config import Config
 from mpo.models.attention import shares_prompts
 from mpo.models.forward import Outputs
+from mpo.models.packing import Batch
 from mpo.models.scoring import Scorer
 from mpo.runtime.errors import UserError
 from mpo.training.micro_batches import in_micro_batches, make_batch
+from mpo.training.objective import Objective
 from mpo.training.reference import Reference, dominant_sequences
 from mpo.training.run import Run
 
 
 def self_check(run: Run, scorer: Scorer, reference: Reference) -> None:
-    """Before the first step the policy is the reference: L2 must vanish and the dominant gap must
-    reproduce the store.
+    """Before the first step the policy is the reference: L2 must vanish, the dominant gap must
+    reproduce the store, and a loss of log-ratios must be what it is where they are 0 (log 2 for
+    DPO).
 
     A difference means that training would pull toward the wrong place: dropout that is on, a store
     of another model, a packed neighbour that leaks. Compared in training mode, packed with other
@@ -25,34 +30,70 @@ def self_check(run: Run, scorer: Scorer, reference: Reference) -> None:
     Raises:
         UserError: they differ, with both numbers.
     """
-    probe = run.examples[:2]
-    first = probe[0]
-    l2, size = _l2_of_a_batch(run, scorer, reference)
-    relative = l2 / len(probe) / max(size, 1e-30)
-    gap = float(scorer.measure([first]).dominant[0])
-    stored = reference.look_up(dominant_sequences(probe)).gap(first)
-    allowed_l2, allowed_gap = _tolerances(run.config)
-    if not relative <= allowed_l2 or not abs(gap - stored) <= allowed_gap:
+    objective = Objective(run.config.loss)
+    if not objective.takes_reference:
+        return
+    batch, output = _first_batch(run, scorer, reference, objective)
+    wrong: list[str] = []
+    if objective.pools_dominant:
+        wrong += _l2(run, batch, output)
+    if objective.takes_dominant:
+        wrong += _dominant_gap(run, scorer, reference)
+    if objective.takes_logps:
+        wrong += _loss(run, objective, batch, output)
+    if wrong:
         raise UserError(
-            f"Step-0 self-check failed on {first.source}: before any training, relative L2 is"
-            f" {relative:.2e} (should be 0) and the dominant gap is {gap:.4f} while the reference"
-            f" store holds {stored:.4f}. Turn off dropout in the model's config, try"
+            f"Step-0 self-check failed on {run.examples[0].source}: before any training,"
+            f" {' and '.join(wrong)}. Turn off dropout in the model's config, try"
             " model.attention=packed, and delete the reference folder if the model changed."
         )
 
 
-def _l2_of_a_batch(run: Run, scorer: Scorer, reference: Reference) -> tuple[float, float]:
-    """L2 of the first two examples in one batch, and the mean square of what it compares with."""
+def _first_batch(
+    run: Run, scorer: Scorer, reference: Reference, objective: Objective
+) -> tuple[Batch, Outputs]:
+    """The first two examples in one batch, and what comes of it without gradients."""
     config, probe = run.config, run.examples[:2]
     (part,) = in_micro_batches(
-        probe, pairs=len(probe), tokens=None, share_prompts=shares_prompts(config.model.attention)
+        probe,
+        objective,
+        pairs=len(probe),
+        tokens=None,
+        share_prompts=shares_prompts(config.model.attention),
     )
-    batch = make_batch(part, reference.look_up(part.reference_sequences()), config).to(run.device)
+    store = reference.look_up(part.reference_sequences(objective))
+    of_step = objective.numbers_of_step(probe)
+    batch = make_batch(part, objective, store, config, of_step).to(run.device)
     with torch.no_grad():
-        output: Outputs = scorer.engine(batch=batch)
-    return float(output.l2), float(batch.pooled_reference.square().mean())
+        return batch, scorer.engine(batch=batch)
+
+
+def _l2(run: Run, batch: Batch, output: Outputs) -> Iterator[str]:
+    size = float(batch.pooled_reference.square().mean())
+    relative = float(output.l2) / len(run.examples[:2]) / max(size, 1e-30)
+    if not relative <= _tolerances(run.config)[0]:
+        yield f"relative L2 is {relative:.2e} (should be 0)"
+
+
+def _dominant_gap(run: Run, scorer: Scorer, reference: Reference) -> Iterator[str]:
+    probe = run.examples[:2]
+    gap = float(scorer.measure(probe[:1]).dominant[0])
+    stored = reference.look_up(dominant_sequences(probe)).gap(probe[0])
+    if not abs(gap - stored) <= _tolerances(run.config)[1]:
+        yield (f"the dominant gap is {gap:.4f} while the reference store holds {stored:.4f}")
+
+
+def _loss(run: Run, objective: Objective, batch: Batch, output: Outputs) -> Iterator[str]:
+    """Its tolerance is what scores do to it that are off as far as a gap may be."""
+    from_reference, allowed = objective.at_reference(batch, _tolerances(run.config)[1])
+    if not abs(float(output.l1) - from_reference) <= allowed:
+        rows = len(run.examples[:2])
+        yield (
+            f"{run.config.loss.name} is {float(output.l1) / rows:.6f} while the reference makes it"
+            f" {from_reference / rows:.6f}"
+        )
 
 
 def _tolerances(config: Config) -> tuple[float, float]:
-    """Of the relative L2 and of the gap."""
+    """Of the relative L2, and of a gap in nats per token."""
     return (1e-3, 0.1) if config.model.dtype == "bfloat16" else (1e-6, 1e-3)

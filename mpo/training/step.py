@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import deepspeed
@@ -46,9 +46,10 @@ class Stepper:
         rate = learning_rate(train, number, schedule.steps)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
-        sums = StepSums()
-        for part in self.batches.micro_batches(number, dist.get_rank(), world):
-            batch = self._batch_of(part)
+        sums, parts = StepSums(), self.batches.micro_batches(number, dist.get_rank(), world)
+        of_step = self._numbers_of(number)
+        for part in parts:
+            batch = self._batch_of(part, of_step)
             output = self.engine(batch=batch)
             self.engine.backward(output.loss * (world / len(positions)), scale_wrt_gas=False)
             sums.add(part, batch, output)
@@ -68,10 +69,15 @@ class Stepper:
             peak_memory_gib=peak_memory_gib(self.run.device),
         )
 
-    def _batch_of(self, part: MicroBatch) -> Batch:
+    def _numbers_of(self, number: int) -> dict[str, float]:
+        """What all groups of a step share, known before its first micro-batch."""
+        return self.batches.objective.numbers_of_step(self.batches.examples_of(number))
+
+    def _batch_of(self, part: MicroBatch, of_step: Mapping[str, float]) -> Batch:
         """On this rank's device. Every rank looks up as often as the others."""
-        store = self.reference.look_up(part.reference_sequences())
-        return make_batch(part, store, self.run.config).to(self.run.device)
+        objective = self.batches.objective
+        store = self.reference.look_up(part.reference_sequences(objective))
+        return make_batch(part, objective, store, self.run.config, of_step).to(self.run.device)
 
 
 def seed_step(seed: int, step: int) -> None:

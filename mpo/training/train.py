@@ -92,7 +92,9 @@ def _train(config: Config, interruption: Interruption) -> dict[str, Any]:
         export_engine(
             engine, run.inputs.tokenizer, run.folder.model, config.zero.stage, run.inputs.model
         )
-    result = on_main(RunResult.of, run.measured, before, after, config.loss.beta)
+    result = on_main(
+        RunResult.of, run.measured, before, after, config.loss.gap_scale, config.loss.name
+    )
     on_main(_finish, run, result)
     return result.as_dict()
 

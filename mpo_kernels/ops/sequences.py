@@ -33,8 +33,9 @@ def sequence_sums_op(
     both = backend_for(logp).sequence_sums(logp, labels, cu_seqlens)
     if parallel is not None:
         both = parallel.add_sums(both)
-    sums, counts = both.unbind(1)
-    return SequenceSums(sums.contiguous(), counts.contiguous())
+    # clones: of a single sequence both columns are contiguous as they are, and in one storage
+    sums, counts = (column.clone() for column in both.unbind(1))
+    return SequenceSums(sums, counts)
 
 
 @sequence_sums_op.register_fake

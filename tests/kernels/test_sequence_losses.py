@@ -178,6 +178,20 @@ def test_mpo_is_the_fused_loss():
     torch.testing.assert_close((out.scores.means()[0] - out.scores.means()[1]), want.reward_gap)
 
 
+@pytest.mark.parametrize("function", ["logits", "linear"])
+def test_a_single_sequence_is_a_batch(function):
+    """Its sum and its count are then of one element each."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(4, 5, requires_grad=True), torch.randn(7, 5)
+    labels, offsets = torch.tensor([-100, 1, 2, 3]), torch.tensor([0, 4], dtype=torch.int32)
+    given = (hidden, weight) if function == "linear" else (hidden @ weight.T,)
+    call = linear_sequence_loss if function == "linear" else sequence_loss
+    out = call(*given, labels, losses.SFT(per="sequence"), cu_seqlens=offsets)
+    logps = (hidden @ weight.T).log_softmax(-1)[1:].gather(1, labels[1:, None])
+    torch.testing.assert_close(out.loss, -logps.mean())
+    torch.testing.assert_close(out.scores.tokens, torch.tensor([[3.0]]))
+
+
 def test_dense_rows_and_token_outputs():
     generator = torch.Generator().manual_seed(5)
     hidden = torch.randn(4, 5, WIDTH, generator=generator)

@@ -9,14 +9,16 @@ all arithmetic are written here once more.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from decimal import Decimal
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM
 
 from mpo.config import Config
-from mpo.data.examples import TokenizedResponse
+from mpo.data.examples import Answers, Example, TokenizedResponse
 from mpo.models.inputs import load_inputs
 
 
@@ -51,24 +53,91 @@ def rates(config: Config, steps: int) -> list[float]:
     ]
 
 
+class Seen(NamedTuple):
+    """Of one answer: sum of its tokens' log-probabilities, their number, and the mean hidden
+    state."""
+
+    sum: torch.Tensor
+    tokens: int
+    pooled: torch.Tensor
+
+    @property
+    def mean(self) -> torch.Tensor:
+        return self.sum / self.tokens
+
+
+class Pair(NamedTuple):
+    """Chosen and rejected (w, l) under the policy and under the reference (w0, l0)."""
+
+    w: Seen
+    l: Seen  # noqa: E741
+    w0: Seen
+    l0: Seen
+    gap: torch.Tensor
+    """Of the dominant pair under the reference."""
+    tokens: float
+    """Mean number of tokens of the step's chosen answers."""
+
+    @property
+    def margin(self) -> torch.Tensor:
+        return (self.w.sum - self.w0.sum) - (self.l.sum - self.l0.sum)
+
+
+def negative_log_sigmoid(x: torch.Tensor) -> torch.Tensor:
+    return torch.log(1 + torch.exp(-x))
+
+
+def odds(mean: torch.Tensor) -> torch.Tensor:
+    return mean.exp() / (1 - mean.exp())
+
+
+FORMULAS: dict[str, Callable[[Pair, Any], torch.Tensor]] = {
+    "mpo": lambda p, h: (h.beta * (p.w.mean - p.l.mean) - p.gap) ** 2,
+    "sft": lambda p, h: -p.w.sum / p.tokens,
+    "dpo": lambda p, h: negative_log_sigmoid(h.beta * p.margin),
+    "ipo": lambda p, h: (
+        ((p.w.sum - p.w0.sum) / p.w.tokens - (p.l.sum - p.l0.sum) / p.l.tokens - 1 / (2 * h.tau))
+        ** 2
+    ),
+    "cpo": lambda p, h: (
+        negative_log_sigmoid(h.beta * (p.w.sum - p.l.sum)) - h.alpha * p.w.sum / p.tokens
+    ),
+    "orpo": lambda p, h: (
+        -p.w.mean + h.beta * negative_log_sigmoid(torch.log(odds(p.w.mean) / odds(p.l.mean)))
+    ),
+    "simpo": lambda p, h: negative_log_sigmoid(h.beta * (p.w.mean - p.l.mean) - h.gamma),
+    "length_dpo": lambda p, h: negative_log_sigmoid(
+        h.beta * p.margin + h.alpha * (p.w.tokens - p.l.tokens)
+    ),
+    "own_losses:squared": lambda p, h: (p.margin / (p.w.tokens + p.l.tokens) - 0.7) ** 2,
+    "own_losses:Lift": lambda p, h: torch.exp(-h.rate * p.w.mean),
+}
+"""What the losses of the package and of own_losses.py give to one row, from their papers."""
+
+
+def sides_of(row: Example, config: Config) -> list[Answers]:
+    """The pairs of a row that the loss sees."""
+    return [row.target, row.dominant] if config.loss.pairs == "both" else [row.target]
+
+
 def train_plainly(
     config: Config,
 ) -> tuple[list[dict[str, float]], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Returns per step loss, l1 and l2, means over its pairs; AdamW's first moments and the weights
-    after the last step."""
+    """Returns per step loss, its own value (l1) and l2, means over its rows; AdamW's first moments
+    and the weights after the last step."""
     examples = load_inputs(config, lambda line: None).examples.train
     model = AutoModelForCausalLM.from_pretrained(
         config.model.path, dtype=torch.float32, attn_implementation="eager"
     )
 
-    def mean_logp_and_pool(sequence: TokenizedResponse) -> tuple[torch.Tensor, torch.Tensor]:
+    def look_at(sequence: TokenizedResponse) -> Seen:
         ids, start = torch.tensor([sequence.input_ids]), sequence.response_start
         output = model(ids, use_cache=False, output_hidden_states=True)
         logps = output.logits[0, start - 1 : -1].log_softmax(-1).gather(1, ids[0, start:, None])
-        return logps.mean(), output.hidden_states[-1][0, start:].mean(0)
+        return Seen(logps.sum(), len(logps), output.hidden_states[-1][0, start:].mean(0))
 
     with torch.no_grad():
-        reference = {s: mean_logp_and_pool(s) for e in examples for s in e.dominant}
+        reference = {s: look_at(s) for e in examples for s in e.sequences()}
     options: dict[str, Any] = {
         "betas": config.train.adam_betas,
         "weight_decay": config.train.weight_decay,
@@ -79,17 +148,19 @@ def train_plainly(
         optimizer.param_groups[0]["lr"] = rate
         rows = [examples[i] for i in indices]
         l1 = l2 = torch.zeros(())
+        lengths = [len(a.chosen.response) for row in rows for a in sides_of(row, config)]
         for row in rows:
-            gap = (
-                mean_logp_and_pool(row.target.chosen)[0]
-                - mean_logp_and_pool(row.target.rejected)[0]
-            )
-            dominant = row.dominant
-            l1 = l1 + (
-                config.loss.beta * gap - (reference[dominant[0]][0] - reference[dominant[1]][0])
-            ).square() / len(rows)
+            sides = sides_of(row, config)
+            for answers in sides:
+                now, then = [look_at(s) for s in answers], [reference[s] for s in answers]
+                gap = reference[row.dominant.chosen].mean - reference[row.dominant.rejected].mean
+                value = FORMULAS[config.loss.name](
+                    Pair(*now, *then, gap, sum(lengths) / len(lengths)),
+                    SimpleNamespace(**config.loss.own()),
+                )
+                l1 = l1 + value / len(sides) / len(rows)
             distances = [
-                (mean_logp_and_pool(s)[1] - reference[s][1]).square().mean() for s in dominant
+                (look_at(s).pooled - reference[s].pooled).square().mean() for s in row.dominant
             ]
             l2 = l2 + sum(distances) / 2 / len(rows)
         loss = l1 + config.loss.retention_weight * l2

@@ -193,7 +193,7 @@ def test_a_store_is_there_whole_or_not_at_all(tmp_path, how):
     store = ReferenceStore({}, scores)
 
     def check(folder, done):
-        found = ReferenceStore.load(folder / "store", {"weights": "a"}, [example(0)])
+        found = ReferenceStore.load(folder / "store", {"weights": "a"}, list(example(0).dominant))
         assert (
             found is not None
             if done

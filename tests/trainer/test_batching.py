@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import example_of
 
-from mpo.config import Config, TrainConfig
+from mpo.config import Config, MPOLoss, TrainConfig
 from mpo.data.examples import TokenizedResponse
 from mpo.models.forward import Scores
 from mpo.models.packing import Batch, pack, pack_for_scoring, tokens_of
@@ -23,9 +23,11 @@ from mpo.training.micro_batches import (
     make_batch,
     of_every_rank,
 )
+from mpo.training.objective import Objective
 from mpo.training.reference import ReferenceStore
 from mpo.training.schedule import Schedule, order_of_rows, schedule_of
 
+OF_MPO = Objective(MPOLoss())
 SEQUENCES = st.lists(
     st.integers(1, 6).flatmap(lambda start: st.tuples(st.just(start), st.integers(1, 5))),
     min_size=1,
@@ -135,7 +137,11 @@ def test_every_pair_once_and_every_rank_as_many_micro_batches(
 
     def cut(positions):
         return in_micro_batches(
-            [examples[p % rows] for p in positions], pairs=micro, tokens=budget, share_prompts=share
+            [examples[p % rows] for p in positions],
+            OF_MPO,
+            pairs=micro,
+            tokens=budget,
+            share_prompts=share,
         )
 
     seen = []
@@ -232,7 +238,7 @@ def test_every_epoch_computes_every_row_once(rows, per_step, epochs, world, grou
 
 def test_a_budget_is_filled_by_the_longest_first():
     examples = examples_of(9)
-    parts = in_micro_batches(examples, pairs=1, tokens=40, share_prompts=True)
+    parts = in_micro_batches(examples, OF_MPO, pairs=1, tokens=40, share_prompts=True)
     sizes = [part.tokens(True) for part in parts]
     assert all(size <= 40 for size in sizes)
     assert all(one + other > 40 for i, one in enumerate(sizes) for other in sizes[i + 1 :])
@@ -242,14 +248,12 @@ def test_an_empty_micro_batch_runs_on_the_filler():
     config = Config.model_validate(
         {"output_dir": "-", "model": {"path": "-"}, "data": {"train": ["-"]}}
     )
-    batch = make_batch(
-        MicroBatch(), ReferenceStore({}, Scores(torch.zeros(0), torch.zeros(0, 4))), config
-    )
-    assert batch.packed.documents.lengths == ((1, 1, 1),) and batch.packed.input_ids.tolist() == [
-        [0, 0, 0]
-    ]
+    store = ReferenceStore({}, Scores(torch.zeros(0), torch.zeros(0, 4)))
+    batch = make_batch(MicroBatch(), OF_MPO, store, config, {})
+    assert batch.packed.documents.lengths == ((1, 1, 1),)
+    assert batch.packed.input_ids.tolist() == [[0, 0, 0]]
     assert batch.packed.scored_rows.tolist() == [0, 0] and batch.packed.pooled_rows.numel() == 0
-    assert batch.pair_weights.tolist() == [0] and batch.pooled_weights.numel() == 0
+    assert batch.weights.tolist() == [0] and batch.pooled_weights.numel() == 0
 
 
 # ratio of the warm-up: the share of the peak in steps 0, 1, 2, 3, 5 and 9 of ten, by hand
@@ -307,8 +311,8 @@ def test_copies_to_a_gpu_are_from_page_locked_memory(monkeypatch):
     sequences = [TokenizedResponse((5, 6, 7), 2), TokenizedResponse((5, 6, 8, 9), 2)]
     batch = Batch(
         packed=pack(sequences, scored=[0, 1], pooled=[0, 1], pool="all", share_prompts=True),
-        reference_gap=torch.zeros(1),
-        pair_weights=torch.ones(1),
+        constants=(torch.zeros(1),),
+        weights=torch.ones(1),
         pooled_reference=torch.zeros(2, 4),
         pooled_weights=torch.ones(2),
     )
@@ -331,6 +335,7 @@ def test_copies_to_a_gpu_are_from_page_locked_memory(monkeypatch):
     found = {}
     for record in (there, there.packed, there.packed.documents):
         found |= {k: v for k, v in vars(record).items() if isinstance(v, torch.Tensor)}
+    found["constant"] = there.constants[0]
     assert len(found) == 14 and {"key_rows", "query_offsets", "input_ids"} < found.keys()
     for name, tensor in found.items():
         assert any(tensor is one for one in copies) == (name not in stay), name

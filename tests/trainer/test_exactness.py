@@ -105,6 +105,35 @@ def covering_cells() -> list[Cell]:
     return [cell for cell in cells if cell not in PLAIN.values()]
 
 
+# Each loss on two ranks, cut and recomputed in another way; compared with plain training itself.
+# The hyper-parameters are none of the defaults.
+LOSSES: dict[str, list[str]] = {
+    "dpo": ["loss.beta=0.3", *stage(2), "train.pairs_per_micro_batch=2"],
+    "ipo": ["loss.tau=0.7", "loss.pairs=both", *stage(0), "train.tokens_per_micro_batch=500"],
+    "cpo": [
+        *("loss.beta=0.2", "loss.alpha=0.7", "loss.pairs=both", "loss.retention_weight=0.6"),
+        *("train.pairs_per_micro_batch=3", *stage(1)),
+    ],
+    "orpo": ["loss.beta=0.4", "loss.head=logits", *stage(1), "train.pairs_per_micro_batch=1"],
+    "simpo": ["loss.beta=1.5", "loss.gamma=0.4", *stage(3), "train.pairs_per_micro_batch=2"],
+    "length_dpo": [
+        *("loss.beta=0.2", "loss.alpha=0.05", "loss.retention_weight=0.3", *stage(2)),
+        *("train.tokens_per_micro_batch=500", *RECOMPUTE["selective"]),
+    ],
+    "sft": [*stage(2), "train.tokens_per_micro_batch=300", *RECOMPUTE["recomputed"]],
+    "own_losses:squared": [*stage(3), "train.pairs_per_micro_batch=1"],
+    "own_losses:Lift": ["loss.rate=0.3", "loss.pairs=both", *stage(1)],
+}
+
+
+def loss_folder(name: str) -> str:
+    return f"loss-{name.replace(':', '-')}"
+
+
+def loss_overrides(name: str) -> list[str]:
+    return ["model.path=llama", f"loss.name={name}", *LOSSES[name]]
+
+
 # And biases beside kept products: the linear layer that DeepSpeed puts in place under ZeRO-3 adds
 # them to the product itself.
 COVERING = [*covering_cells(), Cell("qwen2", 3, 2, "2", "selective")]
@@ -221,6 +250,14 @@ def computed(project):
     return project
 
 
+@pytest.fixture(scope="module")
+def computed_losses(project):
+    """The folder of the runs with other losses."""
+    runs = [{"name": loss_folder(name), "overrides": loss_overrides(name)} for name in LOSSES]
+    compute(project, 2, runs)
+    return project
+
+
 class Outcome(NamedTuple):
     """What a run computed."""
 
@@ -274,7 +311,8 @@ def check_close(
     in what was added; weights that did not move would be off by 1.
     """
     for one, two in zip(ours.steps, steps, strict=True):
-        for name in ("loss", "l1", "l2"):
+        # L2 is not computed for a loss that does without
+        for name in ("loss", "l1", *(["l2"] if one["l2"] is not None else [])):
             assert one[name] == pytest.approx(two[name], rel=limit / 2, abs=1e-8), (
                 name,
                 one["step"],
@@ -293,6 +331,17 @@ def test_the_plainest_run_is_plain_training(computed, architecture):
     steps, moments, weights = train_plainly(config)
     plain = outcome(computed / PLAIN[architecture].name)
     check_close(plain, steps, moments, {name: weights[name] for name in plain.weights})
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_on_two_ranks_is_plain_training(computed_losses, name):
+    """Also where the rows of a step share a number: the tokens of its chosen answers."""
+    config = load_config(computed_losses / "run.yaml", loss_overrides(name))
+    steps, moments, weights = train_plainly(config)
+    ours = outcome(computed_losses / loss_folder(name))
+    assert [row["l2"] is None for row in ours.steps] == [config.loss.retention_weight == 0] * 4
+    assert {row["loss_name"] for row in ours.steps} == {name}
+    check_close(ours, steps, moments, {key: weights[key] for key in ours.weights})
 
 
 # one per cent of everything that a step multiplies with, and what decides which rows it has

@@ -33,7 +33,7 @@ def test_every_field_has_its_type_its_default_and_a_meaning(kind):
         holder, *path = kind, *field.name.split(".")
         for name in path[:-1]:
             parts = holder.model_fields[name].annotation
-            (holder,) = [
+            holder, *_ = [
                 part
                 for part in (parts, *getattr(parts, "__args__", ()))
                 if isinstance(part, type) and issubclass(part, Section)

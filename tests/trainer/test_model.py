@@ -9,7 +9,7 @@ from tiny import ARCHITECTURES, build_model, save_model
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mpo.config import LossConfig, ModelConfig
+from mpo.config import ModelConfig, MPOLoss
 from mpo.data.examples import TokenizedResponse
 from mpo.models import attention
 from mpo.models.forward import bind_mpo_forward
@@ -64,7 +64,7 @@ def plain_scores(architecture, sequences, pool="response"):
 )
 def test_packed_scores_equal_separate_ones(architecture, implementation, share):
     sequences = some_sequences(count=5)
-    model = bind_mpo_forward(model_of(architecture, implementation), LossConfig())
+    model = bind_mpo_forward(model_of(architecture, implementation), MPOLoss())
     with torch.no_grad():
         scores = model(batch=pack_for_scoring(sequences, "response", share))
     logps, pooled = plain_scores(architecture, sequences)
@@ -76,7 +76,7 @@ def test_packed_scores_equal_separate_ones(architecture, implementation, share):
 def test_a_neighbour_changes_nothing(architecture):
     """Neither another document nor the other response to the same prompt."""
     sequences, others = some_sequences(), some_sequences(seed=1)
-    model = bind_mpo_forward(model_of(architecture), LossConfig())
+    model = bind_mpo_forward(model_of(architecture), MPOLoss())
     with torch.no_grad():
         one = model(batch=pack_for_scoring(sequences, "all", True))
         two = model(batch=pack_for_scoring([*others[:2], sequences[2], others[3]], "all", True))
@@ -97,8 +97,8 @@ def mpo_batch(sequences, weights=(1.0,), pool="response", share=True):
     generator = torch.Generator().manual_seed(3)
     return Batch(
         packed=pack(sequences, scored=[0, 1], pooled=[2, 3], pool=pool, share_prompts=share),
-        reference_gap=torch.tensor([0.7]),
-        pair_weights=torch.tensor(weights),
+        constants=(torch.tensor([0.7]),),
+        weights=torch.tensor(weights),
         pooled_reference=torch.randn(2, 32, generator=generator),
         pooled_weights=torch.tensor([weights[0] / 2] * 2),
     )
@@ -112,7 +112,7 @@ def mpo_batch(sequences, weights=(1.0,), pool="response", share=True):
 @pytest.mark.parametrize("share", [True, False])
 def test_loss_and_gradients_equal_plain_autograd(architecture, head, pool, share):
     sequences = some_sequences()
-    options = LossConfig(beta=1.5, retention_weight=0.3, head=head, pool=pool)
+    options = MPOLoss(beta=1.5, retention_weight=0.3, head=head, pool=pool)
     batch = mpo_batch(sequences, pool=pool, share=share)
     model = bind_mpo_forward(model_of(architecture), options)
     output = model(batch=batch)
@@ -142,7 +142,7 @@ def test_loss_and_gradients_equal_plain_autograd(architecture, head, pool, share
 
 
 def test_a_filler_pair_adds_nothing_but_reaches_every_parameter():
-    model = bind_mpo_forward(model_of("llama"), LossConfig())
+    model = bind_mpo_forward(model_of("llama"), MPOLoss())
     output = model(batch=mpo_batch(some_sequences(), weights=(0.0,)))
     output.loss.backward()
     assert output.loss == 0 and output.l1.sum() == 0 and output.l2 == 0
@@ -156,7 +156,7 @@ def test_activation_checkpointing_changes_nothing(tmp_path, tokenizer):
         config = ModelConfig(
             path=str(folder), dtype="float32", activation_checkpointing=checkpointing
         )
-        model = bind_mpo_forward(load_model(config), LossConfig()).train()
+        model = bind_mpo_forward(load_model(config), MPOLoss()).train()
         model(batch=mpo_batch(some_sequences())).loss.backward()
         gradients.append([p.grad for p in model.parameters()])
     for one, two, three in zip(*gradients, strict=True):
@@ -178,7 +178,7 @@ class Count(TorchDispatchMode):
 def test_the_head_takes_three_products():
     """It goes through the operator that makes gradients in the forward pass, not through token
     log-probabilities, which take four."""
-    model = bind_mpo_forward(model_of("llama"), LossConfig())
+    model = bind_mpo_forward(model_of("llama"), MPOLoss())
     with Count() as count:
         model(batch=mpo_batch(some_sequences())).loss.backward()
     names = {operator.name() for operator in count.calls if operator.namespace == "mpo_kernels"}
@@ -197,7 +197,7 @@ def test_selective_checkpointing_repeats_no_product(architecture, tmp_path, toke
         loaded = load_model(
             ModelConfig(path=str(folder), dtype="float32", activation_checkpointing=how)
         )
-        model = bind_mpo_forward(loaded, LossConfig()).train()
+        model = bind_mpo_forward(loaded, MPOLoss()).train()
         with Count() as count:
             model(batch=mpo_batch(some_sequences())).loss.backward()
         products[how], norms[how] = (
@@ -266,7 +266,7 @@ def test_selective_checkpointing_holds_each_product_that_a_gradient_needs_and_no
         loaded = load_model(
             ModelConfig(path=str(folder), dtype="float32", activation_checkpointing=how)
         )
-        model = bind_mpo_forward(loaded, LossConfig()).train()
+        model = bind_mpo_forward(loaded, MPOLoss()).train()
         with Living() as living:
             loss = model(batch=mpo_batch(some_sequences())).loss
         assert living.widths() == expected, (architecture, how)

@@ -24,6 +24,8 @@ from mpo.runtime.errors import UserError
 from mpo.training import reference
 from mpo.training.reference import ReferenceStore
 
+dominants = reference.dominant_sequences
+
 
 def example(i=0):
     responses = [TokenizedResponse((1, 2, 3 + i, 4 + k), 2) for k in range(4)]
@@ -41,9 +43,9 @@ def test_round_trip(tmp_path):
     store = store_of(examples)
     assert len(store.rows) == 4  # two distinct dominant pairs
     manifest = {"format": 1, "weights": "abc"}
-    assert ReferenceStore.load(tmp_path / "reference", manifest, examples) is None
+    assert ReferenceStore.load(tmp_path / "reference", manifest, dominants(examples)) is None
     store.save(tmp_path / "reference", manifest)
-    loaded = ReferenceStore.load(tmp_path / "reference", manifest, examples)
+    loaded = ReferenceStore.load(tmp_path / "reference", manifest, dominants(examples))
     assert loaded.gap(examples[1]) == store.gap(examples[1]) == -1.0
     assert torch.equal(
         loaded.pooled(examples[1].dominant.rejected), store.pooled(examples[1].dominant.rejected)
@@ -59,11 +61,11 @@ def test_a_store_of_something_else_is_refused_with_what_differs(tmp_path):
         ReferenceStore.load(
             tmp_path / "reference",
             {"format": 1, "weights": "abc", "dtype": "bfloat16"},
-            [example()],
+            dominants([example()]),
         )
     (tmp_path / "reference" / "manifest.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
-        ReferenceStore.load(tmp_path / "reference", {"format": 1}, [example()])
+        ReferenceStore.load(tmp_path / "reference", {"format": 1}, dominants([example()]))
 
 
 def test_an_interrupted_save_leaves_no_store(tmp_path, monkeypatch):
@@ -111,8 +113,14 @@ def builder(monkeypatch):
     def build(folder, manifest, log=lambda line: None, date=None, **scorer):
         examples = rows_of_four()
         scorer = SmallScorer(calls, **scorer)
-        values = lambda parts: reference.build(scorer, examples, parts, lambda count: None)  # noqa: E731
-        return ReferenceStore.open(folder, manifest, examples, date, values, log)
+        sequences = dominants(examples)
+
+        def values(parts):
+            return reference.build(
+                scorer, sequences, examples, parts, lambda count: None, pools=True
+            )
+
+        return ReferenceStore.open(folder, manifest, sequences, date, values, log)
 
     return build, calls
 
@@ -413,28 +421,25 @@ def test_each_thing_that_the_values_depend_on_is_part_of_the_identity(
 
 
 def test_the_identity_of_a_store_tells_settings_sequences_and_pooling(model_folder):
-    plain = reference.identity(_identity_of(model_folder), [example()], "response")
+    ours, other = dominants([example()]), dominants([example(1)])
+    plain = reference.identity(_identity_of(model_folder), ours, "response")
     # repeated rows need nothing new
-    assert plain == reference.identity(
-        _identity_of(model_folder), [example(), example()], "response"
-    )
-    for key, other in (
+    assert ours == dominants([example(), example()])
+    for key, changed in (
         (
             "attention",
-            reference.identity(
-                _identity_of(model_folder, attention="eager"), [example()], "response"
-            ),
+            reference.identity(_identity_of(model_folder, attention="eager"), ours, "response"),
         ),
         (
             "quantized",
             reference.identity(
-                {**_identity_of(model_folder), "quantized": "nf4"}, [example()], "response"
+                {**_identity_of(model_folder), "quantized": "nf4"}, ours, "response"
             ),
         ),
-        ("pool", reference.identity(_identity_of(model_folder), [example()], "all")),
-        ("sequences", reference.identity(_identity_of(model_folder), [example(1)], "response")),
+        ("pool", reference.identity(_identity_of(model_folder), ours, "all")),
+        ("sequences", reference.identity(_identity_of(model_folder), other, "response")),
     ):
-        assert {name for name in plain if plain[name] != other[name]} == {key}
+        assert {name for name in plain if plain[name] != changed[name]} == {key}
 
 
 def _changed(e, source="rows:0", language="sw", **answers):

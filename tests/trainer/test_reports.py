@@ -70,7 +70,7 @@ def printed(show, width=140):
 
 
 def test_the_result_of_a_run():
-    made = RunResult.of(EXAMPLES, BEFORE, AFTER, BETA)
+    made = RunResult.of(EXAMPLES, BEFORE, AFTER, BETA, "mpo")
     result = made.as_dict()
     rows = {**result["languages"], "all": result["all"]}
     assert list(rows) == ["sw", "zh", "all"] and result["beta"] == BETA
@@ -91,7 +91,7 @@ def test_the_result_of_a_run():
 def test_a_gap_that_is_no_number_makes_no_number():
     broken = dataclasses.replace(BEFORE, target=torch.tensor([0.5, math.nan, 0.0, 1.0]))
     row = GapTable.of(EXAMPLES, {"one": broken}, BETA).as_dict()["models"]["one"]
-    result = RunResult.of(EXAMPLES, broken, AFTER, BETA).as_dict()["languages"]
+    result = RunResult.of(EXAMPLES, broken, AFTER, BETA, "mpo").as_dict()["languages"]
     for quantity in ("target_gap", "distance", "sign_accuracy"):
         assert math.isnan(row["zh"][quantity])
         assert math.isnan(row["all"][quantity])

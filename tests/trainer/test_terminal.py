@@ -172,7 +172,7 @@ def result():
     after = GapRow(6, 1.5, (0.0, 0.0), 1.5, 1.5, (0.0, 0.0), 1.0)
     languages = (*LANGUAGES, "all")
     models = {"before": dict.fromkeys(languages, before), "after": dict.fromkeys(languages, after)}
-    return RunResult(GapTable(1.0, models), l2=0.001, l2_relative=0.01)
+    return RunResult("mpo", GapTable(1.0, models), l2=0.001, l2_relative=0.01)
 
 
 def test_every_number_of_a_table_is_whole_at_any_width():

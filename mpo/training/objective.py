@@ -1,0 +1,128 @@
+"""What a run's loss is computed from: which sequences of a row are scored together, and which
+numbers the loss takes beside their scores.
+
+A loss sees groups: single answers, or pairs. Its constants are known before a micro-batch runs:
+numbers of a row or a sequence come from the reference, numbers of a whole step are the same for all
+of its groups, so that neither micro-batches nor ranks change the result.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mpo.config import LossConfig
+from mpo.data.examples import Example, TokenizedResponse
+from mpo.models.packing import Batch
+from mpo.training.reference import ReferenceStore, dominant_sequences
+from mpo_kernels.losses import Scores
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sequences of a row that have one loss together: an answer, or chosen and rejected."""
+
+    sequences: tuple[TokenizedResponse, ...]
+    example: Example
+    weight: float
+    """What its loss is multiplied with; those of a row sum to 1."""
+    is_target: bool = True
+    """Of the row's target side, not of its dominant one."""
+
+
+class Objective:
+    """The loss of a run, asked for what it needs.
+
+    objective = Objective(config.loss)
+    objective.groups(example)
+    """
+
+    def __init__(self, config: LossConfig) -> None:
+        self._both = config.pairs == "both"
+        self.loss = config.build()
+        self.pools_dominant = config.pools_dominant
+        """Whether dominant sequences go through the model for L2."""
+        self.takes_logps = "reference_logps" in self.loss.constants
+        """Whether it takes the reference's sums of what it scores."""
+        self.takes_dominant = self.pools_dominant or "reference_gap" in self.loss.constants
+        """Whether it takes anything of the reference on dominant sequences."""
+
+    @property
+    def takes_reference(self) -> bool:
+        """Whether a run needs the model before training at all."""
+        return self.takes_dominant or self.takes_logps
+
+    @property
+    def size(self) -> int:
+        """Sequences of a group."""
+        return self.loss.sequences
+
+    def groups(self, example: Example) -> list[Group]:
+        """Those of a row, the target's first."""
+        sides = [example.target, example.dominant] if self._both else [example.target]
+        return [
+            Group(tuple(answers[: self.size]), example, 1 / len(sides), place == 0)
+            for place, answers in enumerate(sides)
+        ]
+
+    def scored(self, examples: Sequence[Example]) -> list[TokenizedResponse]:
+        """The distinct sequences whose sums under the reference the loss takes, in order of
+        appearance; none where it takes none."""
+        if not self.takes_logps:
+            return []
+        groups = [group for e in examples for group in self.groups(e)]
+        return list(dict.fromkeys(s for group in groups for s in group.sequences))
+
+    def referenced(self, examples: Sequence[Example]) -> list[TokenizedResponse]:
+        """All sequences that the model before training scores."""
+        return (dominant_sequences(examples) if self.takes_dominant else []) + self.scored(examples)
+
+    def numbers_of_step(self, examples: Sequence[Example]) -> dict[str, float]:
+        """The constants that all groups of a step share, by name; from all of its rows, whichever
+        rank has them."""
+        if "mean_tokens" not in self.loss.constants:
+            return {}
+        groups = [group for e in examples for group in self.groups(e)]
+        tokens = sum(group.weight * len(group.sequences[0].response) for group in groups)
+        return {"mean_tokens": tokens / sum(group.weight for group in groups)}
+
+    def constants(
+        self, groups: Sequence[Group], store: ReferenceStore, of_step: Mapping[str, float]
+    ) -> tuple[torch.Tensor, ...]:
+        """What the loss takes beside the scores of P groups, (P,) or (k, P) float32 each, in its
+        order. No groups: those of one filler."""
+        found = []
+        for name in self.loss.constants:
+            if name == "reference_gap":
+                values = torch.tensor([store.gap(group.example) for group in groups] or [0.0])
+            elif name == "reference_logps":
+                values = torch.tensor(
+                    [[store.logp(group.sequences[i]) for group in groups] for i in range(self.size)]
+                    if groups
+                    else [[0.0]] * self.size
+                )
+            else:
+                values = torch.full((max(len(groups), 1),), of_step[name])
+            found.append(values)
+        return tuple(found)
+
+    def at_reference(self, batch: Batch, off: float) -> tuple[float, float]:
+        """The loss of a batch whose policy gives what the reference gave, summed with its weights;
+        and how far scores that are off by so many nats per token move it at most."""
+        place = self.loss.constants.index("reference_logps")
+        constants = [constant.cpu() for constant in batch.constants]
+        lengths = batch.packed.scored_cu_seqlens.cpu().diff().view(self.size, -1).float()
+
+        def loss(sign: tuple[float, ...]) -> float:
+            logps = constants[place] + torch.tensor(sign)[:, None] * off * lengths
+            return float(
+                (batch.weights.cpu() * self.loss(Scores(logps, lengths), *constants)).sum()
+            )
+
+        exact = loss((0.0,) * self.size)
+        signs = itertools.product((-1.0, 1.0), repeat=self.size)
+        moved = max(abs(loss(sign) - exact) for sign in signs)
+        return exact, moved + 1e-6 * abs(exact)

@@ -1,0 +1,51 @@
+"""Losses as a user would write them, for `loss.name=own_losses:...`."""
+
+from dataclasses import dataclass
+
+import torch
+
+from mpo_kernels.losses import SequenceLoss, positive
+
+
+def squared(scores, reference_logps):
+    """A function of pairs that takes the reference's sums."""
+    chosen, rejected = scores.logps - reference_logps
+    return ((chosen - rejected) / scores.tokens.sum(0) - 0.7).square()
+
+
+@dataclass(eq=False)
+class Lift(SequenceLoss):
+    """A loss of chosen answers with a field of its own."""
+
+    sequences = 1
+    rate: float = positive(0.5)
+
+    def __call__(self, scores):
+        return torch.exp(-self.rate * scores.means()[0])
+
+
+lift = Lift(rate=0.25)
+
+
+def of_the_batch(scores):
+    chosen, rejected = scores.logps
+    return (chosen - rejected) - (chosen - rejected).mean()
+
+
+def too_few(scores):
+    return scores.logps.mean()[None]
+
+
+def detached(scores):
+    return scores.logps.detach()[0]
+
+
+def fails(scores):
+    raise RuntimeError("out of luck")
+
+
+def wants_more(scores, margin_rewards):
+    return scores.logps[0] - margin_rewards
+
+
+nothing = 3
