@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import torch
 
-from mpo_kernels.backends.results import PairLosses, RowStats
+from mpo_kernels.backends.results import PairLosses, RowDirections, RowStats
 from mpo_kernels.labels import IGNORED
 from mpo_kernels.options import statistics_dtype
 
@@ -42,6 +42,50 @@ def logprob_stats(
     unknown = (labels != IGNORED) & ((labels < 0) | (labels >= logits.shape[-1]))
     partials[:, 3].masked_fill_(unknown, float("nan"))
     return combine(partials[None], labels, token_outputs=token_outputs)
+
+
+def logprob_directions(
+    logits: torch.Tensor, labels: torch.Tensor, *, logit_scale: float | torch.Tensor
+) -> RowDirections:
+    """Statistics of logits (B, T, V) in the computing dtype, all rows scored, labels (N,) in [0,
+    V); overwrites each row by the direction of its gradient.
+
+    That is q_j, the softmax over the other tokens than the label, and at the label minus their sum,
+    which is 1 but for rounding. It takes one exponential, and the gradient none.
+    """
+    partials = torch.zeros(labels.numel(), 4, dtype=logits.dtype, device=logits.device)
+    for rows, z, _ in _scored_blocks(logits, labels, logits.dtype):
+        at_label = labels[rows][:, None]
+        if not _is_one(logit_scale):
+            z.mul_(logit_scale)
+        z_label = z.gather(1, at_label)
+        peak = z.scatter_(1, at_label, float("-inf")).amax(-1, keepdim=True)
+        # A stand-in for the label that is as large as the largest of the others: its share tells
+        # their total.
+        z.scatter_(1, at_label, peak.masked_fill(peak == float("-inf"), 0))
+        torch.softmax(z, -1, out=z)
+        share = z.gather(1, at_label)
+        # torch.softmax adds up a row less carefully than sum does
+        others = z.scatter_(1, at_label, 0).sum(-1, keepdim=True)
+        z.scatter_(1, at_label, torch.where(others == 0, -1, -others))
+        weighted = torch.zeros_like(others)
+        partials[rows] = torch.cat([peak, others / share, weighted, z_label], 1)
+    return RowDirections(*combine(partials[None], labels))
+
+
+def direction_factors(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    logp: torch.Tensor,
+    row_grad: torch.Tensor,
+    *,
+    logit_scale: float | torch.Tensor,
+) -> torch.Tensor:
+    """(N,) what the rows that `logprob_directions` left in `logits` (B, T, V) are to be multiplied
+    by to be dL/dlogits; row_grad (N,) is dL/dlogp."""
+    at_label = logits.view(labels.numel(), -1).gather(1, labels[:, None])[:, 0]
+    # at the label the product is dL/dlogp (1 - p)
+    return row_grad * logit_scale * -torch.expm1(logp) / at_label
 
 
 def logprob_partials(

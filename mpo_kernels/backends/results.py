@@ -21,6 +21,11 @@ class RowStats(NamedTuple):
     """(N,) bool, where it was asked for."""
 
 
+class RowDirections(RowStats):
+    """Statistics of rows whose logits were overwritten by the directions of their gradients: what
+    these are but for a factor of each row."""
+
+
 class PairLosses(NamedTuple):
     """The losses of P pairs and what they were computed from; equations (1), (2) and (8)."""
 

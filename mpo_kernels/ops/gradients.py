@@ -113,26 +113,32 @@ class HeadGradients:
         grad_logits: torch.Tensor,
         hidden: torch.Tensor,
         boost: torch.Tensor | None,
+        factors: torch.Tensor | None = None,
     ) -> None:
         """Takes in grad_logits (n, V) of the rows hidden (n, D) at `indices` of dH; grad_logits
-        were multiplied by `boost` (), if any.
+        were multiplied by `boost` (), if any, and are still to be multiplied by `factors` (n,).
 
-        It is divided out again; the rows of dH that are scaled in backward anyway keep it as
-        pending.
+        The boost is divided out again; the rows of dH that are scaled in backward anyway keep it as
+        pending. The factors commute with the products (equation 10).
         """
         if self._needs.hidden_grad:
-            self._add_to_hidden(indices, grad_logits, boost)
+            self._add_to_hidden(indices, grad_logits, boost, factors)
         if self._needs.weight_grad:
+            hidden = hidden if factors is None else hidden * factors[:, None]
             _add_product(
                 self._weight_grad, grad_logits, hidden, boost, overwrite=self._weight_is_empty
             )
             self._weight_is_empty = False
         if self._needs.bias_grad:
-            total = _column_sums(grad_logits, self._bias_grad.dtype)
+            total = _column_sums(grad_logits, factors, self._bias_grad.dtype)
             self._bias_grad.add_(total if boost is None else total.div_(boost))
 
     def _add_to_hidden(
-        self, indices: torch.Tensor, grad_logits: torch.Tensor, boost: torch.Tensor | None
+        self,
+        indices: torch.Tensor,
+        grad_logits: torch.Tensor,
+        boost: torch.Tensor | None,
+        factors: torch.Tensor | None,
     ) -> None:
         dtype = self._hidden_grad.dtype
         if boost is None or self._scaled_later:
@@ -140,6 +146,8 @@ class HeadGradients:
         else:
             product = _hidden_product(grad_logits, self._weight, hidden_grad_dtype(dtype))
             product = product.div_(boost).to(dtype)
+        if factors is not None:
+            product.mul_(factors[:, None])
         self._hidden_grad.index_copy_(0, indices, product)
         if boost is not None and self._scaled_later:
             self._pending.index_copy_(0, indices, (1 / boost).expand(indices.shape))
@@ -260,8 +268,12 @@ def _weight_product(
     return grad_logits.T @ hidden  # rounded once; the sum of several is not
 
 
-def _column_sums(grad_logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(n, V) -> (V,) in `dtype`."""
+def _column_sums(
+    grad_logits: torch.Tensor, factors: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """(n, V), its rows times factors (n,) -> (V,) in `dtype`."""
+    if factors is not None:
+        return torch.mv(grad_logits.T, factors).to(dtype)
     if grad_logits.device.type != "cpu" or grad_logits.dtype == dtype:
         return grad_logits.sum(0, dtype=dtype)
     # the CPU copies to the other dtype what it sums

@@ -198,9 +198,11 @@ class _Sums:
             for piece, piece_stats in zip(chunk.pieces, stats, strict=True):
                 if len(chunk.pieces) > 1:  # the next piece's took their place
                     logits = self._projection.logits(hidden[piece])
-                self._add_gradients(chunk, piece, logits, piece_stats, hidden, upstream)
+                    piece_stats = RowStats(*piece_stats)
+                factors = self._add_gradients(chunk, piece, logits, piece_stats, hidden, upstream)
         if self._plan.keeps_chunk:
-            self._kept_grads, self._kept_hidden = logits[0], hidden
+            self._kept_grads = logits[0]
+            self._kept_hidden = hidden if factors is None else hidden * factors[:, None]
 
     def result(self) -> LinearPairLosses:
         grads = self._gradients.result(self._options.parallel)
@@ -219,7 +221,11 @@ class _Sums:
 
     def _stats(self, chunk: Chunk, piece: slice, logits: torch.Tensor) -> RowStats:
         stats = row_stats(
-            logits, chunk.labels[piece], self._options, token_outputs=self._token_outputs
+            logits,
+            chunk.labels[piece],
+            self._options,
+            token_outputs=self._token_outputs,
+            overwrite=True,
         )
         if self._token_outputs:
             self._tokens.put(chunk.indices[piece], stats)
@@ -259,11 +265,19 @@ class _Sums:
         stats: RowStats,
         hidden: torch.Tensor,
         upstream: Upstream,
-    ) -> None:
-        """Turns the logits of a piece into their gradient, in place, and takes it in."""
-        row_grads = upstream.row_grads[piece]
-        write_logit_grads(logits, chunk.labels[piece], stats, row_grads, self._options, out=logits)
-        self._gradients.add(chunk.indices[piece], logits[0], hidden[piece], upstream.boost)
+    ) -> torch.Tensor | None:
+        """Turns the logits of a piece into their gradient, in place, and takes it in; returns the
+        factors that its rows lack."""
+        factors = write_logit_grads(
+            logits,
+            chunk.labels[piece],
+            stats,
+            upstream.row_grads[piece],
+            self._options,
+            out=logits,
+        )
+        self._gradients.add(chunk.indices[piece], logits[0], hidden[piece], upstream.boost, factors)
+        return factors
 
 
 @linear_pair_loss_op.register_fake

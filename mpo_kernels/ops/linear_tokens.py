@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mpo_kernels.backends.results import RowStats
+from mpo_kernels.backends.results import RowDirections, RowStats
 from mpo_kernels.ops.chunks import Targets, scored_rows, split_rows
 from mpo_kernels.ops.gradients import (
     HeadGradients,
@@ -27,7 +27,7 @@ from mpo_kernels.ops.gradients import (
 )
 from mpo_kernels.ops.operator import operator
 from mpo_kernels.ops.projection import Head, Needs, Projection, TokenOutputs
-from mpo_kernels.ops.stats import row_stats, write_logit_grads
+from mpo_kernels.ops.stats import leaves_directions, row_stats, write_logit_grads
 from mpo_kernels.options import LogitOptions, statistics_dtype
 
 
@@ -44,8 +44,9 @@ class LinearTokenResults(NamedTuple):
     hidden_grad: torch.Tensor
     """(M, D) dlogp/dH for a frozen head, else (0,)."""
     kept_logits: torch.Tensor
-    """(n, V) of the only chunk, where they are kept; else n is 0. Nobody but backward may use
-    them, which may write over them."""
+    """(n, V) of the only chunk, where they are kept, or the directions of their gradients
+    (`RowDirections`); else n is 0. Nobody but backward may use them, which may write over
+    them."""
 
 
 @operator("mpo_kernels::linear_token_logprobs", strided=("hidden", "weight"))
@@ -80,16 +81,18 @@ def linear_token_logprobs_op(
         # the rows' own factors are left to backward
         one = boosted(hidden.new_ones(1, dtype=dtype), rows.projection.dtype, options.scale)
         for chunk in rows.chunks():
-            stats = row_stats(chunk.logits, chunk.labels, options, token_outputs=token_outputs)
+            stats = row_stats(
+                chunk.logits, chunk.labels, options, token_outputs=token_outputs, overwrite=True
+            )
             tokens.put(chunk.indices, stats)
             if keep_stats:
                 normalizer.index_copy_(0, chunk.indices, stats.normalizer)
             if keep_hidden_grad:
                 row_grads = one.row_grads.repeat(chunk.labels.numel())
-                write_logit_grads(
+                factors = write_logit_grads(
                     chunk.logits, chunk.labels, stats, row_grads, options, out=chunk.logits
                 )
-                gradients.add(chunk.indices, chunk.logits[0], chunk.hidden, None)
+                gradients.add(chunk.indices, chunk.logits[0], chunk.hidden, None, factors)
         hidden_grad = gradients.result(options.parallel, boost=one.boost).hidden
         kept_logits = rows.projection.weight.new_empty(0, head.weight.shape[0])
         if may_keep_logits and rows.are_one_chunk:
@@ -172,10 +175,14 @@ def linear_token_logprobs_grad_op(
     targets: Targets,
     options: LogitOptions,
     needs: Needs,
+    are_directions: bool,
 ) -> HeadGrads:
-    """dL/dlogp (M,) -> gradients of the head. Logits (n, V) that were kept are left as they are."""
-    stats = RowStats(logp, normalizer, None, None)
-    kept = kept_logits.clone() if kept_logits.shape[0] else None
+    """dL/dlogp (M,) -> gradients of the head. Logits (n, V) that were kept, or their directions,
+    are left as they are."""
+    stats = (RowDirections if are_directions else RowStats)(logp, normalizer, None, None)
+    kept = kept_logits if kept_logits.shape[0] else None
+    if kept is not None and not are_directions:
+        kept = kept.clone()
     return _head_gradients(grad_logp, stats, kept, hidden, head, targets, options, needs)
 
 
@@ -206,18 +213,20 @@ def _head_gradients(
             upstream = boosted(
                 grad_logp.index_select(0, chunk.indices), rows.projection.dtype, options.scale
             )
-            of_rows = RowStats(
-                stats.logp[chunk.indices], stats.normalizer[chunk.indices], None, None
+            of_rows = stats._replace(
+                logp=stats.logp[chunk.indices], normalizer=stats.normalizer[chunk.indices]
             )
-            write_logit_grads(
+            factors = write_logit_grads(
                 chunk.logits, chunk.labels, of_rows, upstream.row_grads, options, out=chunk.logits
             )
-            gradients.add(chunk.indices, chunk.logits[0], chunk.hidden, upstream.boost)
+            gradients.add(chunk.indices, chunk.logits[0], chunk.hidden, upstream.boost, factors)
         return gradients.result(options.parallel)
 
 
 @linear_token_logprobs_grad_op.register_fake
-def _(grad_logp, logp, normalizer, kept_logits, hidden, head, targets, options, needs):
+def _(
+    grad_logp, logp, normalizer, kept_logits, hidden, head, targets, options, needs, are_directions
+):
     rows, (vocab, width) = logp.shape[0], head.weight.shape
     like = head.weight if head.bias is None else head.bias
     return HeadGrads(
@@ -233,6 +242,7 @@ def _save(ctx: Any, given: Any, found: LinearTokenResults) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*others)
     ctx.options = given.options  # and with it a Parallel, which lives until backward has run
+    ctx.token_outputs = given.token_outputs
     ctx.keep_hidden_grad, ctx.ignore_index = given.keep_hidden_grad, targets.ignore_index
     ctx.gemm_dtype, ctx.chunk_bytes = head.gemm_dtype, head.chunk_bytes
     ctx.hidden_shape, ctx.hidden_dtype = given.hidden.shape, given.hidden.dtype
@@ -262,14 +272,28 @@ def _backward(ctx: Any, grad_logp: torch.Tensor | None, *_: Any) -> tuple:
     logp, normalizer, kept_logits, hidden, weight, bias, labels, rows = ctx.saved_tensors
     head = Head(weight, bias, ctx.gemm_dtype, ctx.chunk_bytes)
     targets, needs = Targets(labels, rows, ctx.ignore_index), Needs(*ctx.needs_input_grad[:3])
+    are_directions = (
+        kept_logits.shape[0] > 0
+        and not ctx.token_outputs
+        and leaves_directions(kept_logits, ctx.options)
+    )
     if kept_logits.shape[0] and graph_ends_here(grad_logp, kept_logits):
-        stats = RowStats(logp, normalizer, None, None)
+        stats = (RowDirections if are_directions else RowStats)(logp, normalizer, None, None)
         grads = _head_gradients(
             grad_logp.contiguous(), stats, kept_logits, hidden, head, targets, ctx.options, needs
         )
     else:
         grads = linear_token_logprobs_grad_op(
-            grad_logp, logp, normalizer, kept_logits, hidden, head, targets, ctx.options, needs
+            grad_logp,
+            logp,
+            normalizer,
+            kept_logits,
+            hidden,
+            head,
+            targets,
+            ctx.options,
+            needs,
+            are_directions,
         )
     hidden_grad = spread(grads.hidden, rows, hidden.shape[0]) if needs.hidden_grad else None
     weight_grad = grads.weight if needs.weight_grad else None

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from mpo_kernels.backends import backend_for
-from mpo_kernels.backends.results import RowStats
+from mpo_kernels.backends import backend_for, eager
+from mpo_kernels.backends.results import RowDirections, RowStats
 from mpo_kernels.labels import IGNORED
-from mpo_kernels.options import LogitOptions
+from mpo_kernels.options import LogitOptions, statistics_dtype
 
 
 def row_stats(
@@ -16,10 +16,17 @@ def row_stats(
     options: LogitOptions,
     *,
     token_outputs: bool = False,
+    overwrite: bool = False,
 ) -> RowStats:
     """Statistics of logits (B, T, V), or of this rank's slice of them, labels (N,) counted over the
-    whole vocabulary."""
+    whole vocabulary.
+
+    `overwrite`: all rows are scored, and the logits serve nothing but `logit_grads` any more. Some
+    of them are then overwritten.
+    """
     backend, parallel = backend_for(logits), options.parallel
+    if overwrite and not token_outputs and leaves_directions(logits, options):
+        return eager.logprob_directions(logits, labels, logit_scale=options.scale)
     if parallel is None or parallel.vocab_group is None:
         return backend.logprob_stats(
             logits, labels, **options.transform, token_outputs=token_outputs
@@ -34,6 +41,15 @@ def row_stats(
     return backend.combine(gathered, labels, token_outputs=token_outputs)
 
 
+def leaves_directions(logits: torch.Tensor, options: LogitOptions) -> bool:
+    """Whether logits can be overwritten by the directions of their gradients: by the backend that
+    keeps what it computes, without rounding it. A soft-cap's slope needs the logits themselves, and
+    the others of a slice are not all here."""
+    is_whole = options.parallel is None or options.parallel.vocab_group is None
+    is_precise = statistics_dtype(logits) == logits.dtype
+    return backend_for(logits) is eager and is_precise and options.softcap is None and is_whole
+
+
 def write_logit_grads(
     logits: torch.Tensor,
     labels: torch.Tensor,
@@ -42,11 +58,20 @@ def write_logit_grads(
     options: LogitOptions,
     *,
     out: torch.Tensor,
-) -> None:
+) -> torch.Tensor | None:
     """Writes dL/dlogits of this rank's logits (B, T, V) into `out`, which may be `logits`;
-    `row_grads` (N,) are dL/dlogp, `stats` what `row_stats` said of these rows."""
+    `row_grads` (N,) are dL/dlogp, `stats` what `row_stats` said of these rows.
+
+    Returns (N,) by what the rows are still to be multiplied, if by anything: directions are left as
+    they are.
+    """
     parallel = options.parallel
+    if isinstance(stats, RowDirections):
+        return eager.direction_factors(
+            logits, labels, stats.logp, row_grads, logit_scale=options.scale
+        )
     local = labels if parallel is None else parallel.local_labels(labels)
     backend_for(logits).logprob_grad(
         logits, local, stats.logp, stats.normalizer, row_grads, out, **options.transform
     )
+    return None

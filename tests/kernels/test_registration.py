@@ -180,7 +180,13 @@ OPERATORS = {
             FLAT,
             None,
         ),
-        {"hidden_grad": True, "weight_grad": True, "bias_grad": True, **GRAD},
+        {
+            "hidden_grad": True,
+            "weight_grad": True,
+            "bias_grad": True,
+            "are_directions": False,
+            **GRAD,
+        },
     ),
 }
 
