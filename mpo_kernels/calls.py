@@ -11,6 +11,7 @@ from mpo_kernels import checks
 from mpo_kernels.labels import with_one_ignored
 from mpo_kernels.layouts import counts_in, overwritable, three_dimensional
 from mpo_kernels.ops.chunks import Targets
+from mpo_kernels.ops.divided_rows import gathered_rows_op
 from mpo_kernels.ops.flops import tell_counters
 from mpo_kernels.ops.linear_pairs import LinearPairLosses
 from mpo_kernels.ops.linear_tokens import LinearTokenResults, linear_token_logprobs_op
@@ -98,6 +99,41 @@ def linear_tokens(
         keep_hidden_grad=call.needs.hidden_grad and not trains_head,
         token_outputs=token_outputs,
     )
+
+
+def of_all_ranks(
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    rows: torch.Tensor | None,
+    parallel: Parallel | None,
+) -> torch.Tensor:
+    """The hidden states as a linear function wants them: those of a sequence-parallel caller are
+    gathered and take the shape of labels, all others are returned."""
+    if parallel is None or not parallel.sequence_parallel:
+        return hidden
+    check_mode(hidden)
+    ranks = parallel.vocab_ranks
+    if hidden.ndim != 2:
+        raise ValueError(
+            f"hidden has shape {tuple(hidden.shape)}; with sequence_parallel it is (N / {ranks},"
+            " D), this rank's own of all N rows."
+        )
+    if rows is None and hidden.shape[0] * ranks != labels.numel():
+        raise ValueError(
+            f"hidden holds {hidden.shape[0]} rows and labels {labels.numel()}; with"
+            f" sequence_parallel each of the {ranks} ranks holds the same number, together one for"
+            " each label. Pad hidden states and labels, these with ignore_index."
+        )
+    # labels then do not tell how many there are
+    if rows is not None and not torch.compiler.is_compiling() and has_data(hidden):
+        found = parallel.rows_of_ranks(hidden.shape[0])
+        if len(set(found)) > 1:
+            raise ValueError(
+                f"hidden holds {found} rows on the ranks of vocab_group; with sequence_parallel"
+                " each holds the same number. Pad the shorter ones: rows need not name the padding."
+            )
+    whole = gathered_rows_op(hidden, parallel)
+    return whole if rows is not None else whole.view(*labels.shape, hidden.shape[1])
 
 
 def checked_linear(

@@ -28,6 +28,7 @@ from mpo_kernels.calls import (
     checked_linear,
     from_logits,
     linear_tokens,
+    of_all_ranks,
     reads_data,
     reduced,
     token_statistics_of,
@@ -274,7 +275,8 @@ def linear_token_logprobs(
         chunk_bytes: bytes of logits that exist at once, 512 MiB by default; at least 128 rows. With
             a trainable head so many may be kept until backward.
         parallel: where weight and bias hold a slice of the vocabulary. The gradient of `hidden` is
-            then summed over its ranks here.
+            then summed over its ranks here. With sequence_parallel hidden is (N / ranks, D), this
+            rank's own rows of all those that labels are of, and so is its gradient.
     Returns:
         (...) float32, 0 at ignored positions.
     Raises:
@@ -287,6 +289,7 @@ def linear_token_logprobs(
     """
     checks.check_tensors(hidden=hidden, weight=weight, labels=labels, bias=bias, rows=rows)
     options = LogitOptions.checked(hidden, logit_scale, softcap, parallel)
+    hidden = of_all_ranks(hidden, labels, rows, parallel)
     head, targets = Head(weight, bias, None, chunk_bytes), Targets(labels, rows, ignore_index)
     found = _from_hidden(hidden, head, targets, options, token_outputs=False)
     return found.logp.view(labels.shape)
@@ -318,6 +321,7 @@ def linear_token_statistics(
     """
     checks.check_tensors(hidden=hidden, weight=weight, labels=labels, bias=bias, rows=rows)
     options = LogitOptions.checked(hidden, logit_scale, softcap, parallel)
+    hidden = of_all_ranks(hidden, labels, rows, parallel)
     head, targets = Head(weight, bias, None, chunk_bytes), Targets(labels, rows, ignore_index)
     found = _from_hidden(hidden, head, targets, options, token_outputs=True)
     return token_statistics_of(found, labels.shape)
@@ -388,6 +392,7 @@ def linear_mpo_loss(
         cu_seqlens=cu_seqlens,
     )
     options = LogitOptions.checked(hidden, logit_scale, softcap, parallel)
+    hidden = of_all_ranks(hidden, labels, rows, parallel)
     checks.check_reduction(reduction)
     head, targets = Head(weight, bias, None, chunk_bytes), Targets(labels, rows, ignore_index)
     call = checked_linear(hidden, head, targets, options)

@@ -8,6 +8,9 @@ share of the statistics, (peak, total, weighted sum, label logit), one all-gathe
 (Not a log-sum-exp and a label logit, as is usual: a log-sum-exp rounded at logits of 1e4 has lost
 three digits, and p_y -> 1 would cancel.)
 
+Sequence-parallel beside that: hidden states, too, are divided over the ranks of the vocabulary, and
+labels are not. Forward gathers the rows, backward scatters the sums of their gradients.
+
 Context-parallel: a rank holds some positions of every sequence. Its 2P sums and counts are gathered
 and added in rank order before equation (1).
 
@@ -19,9 +22,9 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -41,8 +44,14 @@ class Parallel:
         vocab_slice: the tokens that this rank holds, the last dimension of its logits or the first
             of its weight. Slices may be uneven; their places are found by one all-gather here.
         context_group: the ranks that hold parts of the sequences; None where each holds them whole.
+        sequence_parallel: to the linear functions hidden is (N / ranks, D), the rank's own of N
+            consecutive rows, in rank order of vocab_group; labels, rows and cu_seqlens are still of
+            all N. They are gathered, and their gradient is this rank's rows of the sum, by one
+            reduce-scatter in the dtype of hidden. All ranks hold the same number: pad N with rows
+            whose label is ignored. Logits are whole rows either way.
     Raises:
-        ValueError: a group without its slice, or a slice without its group.
+        ValueError: a group without its slice, a slice without its group, or sequence_parallel
+            without either.
 
     Example:
         >>> import mpo_kernels, torch.distributed as dist
@@ -61,6 +70,7 @@ class Parallel:
         vocab_group: ProcessGroup | None = None,
         vocab_slice: int | None = None,
         context_group: ProcessGroup | None = None,
+        sequence_parallel: bool = False,
     ) -> None:
         if (vocab_group is None) != (vocab_slice is None):
             raise ValueError(
@@ -69,7 +79,13 @@ class Parallel:
             )
         if vocab_group is None and context_group is None:
             raise ValueError("Parallel needs a vocab_group, a context_group or both.")
+        if sequence_parallel and vocab_group is None:
+            raise ValueError(
+                "sequence_parallel divides hidden states over the ranks of vocab_group; give one,"
+                " or context_group alone where sequences are divided and the vocabulary is not."
+            )
         self.vocab_group, self.context_group = vocab_group, context_group
+        self.sequence_parallel = sequence_parallel
         self.vocab_start = self.vocab = self.vocab_slice = self._largest_slice = 0
         if vocab_group is not None and vocab_slice is not None:
             rank = torch.distributed.get_rank(vocab_group)
@@ -134,10 +150,38 @@ class Parallel:
         return [rank for rank, (flag,) in enumerate(flags.tolist()) if flag and rank != here]
 
     def add_hidden_grads(self, grad: torch.Tensor) -> None:
-        """Adds up, in place, the shares of dL/dhidden that the slices of the vocabulary
-        contribute."""
-        if self.vocab_group is not None:
+        """Adds up, in place, the shares of dL/dhidden that the slices of the vocabulary contribute;
+        leaves them to `scatter_hidden_grads` where the rows are divided too."""
+        if self.vocab_group is not None and not self.sequence_parallel:
             torch.distributed.all_reduce(grad, group=self.vocab_group)
+
+    @property
+    def vocab_ranks(self) -> int:
+        """Ranks that share the vocabulary."""
+        return torch.distributed.get_world_size(self.vocab_group) if self.vocab_group else 1
+
+    def gather_rows(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(n, D) of each rank of the vocabulary -> (ranks * n, D)."""
+        whole = hidden.new_empty(self.vocab_ranks * hidden.shape[0], *hidden.shape[1:])
+        _collective("all_gather_single", "all_gather_into_tensor")(
+            whole, hidden, group=self.vocab_group
+        )
+        return whole
+
+    def scatter_hidden_grads(self, grad: torch.Tensor) -> torch.Tensor:
+        """Shares (ranks * n, D) of each rank of the vocabulary -> (n, D), their sum on this rank's
+        rows."""
+        own = grad.new_empty(grad.shape[0] // self.vocab_ranks, *grad.shape[1:])
+        _collective("reduce_scatter_single", "reduce_scatter_tensor")(
+            own, grad, group=self.vocab_group
+        )
+        return own
+
+    def rows_of_ranks(self, count: int) -> list[int]:
+        """`count` of each rank of the vocabulary. All of them have to ask."""
+        assert self.vocab_group is not None
+        here = torch.tensor([count], dtype=torch.int64, device=_device_of(self.vocab_group))
+        return _gathered(here, self.vocab_group).flatten().tolist()
 
     def __repr__(self) -> str:
         vocab = (
@@ -145,7 +189,9 @@ class Parallel:
             if self.vocab_group
             else "whole vocabulary"
         )
-        return f"Parallel({vocab}, {'part of the' if self.context_group else 'whole'} context)"
+        rows = ", divided rows" if self.sequence_parallel else ""
+        context = "part of the" if self.context_group else "whole"
+        return f"Parallel({vocab}{rows}, {context} context)"
 
 
 def whole_vocab(columns: int, parallel: Parallel | None) -> int:
@@ -217,3 +263,8 @@ def _gathered(tensor: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
     out = tensor.new_empty(torch.distributed.get_world_size(group), *tensor.shape)
     torch.distributed.all_gather(list(out.unbind(0)), tensor.contiguous(), group=group)
     return out
+
+
+def _collective(name: str, older: str) -> Callable[..., Any]:
+    """A function of torch.distributed, by its name before torch 2.13 where it has no other."""
+    return getattr(torch.distributed, name, None) or getattr(torch.distributed, older)

@@ -19,6 +19,7 @@ from mpo_kernels.calls import (
     checked_linear,
     from_logits,
     linear_tokens,
+    of_all_ranks,
     reads_data,
     reduced,
     token_statistics_of,
@@ -185,6 +186,7 @@ def linear_sequence_loss(
         cu_seqlens=cu_seqlens,
     )
     options = LogitOptions.checked(hidden, logit_scale, softcap, parallel)
+    hidden = of_all_ranks(hidden, labels, rows, parallel)
     checks.check_reduction(reduction)
     head, targets = Head(weight, bias, None, chunk_bytes), Targets(labels, rows, ignore_index)
     call = checked_linear(hidden, head, targets, options)

@@ -11,8 +11,10 @@ import gc
 import itertools
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import pytest
 import torch
@@ -298,6 +300,131 @@ def check_sequence_loss(
     )
 
 
+class Collectives:
+    """Counts calls of torch.distributed by name, inside."""
+
+    NAMES = ("all_reduce", "reduce_scatter_single", "reduce_scatter_tensor")
+
+    def __enter__(self) -> Collectives:
+        self.counts: dict[str, int] = {}
+        self._patch = pytest.MonkeyPatch()
+        for name in filter(partial(hasattr, dist), self.NAMES):
+            self._patch.setattr(dist, name, partial(self._call, name, getattr(dist, name)))
+        return self
+
+    def _call(self, name, collective, *arguments, **keywords):
+        kind = name.removesuffix("_single").removesuffix("_tensor")
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+        return collective(*arguments, **keywords)
+
+    def __exit__(self, *exc: object) -> None:
+        self._patch.undo()
+
+
+def sequence_parallel_calls(data: dict[str, torch.Tensor]) -> dict[str, Callable]:
+    """(package, hidden, weight, bias, **options) -> a sum, of each linear function."""
+    labels, gap, flat = data["labels"], data["gap"], data["labels"].flatten()
+    few = torch.arange(0, flat.numel(), 2)
+    reference = torch.linspace(-9, -3, 2 * P).view(2, P)
+    upstream = torch.linspace(-1, 1, flat.numel())
+
+    def dpo(package, h, w, b, **options):
+        if package is mpo_kernels:
+            return package.linear_sequence_loss(
+                h, w, labels, losses.DPO(0.3), reference, bias=b, **options
+            ).loss
+        logp = package.linear_token_logprobs(h, w, labels, bias=b, **options).sum(1).view(2, P)
+        counts = (labels != -100).sum(1).view(2, P)
+        return losses.DPO(0.3)(losses.Scores(logp, counts), reference.double()).mean()
+
+    def gathered(package, h, w, b, **options):
+        if package is mpo_kernels:
+            options["rows"] = few
+        else:
+            h = h.flatten(0, 1)[few]
+        logp = package.linear_token_logprobs(h, w, flat[few], bias=b, **options)
+        return (logp * upstream[few]).sum()
+
+    return {
+        "linear_mpo_loss": lambda package, h, w, b, **options: package.linear_mpo_loss(
+            h, w, labels, gap.to(w.dtype), bias=b, **options
+        )[0],
+        "linear_token_logprobs": lambda package, h, w, b, **options: (
+            package.linear_token_logprobs(h, w, labels, bias=b, **options).flatten() * upstream
+        ).sum(),
+        "linear_token_statistics": lambda package, h, w, b, **options: (
+            (
+                package.linear_token_statistics(h, w, labels, bias=b, **options).logprobs.flatten()
+                if package is mpo_kernels
+                else package.linear_token_logprobs(h, w, labels, bias=b, **options).flatten()
+            )
+            .mul(upstream)
+            .sum()
+        ),
+        "linear_sequence_loss": dpo,
+        "gathered rows": gathered,
+    }
+
+
+def check_sequence_parallel(vocab: slice, dtype: torch.dtype, chunk_bytes: int | None) -> None:
+    """Each rank holds some rows of the hidden states: values and gradients of all functions are the
+    whole's, dH comes by one reduce-scatter and no all-reduce."""
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    data = problem(dtype, -100)
+    # a position more, which is not scored, divides by the ranks
+    data["hidden"] = torch.nn.functional.pad(data["hidden"], (0, 0, 0, 1), value=3.0)
+    data["labels"] = torch.nn.functional.pad(data["labels"], (0, 1), value=-100)
+    own = data["hidden"].flatten(0, 1).chunk(ranks)[rank]
+    parallel = Parallel(
+        vocab_group=dist.group.WORLD,
+        vocab_slice=vocab.stop - vocab.start,
+        sequence_parallel=True,
+    )
+    here = {"hidden": own, "weight": data["weight"][vocab], "bias": data["bias"][vocab]}
+    wide = {name: data[name].double() for name in HEADS}
+    tolerance = max(TOLERANCE[dtype], 1e-6) if dtype.itemsize >= 4 else 3e-2
+    for name, call in sequence_parallel_calls(data).items():
+        for trained_names in (HEADS, ("hidden",)):
+            whole, mine = trained(wide, trained_names), trained(here, trained_names)
+            want = call(oracle, *(whole[each] for each in HEADS), softcap=6.0)
+            want.backward()
+            with Collectives() as collectives:
+                got = call(
+                    mpo_kernels,
+                    *(mine[each] for each in HEADS),
+                    softcap=6.0,
+                    chunk_bytes=chunk_bytes,
+                    parallel=parallel,
+                )
+                got.backward()
+            assert collectives.counts == {"reduce_scatter": 1}, (name, collectives.counts)
+            close(got, want, f"{name}, sequence-parallel", tolerance)
+            for each, exact in (
+                ("hidden", whole["hidden"].grad.flatten(0, 1).chunk(ranks)[rank]),
+                *((n, whole[n].grad[vocab]) for n in ("weight", "bias") if n in trained_names),
+            ):
+                assert mine[each].grad.dtype == dtype
+                close(mine[each].grad, exact, f"{name}, sequence-parallel: d{each}", tolerance)
+
+
+def check_sequence_parallel_refusals(vocab: slice, rank: int) -> None:
+    """What cannot be gathered is refused by all ranks."""
+    parallel = Parallel(
+        vocab_group=dist.group.WORLD,
+        vocab_slice=vocab.stop - vocab.start,
+        sequence_parallel=True,
+    )
+    assert ", divided rows" in repr(parallel)
+    weight, labels = torch.zeros(vocab.stop - vocab.start, D), torch.zeros(2 * P, T).long()
+    call = partial(mpo_kernels.linear_token_logprobs, parallel=parallel)
+    with pytest.raises(ValueError, match=r"hidden has shape \(6, 7, 12\); with sequence_parallel"):
+        call(torch.zeros(2 * P, T, D), weight, labels)
+    with pytest.raises(ValueError, match=r"hidden holds 5 rows and labels 42.*Pad hidden"):
+        call(torch.zeros(5, D), weight, labels)
+    with pytest.raises(ValueError, match=r"hidden holds \[3, 4.*\] rows on the ranks"):
+        call(torch.zeros(3 + rank, D), weight, labels[0], rows=torch.zeros(T).long())
+
+
 def check_unknown_label(parallel: Parallel) -> None:
     """A label that no rank has: value, entropy and gradient are NaN in its row, as on one rank, and
     in no other."""
@@ -453,6 +580,12 @@ def main(rank: int, ranks: int, rendezvous: str) -> None:
     check_lifetime(layouts["vocab"].vocab)
     check_refused_together(layouts["context"], rank)
     check_refusals(rank, layouts["vocab"].parallel)
+    vocab = layouts["vocab"].vocab
+    for dtype in DTYPES:
+        for chunk_bytes in (4 * V * 4,) if INTERPRETED else (None, 4 * V * 4):
+            mpo_kernels.ops.chunks.ROW_MULTIPLE = 128 if chunk_bytes is None else 1
+            check_sequence_parallel(vocab, dtype, chunk_bytes)
+    check_sequence_parallel_refusals(vocab, rank)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -54,6 +54,8 @@ def test_groups_and_slices_go_together():
         Parallel(vocab_slice=7)
     with pytest.raises(ValueError, match="needs a vocab_group, a context_group or both"):
         Parallel()
+    with pytest.raises(ValueError, match="over the ranks of vocab_group; give one"):
+        Parallel(context_group=object(), sequence_parallel=True)
 
 
 def test_nothing_but_its_owner_keeps_a_parallel():

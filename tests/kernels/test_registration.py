@@ -11,6 +11,7 @@ from cases import INTERPRETED, labels_of
 import mpo_kernels
 from benchmarks.instruments.accuracy import relative_error
 from mpo_kernels import oracle
+from mpo_kernels.ops.divided_rows import gathered_rows_grad_op, gathered_rows_op
 from mpo_kernels.ops.gradients import scaled
 from mpo_kernels.ops.linear_pairs import linear_pair_loss_op
 from mpo_kernels.ops.linear_tokens import (
@@ -203,6 +204,42 @@ def test_opcheck(name):
     if keywords.get("may_keep_chunk") or keywords.get("may_keep_logits"):  # never under a compiler
         checks.remove("test_aot_dispatch_dynamic")
     torch.library.opcheck(operator.definition, arguments, keywords, test_utils=checks)
+
+
+@pytest.fixture
+def parallel():
+    """Of the only rank, whose rows are divided over itself."""
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    yield mpo_kernels.Parallel(
+        vocab_group=torch.distributed.group.WORLD, vocab_slice=V, sequence_parallel=True
+    )
+    torch.distributed.destroy_process_group()
+
+
+def test_opcheck_of_divided_rows(parallel):
+    for operator, rows in (
+        (gathered_rows_op, random(6, D, grad=True)),
+        (gathered_rows_grad_op, random(6, D)),
+    ):
+        torch.library.opcheck(operator.definition, (rows,), {"parallel": parallel.handle})
+
+
+def test_divided_rows_compiled_without_a_graph_break(parallel):
+    def function(x, h, w, b, **given):
+        h = h.flatten(0, 1) if given else h
+        return mpo_kernels.linear_mpo_loss(h, w, LABELS, GAP, bias=b, **given).loss
+
+    def divided(*leaves):
+        return function(*leaves, parallel=parallel)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(divided, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(
+        value_and_grads(compiled), value_and_grads(divided), rtol=1e-6, atol=1e-6
+    )
+    torch.testing.assert_close(value_and_grads(divided), value_and_grads(function))
 
 
 FUNCTIONS = {

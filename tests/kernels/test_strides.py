@@ -56,6 +56,7 @@ CALLS = {
     "linear_token_statistics": HEAD,
     "linear_mpo_loss": {**HEAD, **PAIRS},
     "linear_mpo_loss packed": {**HEAD, "hidden": random(2 * P * T, D), **PACKED, **PAIRS},
+    "linear_mpo_loss, divided rows": {**HEAD, "hidden": random(2 * P * T, D), **PAIRS},
     "linear_mpo_loss none": {**HEAD, **PAIRS, "reduction": "none"},
     "linear_mpo_loss, no gradient": {**HEAD, **PAIRS, "frozen": ("hidden", "weight", "bias")},
     "linear_token_logprobs, pieces": {**HEAD, "chunk_bytes": 1},
@@ -95,6 +96,16 @@ CALLS = {
 TRAINED = ("logits", "hidden", "weight", "bias")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def only_rank():
+    """To divide rows over."""
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
 def function_of(call):
     return getattr(mpo_kernels, call.split(",")[0].split()[0])
 
@@ -128,6 +139,10 @@ def _results(call, arguments, compiler=lambda f: f, upstream=lambda grad: grad):
     )
     if inplace:  # what is overwritten is no leaf, and has the strides that were asked for
         arguments["logits"] = leaves[0].clone()
+    if "divided rows" in call:
+        arguments["parallel"] = mpo_kernels.Parallel(
+            vocab_group=torch.distributed.group.WORLD, vocab_slice=V, sequence_parallel=True
+        )
     out = called(compiler(function_of(call)), arguments)
     values = [
         v
