@@ -40,6 +40,7 @@ DOES = {
         "one read: log-probability, peak and sum; in all blocks of a row but the label's and an"
         " incomplete last one, which are masked"
     ),
+    "stats with moments": "the same read: entropy, arg-max, sum of squares and mean besides",
     "grad": "one read, one write: gradient for any upstream gradient",
 }
 """What one launch of our kernels does, by their entry in TILES."""

@@ -18,7 +18,7 @@ from mpo_kernels.ops.linear_tokens import LinearTokenResults, linear_token_logpr
 from mpo_kernels.ops.once import check_mode, has_data, is_wrapped
 from mpo_kernels.ops.projection import Head, Needs
 from mpo_kernels.ops.tokens import InplaceTokenLogprobs, TokenResults, token_logprobs_op
-from mpo_kernels.options import LogitOptions
+from mpo_kernels.options import LogitOptions, Wanted
 from mpo_kernels.parallel import Parallel, refused_together, whole_vocab
 
 
@@ -27,8 +27,8 @@ class TokenStatistics(NamedTuple):
 
     Example:
         >>> from mpo_kernels import token_statistics
-        >>> logprobs, entropy, is_argmax = token_statistics(torch.zeros(1, 4), torch.tensor([2]))
-        >>> (-logprobs).exp()  # perplexity
+        >>> found = token_statistics(torch.zeros(1, 4), torch.tensor([2]))
+        >>> (-found.logprobs).exp()  # perplexity
         tensor([4.])
     """
 
@@ -36,9 +36,16 @@ class TokenStatistics(NamedTuple):
     """float32 log-probability of the label, 0 at ignored positions. Differentiable where it is the
     result of a function, detached in `MPOLossOutput`."""
     entropy: torch.Tensor
-    """float32, detached: entropy of the softmax in nats (equation 7), 0 at ignored positions."""
+    """float32: entropy of the softmax in nats (equation 7), 0 at ignored positions. Detached but
+    with entropy_grad=True."""
     is_argmax: torch.Tensor
     """bool: no token has a larger logit than the label; False at ignored positions."""
+    log_sum_squares: torch.Tensor | None = None
+    """float32, detached, with moments=True: log of the sum of squared probabilities (equation 11),
+    0 at ignored positions."""
+    mean_logit: torch.Tensor | None = None
+    """float32, detached, with moments=True: mean of the final logits over the vocabulary (equation
+    6), 0 at ignored positions."""
 
 
 class LinearCall(NamedTuple):
@@ -57,7 +64,7 @@ def from_logits(
     options: LogitOptions,
     *,
     ignore_index: int,
-    token_outputs: bool,
+    wanted: Wanted,
     inplace_backward: bool,
     validate: bool | None,
 ) -> TokenResults:
@@ -78,26 +85,26 @@ def from_logits(
             )
         memory = overwritable(logits)
         if has_data(logits):
-            return TokenResults(*InplaceTokenLogprobs.apply(memory, flat, options, token_outputs))
-    return token_logprobs_op(three_dimensional(logits), flat, options, token_outputs)
+            return TokenResults(*InplaceTokenLogprobs.apply(memory, flat, options, wanted))
+    return token_logprobs_op(three_dimensional(logits), flat, options, wanted)
 
 
-def linear_tokens(
-    call: LinearCall, options: LogitOptions, token_outputs: bool
-) -> LinearTokenResults:
-    trains_head = call.needs.weight_grad or call.needs.bias_grad
+def linear_tokens(call: LinearCall, options: LogitOptions, wanted: Wanted) -> LinearTokenResults:
+    # else dlogp/dH is made where the logits are: one factor of each of its rows may come later
+    in_backward = call.needs.weight_grad or call.needs.bias_grad
+    in_backward |= call.needs.hidden_grad and wanted.entropy_grad
     return linear_token_logprobs_op(
         call.hidden,
         call.head,
         call.targets,
         options,
-        keep_stats=trains_head,
-        may_keep_logits=trains_head
+        keep_stats=in_backward,
+        may_keep_logits=in_backward
         and not torch.compiler.is_compiling()
         and has_data(call.hidden)
         and not is_wrapped(call.hidden),
-        keep_hidden_grad=call.needs.hidden_grad and not trains_head,
-        token_outputs=token_outputs,
+        keep_hidden_grad=call.needs.hidden_grad and not in_backward,
+        wanted=wanted,
     )
 
 
@@ -205,7 +212,13 @@ def token_statistics_of(
     shape: torch.Size,
     *,
     detached: bool = False,
+    moments: bool = False,
 ) -> TokenStatistics:
     """In the shape of the labels."""
     logp = found.logp.detach().clone() if detached else found.logp
-    return TokenStatistics(logp.view(shape), found.entropy.view(shape), found.is_argmax.view(shape))
+    both: tuple[torch.Tensor, ...] = ()
+    if moments and not isinstance(found, LinearPairLosses):
+        both = tuple(moment.view(shape) for moment in found.moments.unbind(1))
+    return TokenStatistics(
+        logp.view(shape), found.entropy.view(shape), found.is_argmax.view(shape), *both
+    )

@@ -41,7 +41,7 @@ from mpo_kernels.ops.linear_tokens import LinearTokenResults
 from mpo_kernels.ops.once import has_data
 from mpo_kernels.ops.pairs import PairConstants, pair_loss_op
 from mpo_kernels.ops.projection import Head
-from mpo_kernels.options import LogitOptions, Number, statistics_dtype, stored
+from mpo_kernels.options import LogitOptions, Number, Wanted, statistics_dtype, stored
 from mpo_kernels.parallel import Parallel, refused_together, whole_vocab
 
 
@@ -116,7 +116,7 @@ def token_logprobs(
         labels,
         options,
         ignore_index=ignore_index,
-        token_outputs=False,
+        wanted=Wanted(False),
         inplace_backward=inplace_backward,
         validate=validate,
     ).logp.view(labels.shape)
@@ -129,6 +129,8 @@ def token_statistics(
     ignore_index: int = -100,
     logit_scale: Number = 1.0,
     softcap: Number | None = None,
+    moments: bool = False,
+    entropy_grad: bool = False,
     inplace_backward: bool = False,
     parallel: Parallel | None = None,
     validate: bool | None = None,
@@ -136,13 +138,22 @@ def token_statistics(
     """`token_logprobs` with each position's entropy and whether its label is the arg-max, in the
     same single read of the logits.
 
-    Arguments and errors are those of `token_logprobs`; only the log-probabilities are
-    differentiable.
+    Args:
+        moments: the log of the sum of squared probabilities and the mean final logit too (equation
+            11), in the same read.
+        entropy_grad: the entropy is differentiable like the log-probabilities, with any upstream
+            gradient of each; the gradient of both is written in one pass (equation 12).
+        others: see `token_logprobs`, for errors too.
 
     Example:
         >>> found = token_statistics(torch.tensor([[0.0, 9.0, 0.0]]), torch.tensor([1]))
         >>> found.is_argmax, bool(found.entropy < 0.01)
         (tensor([True]), True)
+        >>> flat, labels = torch.zeros(1, 4, requires_grad=True), torch.tensor([2])
+        >>> found = token_statistics(flat, labels, moments=True, entropy_grad=True)
+        >>> found.log_sum_squares.exp(), found.mean_logit
+        (tensor([0.2500]), tensor([0.]))
+        >>> (found.logprobs + 0.1 * found.entropy).sum().backward()
     """
     checks.check_tensors(logits=logits, labels=labels)
     options = LogitOptions.checked(logits, logit_scale, softcap, parallel)
@@ -151,11 +162,11 @@ def token_statistics(
         labels,
         options,
         ignore_index=ignore_index,
-        token_outputs=True,
+        wanted=Wanted(True, moments, entropy_grad),
         inplace_backward=inplace_backward,
         validate=validate,
     )
-    return token_statistics_of(found, labels.shape)
+    return token_statistics_of(found, labels.shape, moments=moments)
 
 
 def mpo_loss(
@@ -232,7 +243,7 @@ def mpo_loss(
         labels,
         options,
         ignore_index=IGNORED,
-        token_outputs=token_outputs,
+        wanted=Wanted(token_outputs),
         inplace_backward=inplace_backward,
         validate=False,
     )
@@ -291,7 +302,7 @@ def linear_token_logprobs(
     options = LogitOptions.checked(hidden, logit_scale, softcap, parallel)
     hidden = of_all_ranks(hidden, labels, rows, parallel)
     head, targets = Head(weight, bias, None, chunk_bytes), Targets(labels, rows, ignore_index)
-    found = _from_hidden(hidden, head, targets, options, token_outputs=False)
+    found = _from_hidden(hidden, head, targets, options, Wanted(False))
     return found.logp.view(labels.shape)
 
 
@@ -306,13 +317,18 @@ def linear_token_statistics(
     logit_scale: Number = 1.0,
     softcap: Number | None = None,
     chunk_bytes: int | None = None,
+    moments: bool = False,
+    entropy_grad: bool = False,
     parallel: Parallel | None = None,
 ) -> TokenStatistics:
     """`linear_token_logprobs` with each position's entropy and whether its label is the arg-max, in
     the same read of the logits.
 
-    Arguments and errors are those of `linear_token_logprobs`; only the log-probabilities are
-    differentiable.
+    Args:
+        moments, entropy_grad: see `token_statistics`. A differentiable entropy takes no GEMM more
+            but where the head is frozen and the logits do not fit `chunk_bytes`, or under
+            torch.compile: three in all instead of two.
+        others: see `linear_token_logprobs`, for errors too.
 
     Example:
         >>> hidden, weight = torch.zeros(4, 16), torch.randn(8, 16)
@@ -323,8 +339,9 @@ def linear_token_statistics(
     options = LogitOptions.checked(hidden, logit_scale, softcap, parallel)
     hidden = of_all_ranks(hidden, labels, rows, parallel)
     head, targets = Head(weight, bias, None, chunk_bytes), Targets(labels, rows, ignore_index)
-    found = _from_hidden(hidden, head, targets, options, token_outputs=True)
-    return token_statistics_of(found, labels.shape)
+    wanted = Wanted(True, moments, entropy_grad)
+    found = _from_hidden(hidden, head, targets, options, wanted)
+    return token_statistics_of(found, labels.shape, moments=moments)
 
 
 def linear_mpo_loss(
@@ -428,11 +445,10 @@ def _from_hidden(
     head: Head,
     targets: Targets,
     options: LogitOptions,
-    *,
-    token_outputs: bool,
+    wanted: Wanted,
 ) -> LinearTokenResults:
     """Checks, and what the rows give."""
-    return linear_tokens(checked_linear(hidden, head, targets, options), options, token_outputs)
+    return linear_tokens(checked_linear(hidden, head, targets, options), options, wanted)
 
 
 def _linear_pairs_one_by_one(
@@ -446,7 +462,7 @@ def _linear_pairs_one_by_one(
     """`linear_mpo_loss` with reduction="none", by way of the log-probabilities."""
     parallel, targets = options.parallel, call.targets
     with refused_together(None if torch.compiler.is_compiling() else parallel):
-        found = linear_tokens(call, options, token_outputs)
+        found = linear_tokens(call, options, Wanted(token_outputs))
     flat = with_one_ignored(targets.labels.long(), targets.ignore_index)
     device = call.hidden.device
     losses = pair_loss_op(found.logp, flat.to(device), offsets.to(device), constants, parallel)

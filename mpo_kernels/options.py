@@ -61,6 +61,18 @@ class LogitOptions:
         return self.softcap if self.numbers is None or self.softcap is None else self.numbers[1]
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked about each token beside its log-probability."""
+
+    token_outputs: bool
+    """Entropy and arg-max."""
+    moments: bool = False
+    """Log of the sum of squared probabilities, and mean logit."""
+    entropy_grad: bool = False
+    """The entropy is differentiable."""
+
+
 def stored(
     like: torch.Tensor, *numbers: Number | None
 ) -> tuple[tuple[float | None, ...], torch.Tensor | None]:

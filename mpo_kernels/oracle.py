@@ -9,7 +9,7 @@ scored positions of a response.
     L1          = sum over pairs of pair_weight * (beta * RG - RG_ref)^2  (2) over P for "mean"
     L2          = mean over sequences and hidden units of (pool(h) - pool_ref)^2   (3)
 
-Equations (4) to (10), derived from these, stand in docs/mathematics.md and where the kernels
+Equations (4) to (12), derived from these, stand in docs/mathematics.md and where the kernels
 compute them.
 
 Functions take the layouts of `mpo_kernels` (dense [2P, T, ...] or packed [N, ...] with cu_seqlens)
@@ -42,10 +42,19 @@ def token_logprobs(logits, labels, *, ignore_index=-100, logit_scale=1.0, softca
 def token_entropy(logits, labels, *, ignore_index=-100, logit_scale=1.0, softcap=None):
     """-sum of p log p in nats, 0 at ignored positions. (..., V), (...) -> (...)"""
     log_probs = final_logits(logits, logit_scale, softcap).log_softmax(-1)
+    # masked before the product too: 0 log 0 is 0, and so is its derivative
+    log_probs = log_probs.masked_fill(log_probs == float("-inf"), -1e30)
+    return -(log_probs.exp() * log_probs).sum(-1).where(labels != ignore_index, 0)
+
+
+def token_moments(logits, labels, *, ignore_index=-100, logit_scale=1.0, softcap=None):
+    """(log of the sum of squared probabilities, mean of z over the vocabulary), 0 at ignored
+    positions. (..., V), (...) -> (...), (...)"""
+    scored = labels != ignore_index
+    z = final_logits(logits, logit_scale, softcap)
     return (
-        -torch.where(log_probs == float("-inf"), 0, log_probs.exp() * log_probs)
-        .sum(-1)
-        .where(labels != ignore_index, 0)
+        (2 * z.log_softmax(-1)).logsumexp(-1).where(scored, 0),
+        z.mean(-1).where(scored, 0),
     )
 
 

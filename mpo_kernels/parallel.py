@@ -114,7 +114,7 @@ class Parallel:
         return local.masked_fill(labels == IGNORED, IGNORED)
 
     def gather_partials(self, partials: torch.Tensor) -> torch.Tensor:
-        """(N, 4) of each rank -> (ranks, N, 4)."""
+        """(N, 4) of each rank, or (N, 6) -> (ranks, N, 4) or (ranks, N, 6)."""
         assert self.vocab_group is not None
         return _gathered(partials, self.vocab_group)
 

@@ -30,7 +30,7 @@ from mpo_kernels.losses.base import Scores, SequenceLoss
 from mpo_kernels.ops.chunks import Targets
 from mpo_kernels.ops.projection import Head
 from mpo_kernels.ops.sequences import sequence_sums_op
-from mpo_kernels.options import LogitOptions, Number, statistics_dtype
+from mpo_kernels.options import LogitOptions, Number, Wanted, statistics_dtype
 from mpo_kernels.parallel import Parallel, refused_together, whole_vocab
 
 Loss = SequenceLoss | Callable[..., torch.Tensor]
@@ -125,7 +125,7 @@ def sequence_loss(
         labels,
         options,
         ignore_index=ignore_index,
-        token_outputs=token_outputs,
+        wanted=Wanted(token_outputs),
         inplace_backward=inplace_backward,
         validate=False,
     )
@@ -200,7 +200,7 @@ def linear_sequence_loss(
         check_sequences(flat, offsets, ignore_index, vocab, parallel, pairs=False)
         groups.check_values(row_weights)
     with refused_together(None if torch.compiler.is_compiling() else parallel):
-        found = linear_tokens(call, options, token_outputs)
+        found = linear_tokens(call, options, Wanted(token_outputs))
     logps = _weighted(found.logp, row_weights, labels)
     here = with_one_ignored(flat.long(), ignore_index).to(hidden.device)
     scores = groups.scores(*sequence_sums_op(logps, here, offsets.to(hidden.device), parallel))

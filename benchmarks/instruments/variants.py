@@ -48,7 +48,10 @@ _TYPES = {
     **dict.fromkeys(("mask_ptr",), "*u8"),
     **dict.fromkeys(("logit_scale", "softcap", "inverse_softcap", "beta"), "fp32"),
 }
-_INTEGERS = {"N", "P", "D", "T", "V", "splits", "split_columns", "parts", "blocks", "ignore_index"}
+_INTEGERS = {
+    *("N", "P", "D", "T", "V", "splits", "split_columns", "parts", "vocab", "blocks"),
+    "ignore_index",
+}
 # and all strides, where the vocabulary or the hidden size divides by 16
 _DIVISIBLE = {"V", "D", "split_columns"}
 
@@ -98,6 +101,15 @@ def _type(name: str) -> str:
     return _TYPES.get(name, "*fp32")
 
 
+# what is not asked for has no memory, as at a launch
+_NO_MOMENTS: dict[str, Any] = {"HAS_MOMENTS": False, "moments_ptr": None}
+_NO_ENTROPY_GRAD: dict[str, Any] = {
+    "HAS_ENTROPY_GRAD": False,
+    "entropy_ptr": None,
+    "entropy_grad_ptr": None,
+}
+
+
 def variants() -> Iterator[Variant]:
     """Every kernel of the package, those that touch logits in all their forms."""
     for aligned in (True, False):
@@ -112,9 +124,10 @@ def variants() -> Iterator[Variant]:
             }
             tile = "wide stats" if is_wide else "stats"
             for form, flags in (
-                ("", {}),
-                (" split", {"IS_PARTIAL": True}),
-                (" token outputs", {"HAS_TOKEN_OUTPUTS": True}),
+                ("", _NO_MOMENTS),
+                (" split", {**_NO_MOMENTS, "IS_PARTIAL": True}),
+                (" token outputs", {**_NO_MOMENTS, "HAS_TOKEN_OUTPUTS": True}),
+                (" moments", {"HAS_TOKEN_OUTPUTS": True, "HAS_MOMENTS": True}),
             ):
                 constants = {
                     **head,
@@ -123,10 +136,22 @@ def variants() -> Iterator[Variant]:
                     "IS_SLICE": False,
                     **flags,
                 }
+                tiled_as = f"{tile} with moments" if constants["HAS_MOMENTS"] else tile
                 yield Variant(
-                    f"stats{form} {kind} {place}", _logprob_stats_kernel, constants, aligned, tile
+                    f"stats{form} {kind} {place}",
+                    _logprob_stats_kernel,
+                    constants,
+                    aligned,
+                    tiled_as,
                 )
-            yield Variant(f"grad {kind} {place}", _logprob_grad_kernel, head, aligned, "grad")
+            for form, flags in (
+                ("", _NO_ENTROPY_GRAD),
+                (" of entropy", {"HAS_ENTROPY_GRAD": True}),
+            ):
+                constants = {**head, **flags}
+                yield Variant(
+                    f"grad{form} {kind} {place}", _logprob_grad_kernel, constants, aligned, "grad"
+                )
         yield Variant(
             f"pool {place}",
             _pool_kernel,
@@ -136,7 +161,12 @@ def variants() -> Iterator[Variant]:
         yield Variant(
             f"unpool {place}", _unpool_kernel, {"HAS_MASK": True, "BLOCK": UNPOOL_BLOCK}, aligned
         )
-    yield Variant("combine", _combine_kernel, {"HAS_TOKEN_OUTPUTS": True, "BLOCK": 128}, True)
+    for form, flags in (
+        ("", {**_NO_MOMENTS, "vocab": None}),
+        (" moments", {"HAS_MOMENTS": True}),
+    ):
+        constants = {"HAS_TOKEN_OUTPUTS": True, "BLOCK": 128, **flags}
+        yield Variant(f"combine{form}", _combine_kernel, constants, True)
     yield Variant("sequence sums", _sequence_sums_kernel, {"BLOCK": 1024}, True)
     yield Variant(
         "pair",

@@ -21,6 +21,9 @@ ROWS_BYTES = 2 << 20
 """Bytes of a block of rows in the computing dtype: it should stay in the last-level cache between
 its passes."""
 
+_NO_POWER = -1000.0
+"""Its exponential is 0 in float64 too, and its product with 0 is 0, where that of -inf is NaN."""
+
 
 def logprob_stats(
     logits: torch.Tensor,
@@ -29,19 +32,23 @@ def logprob_stats(
     logit_scale: float | torch.Tensor,
     softcap: float | torch.Tensor | None,
     token_outputs: bool = False,
+    moments: bool = False,
 ) -> RowStats:
     """Statistics of logits (B, T, V) and labels (N,) int64; entropy and arg-max with
-    `token_outputs`."""
+    `token_outputs`, and `moments`."""
     partials = logprob_partials(
         logits,
         labels,
         logit_scale=logit_scale,
         softcap=softcap,
         token_outputs=token_outputs,
+        moments=moments,
     )
     unknown = (labels != IGNORED) & ((labels < 0) | (labels >= logits.shape[-1]))
     partials[:, 3].masked_fill_(unknown, float("nan"))
-    return combine(partials[None], labels, token_outputs=token_outputs)
+    return combine(
+        partials[None], labels, logits.shape[-1], token_outputs=token_outputs, moments=moments
+    )
 
 
 def logprob_directions(
@@ -70,7 +77,7 @@ def logprob_directions(
         z.scatter_(1, at_label, torch.where(others == 0, -1, -others))
         weighted = torch.zeros_like(others)
         partials[rows] = torch.cat([peak, others / share, weighted, z_label], 1)
-    return RowDirections(*combine(partials[None], labels))
+    return RowDirections(*combine(partials[None], labels, logits.shape[-1]))
 
 
 def direction_factors(
@@ -95,12 +102,15 @@ def logprob_partials(
     logit_scale: float | torch.Tensor,
     softcap: float | torch.Tensor | None,
     token_outputs: bool = False,
+    moments: bool = False,
 ) -> torch.Tensor:
     """A slice of the vocabulary, logits (B, T, V), labels (N,) counted from its start -> partials
     (N, 4) for `combine`: peak, total and weighted sum of the columns besides the label, and the
-    label's final logit, -inf where another slice has it."""
+    label's final logit, -inf where another slice has it. With `moments` (N, 6): the sum of the
+    squares of exp(z - peak) too, and that of all final logits."""
     V, dtype = logits.shape[-1], statistics_dtype(logits)
-    partials = torch.zeros(labels.numel(), 4, dtype=dtype, device=logits.device)
+    width = 6 if moments else 4
+    partials = torch.zeros(labels.numel(), width, dtype=dtype, device=logits.device)
     # one for all blocks: new memory costs more than the arithmetic on it
     scratch = logits.new_empty(0, dtype=dtype)
     for rows, block, keep in _scored_blocks(logits, labels, dtype):
@@ -113,7 +123,7 @@ def logprob_partials(
         # and one pass less.
         peak = z.amax(-1, keepdim=True)
         shift = peak.masked_fill(peak == float("-inf"), 0)
-        may_overwrite = z is not block and not token_outputs
+        may_overwrite = z is not block and not token_outputs and not moments
         if not may_overwrite and scratch.shape[0] < z.shape[0]:
             scratch = torch.empty_like(z, memory_format=torch.contiguous_format)
         # (rows, V)
@@ -124,17 +134,26 @@ def logprob_partials(
         weighted = torch.zeros_like(total)
         if token_outputs:
             weighted = torch.where(powers > 0, powers * (z - shift), 0).sum(-1, keepdim=True)
-        values = torch.cat([peak, total, weighted, z_label], 1)
+        sums = [peak, total, weighted, z_label]
+        if moments:
+            sums += [powers.square_().sum(-1, keepdim=True), z.sum(-1, keepdim=True)]
+        values = torch.cat(sums, 1)
         partials[rows] = partials[rows].masked_scatter(keep[:, None], values)
     return partials
 
 
 def combine(
-    partials: torch.Tensor, labels: torch.Tensor, *, token_outputs: bool = False
+    partials: torch.Tensor,
+    labels: torch.Tensor,
+    vocab: int,
+    *,
+    token_outputs: bool = False,
+    moments: bool = False,
 ) -> RowStats:
-    """partials (parts, N, 4), labels (N,) -> what `logprob_stats` returns."""
+    """partials (parts, N, 4), with `moments` (parts, N, 6), of `vocab` columns together, labels
+    (N,) -> what `logprob_stats` returns."""
     scored = labels != IGNORED
-    part_peak, part_total, part_weighted, part_label = partials.unbind(-1)  # (parts, N)
+    part_peak, part_total, part_weighted, part_label, *others = partials.unbind(-1)  # (parts, N)
     peak, z_label = part_peak.amax(0), part_label.amax(0)  # amax hands NaN on
     apart = (part_peak - peak).masked_fill(part_total == 0, 0)  # 0 also where -inf - -inf would be
     total = (part_total * apart.exp()).sum(0)
@@ -149,9 +168,14 @@ def combine(
     logp = torch.where(
         new_total.isnan(), new_total, -torch.logaddexp(d, torch.zeros_like(d))
     ).where(scored, 0)
-    normalizer = torch.stack([new_peak, new_total], -1)
+    found = RowStats(logp, torch.stack([new_peak, new_total], -1), None, None)
+    if moments:
+        part_squares, part_sum = others
+        squares = (part_squares * apart.exp().square()).sum(0)
+        both = torch.stack([_log_sum_squares(d, logp, total, squares), part_sum.sum(0) / vocab], -1)
+        found = found._replace(moments=both.where(scored[:, None], 0))
     if not token_outputs:
-        return RowStats(logp, normalizer, None, None)
+        return found
     weighted = ((part_weighted + part_total * apart) * apart.exp()).sum(0)
     at_label = torch.where(logp == float("-inf"), 0, -logp.exp() * logp)
     tail = torch.log1p((-d.abs()).exp())
@@ -159,22 +183,32 @@ def combine(
     elsewhere = torch.where(total > 0, -torch.expm1(logp) * (log_others - weighted / total), 0)
     # The peak may be the label's own: equal to it is the most that the others can be.
     is_argmax = (z_label >= peak) & scored
-    return RowStats(logp, normalizer, (at_label + elsewhere).where(scored, 0), is_argmax)
+    return found._replace(entropy=(at_label + elsewhere).where(scored, 0), is_argmax=is_argmax)
+
+
+def _log_sum_squares(
+    d: torch.Tensor, logp: torch.Tensor, total: torch.Tensor, squares: torch.Tensor
+) -> torch.Tensor:
+    """Equation (11), with d = log((1 - p_y) / p_y): neither a likely label nor an impossible one
+    loses digits."""
+    log_others = -torch.logaddexp(-d, torch.zeros_like(d))  # log(1 - p_y)
+    elsewhere = 2 * (log_others - total.log()) + squares.log()
+    return torch.logaddexp(2 * logp, elsewhere.masked_fill(squares == 0, float("-inf")))
 
 
 def logprob_grad(
     logits: torch.Tensor,
     labels: torch.Tensor,
-    logp: torch.Tensor,
-    normalizer: torch.Tensor,
+    stats: RowStats,
     row_grad: torch.Tensor,
     out: torch.Tensor,
     *,
     logit_scale: float | torch.Tensor,
     softcap: float | torch.Tensor | None,
+    entropy_grad: torch.Tensor | None = None,
 ) -> None:
     """Writes dL/dlogits into `out` (B, T, V), which may be `logits` itself; row_grad (B * T,) is
-    dL/dlogp."""
+    dL/dlogp, entropy_grad (B * T,) dL/dentropy, which needs the rows' entropy."""
     dtype, T = statistics_dtype(logits), logits.shape[1]
     ignored = labels == IGNORED
     if bool(ignored.any()):
@@ -183,10 +217,11 @@ def logprob_grad(
         batch, first = divmod(rows.start, T)
         target = out[batch, first : first + rows.stop - rows.start]
         upstream = row_grad[rows][keep].to(dtype)[:, None] * logit_scale
-        peak, total = normalizer[rows][keep].split(1, dim=1)
+        logp = stats.logp[rows][keep][:, None]
+        peak, total = stats.normalizer[rows][keep].split(1, dim=1)
         wanted = labels[rows][keep][:, None]
         at_label = wanted.clamp(0, logits.shape[2] - 1)
-        not_label = upstream * -torch.expm1(logp[rows][keep][:, None])
+        not_label = upstream * -torch.expm1(logp)
         # else the label is in another slice of the vocabulary, or unknown
         here = at_label == wanted
         # Where the result has the computing dtype it is computed where it goes.
@@ -197,10 +232,21 @@ def logprob_grad(
                 if _is_one(logit_scale)
                 else torch.mul(block.to(dtype), logit_scale, out=buffer)
             )
-            grad = torch.sub(z, peak, out=buffer).exp_().mul_(-upstream / total)
+            grad = torch.sub(z, peak, out=buffer)
         else:
             t = torch.mul(block.to(dtype), logit_scale / softcap).tanh_()
-            grad = torch.mul(t, softcap).sub_(peak).exp_().mul_(-upstream / total)
+            grad = torch.mul(t, softcap).sub_(peak)
+        if entropy_grad is None or stats.entropy is None:
+            grad.exp_().mul_(-upstream / total)
+        else:
+            entropy = stats.entropy[rows][keep][:, None]
+            slope = entropy_grad[rows][keep].to(dtype)[:, None] * logit_scale
+            # -(log p + H) p with log p = z - peak - log total; 0 log 0 is 0
+            grad.clamp_min_(_NO_POWER)
+            factor = torch.mul(grad, slope).add_(upstream + slope * (entropy - total.log()))
+            grad.exp_().mul_(factor.div_(-total))
+            log_label = logp.clamp_min(_NO_POWER)
+            not_label -= slope * log_label.exp() * (log_label + entropy)
         grad.scatter_(1, at_label, torch.where(here, not_label, grad.gather(1, at_label)))
         if softcap is not None:
             # 1 - tanh^2 = 1 / cosh^2, which does not cancel where the cap saturates.

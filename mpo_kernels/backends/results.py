@@ -19,6 +19,8 @@ class RowStats(NamedTuple):
     """(N,) in nats, where it was asked for."""
     is_argmax: torch.Tensor | None
     """(N,) bool, where it was asked for."""
+    moments: torch.Tensor | None = None
+    """(N, 2) log of the sum of squared probabilities, and mean final logit, where asked for."""
 
 
 class RowDirections(RowStats):

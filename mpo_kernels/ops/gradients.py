@@ -290,14 +290,22 @@ def boosted(
     Found on the device, without a sync. Rows whose gradients are all 0 keep them; a gradient that
     is not finite gives NaN, as it should.
     """
+    boost = boost_for(row_grads, dtype, logit_scale)
+    return Upstream(row_grads if boost is None else row_grads * boost, boost)
+
+
+def boost_for(
+    bounds: torch.Tensor, dtype: torch.dtype, logit_scale: float | torch.Tensor
+) -> torch.Tensor | None:
+    """() that power of two, or None for 1: no gradient of a final logit of row i exceeds
+    bounds[i] (n,) in size."""
     if dtype != torch.float16:
-        return Upstream(row_grads, None)
-    if row_grads.numel() == 0:  # a rank of a context that has none of these rows
-        return Upstream(row_grads, row_grads.new_ones(()))
-    ratio = FP16_PEAK / (row_grads.abs().amax() * logit_scale).abs().clamp_min(1e-30)
+        return None
+    if bounds.numel() == 0:  # a rank of a context that has none of these rows
+        return bounds.new_ones(())
+    ratio = FP16_PEAK / (bounds.abs().amax() * logit_scale).abs().clamp_min(1e-30)
     mantissa, _ = torch.frexp(ratio)
-    boost = ratio / mantissa
-    return Upstream(row_grads * boost, boost)
+    return ratio / mantissa
 
 
 def spread(grad: torch.Tensor, rows: torch.Tensor | None, count: int) -> torch.Tensor:

@@ -5,6 +5,9 @@ With a trainable head the logits of a single chunk are kept, and turned into the
 backward, where any upstream gradient is known: one GEMM forward, two backward. More rows than that
 are computed again: three backward. With a frozen head dlogp/dH is made in the forward pass, where
 the logits are, and its rows are scaled in backward (equation 10): two GEMMs in all.
+
+Where the entropy is differentiable too, two factors of a row are known in backward only. A frozen
+head then keeps its logits as a trainable one does: two GEMMs in all, three where they do not fit.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from mpo_kernels.ops.chunks import Targets, scored_rows, split_rows
 from mpo_kernels.ops.gradients import (
     HeadGradients,
     HeadGrads,
+    boost_for,
     boosted,
     graph_ends_here,
     hidden_grad_dtype,
@@ -27,8 +31,8 @@ from mpo_kernels.ops.gradients import (
 )
 from mpo_kernels.ops.operator import operator
 from mpo_kernels.ops.projection import Head, Needs, Projection, TokenOutputs
-from mpo_kernels.ops.stats import leaves_directions, row_stats, write_logit_grads
-from mpo_kernels.options import LogitOptions, statistics_dtype
+from mpo_kernels.ops.stats import constants_of, leaves_directions, row_stats, write_logit_grads
+from mpo_kernels.options import LogitOptions, Wanted, statistics_dtype
 
 
 class LinearTokenResults(NamedTuple):
@@ -39,8 +43,10 @@ class LinearTokenResults(NamedTuple):
     entropy: torch.Tensor
     """(M,), like is_argmax, where token outputs are asked for, else (0,)."""
     is_argmax: torch.Tensor
+    moments: torch.Tensor
+    """(M, 2) where they are asked for, else (0, 2)."""
     normalizer: torch.Tensor
-    """(M, 2) for a trainable head, else (0, 2)."""
+    """(M, 2) where the logits' gradients are made in backward, else (0, 2)."""
     hidden_grad: torch.Tensor
     """(M, D) dlogp/dH for a frozen head, else (0,)."""
     kept_logits: torch.Tensor
@@ -58,7 +64,7 @@ def linear_token_logprobs_op(
     keep_stats: bool,
     may_keep_logits: bool,
     keep_hidden_grad: bool,
-    token_outputs: bool,
+    wanted: Wanted,
 ) -> LinearTokenResults:
     """hidden (N, D), targets of M labels on any device -> log-probabilities; normalizers with
     `keep_stats`, dlogp/dH with `keep_hidden_grad`.
@@ -75,16 +81,26 @@ def linear_token_logprobs_op(
             rows=labels,
             scaled_later=True,
         )
-        tokens = TokenOutputs.zeros(hidden, labels, labels if token_outputs else 0)
+        tokens = TokenOutputs.zeros(hidden, labels, labels if wanted.token_outputs else 0)
         dtype = statistics_dtype(hidden)
-        normalizer = hidden.new_zeros(labels if keep_stats else 0, 2, dtype=dtype)
+        normalizer, moments = (
+            hidden.new_zeros(labels if is_wanted else 0, 2, dtype=dtype)
+            for is_wanted in (keep_stats, wanted.moments)
+        )
         # the rows' own factors are left to backward
         one = boosted(hidden.new_ones(1, dtype=dtype), rows.projection.dtype, options.scale)
         for chunk in rows.chunks():
             stats = row_stats(
-                chunk.logits, chunk.labels, options, token_outputs=token_outputs, overwrite=True
+                chunk.logits,
+                chunk.labels,
+                options,
+                token_outputs=wanted.token_outputs,
+                moments=wanted.moments,
+                overwrite=True,
             )
             tokens.put(chunk.indices, stats)
+            if stats.moments is not None:
+                moments.index_copy_(0, chunk.indices, stats.moments)
             if keep_stats:
                 normalizer.index_copy_(0, chunk.indices, stats.normalizer)
             if keep_hidden_grad:
@@ -97,7 +113,7 @@ def linear_token_logprobs_op(
         kept_logits = rows.projection.weight.new_empty(0, head.weight.shape[0])
         if may_keep_logits and rows.are_one_chunk:
             kept_logits = chunk.logits[0]
-    return LinearTokenResults(*tokens, normalizer, hidden_grad, kept_logits)
+    return LinearTokenResults(*tokens, moments, normalizer, hidden_grad, kept_logits)
 
 
 class _Chunk(NamedTuple):
@@ -148,13 +164,14 @@ class _Rows:
 
 
 @linear_token_logprobs_op.register_fake
-def _(hidden, head, targets, options, keep_stats, may_keep_logits, keep_hidden_grad, token_outputs):
+def _(hidden, head, targets, options, keep_stats, may_keep_logits, keep_hidden_grad, wanted):
     rows, floats = targets.labels.shape[0], {"dtype": statistics_dtype(hidden)}
     kept = torch.library.get_ctx().new_dynamic_size() if may_keep_logits else 0
     return LinearTokenResults(
         hidden.new_empty(rows, **floats),
-        hidden.new_empty(rows if token_outputs else 0, **floats),
-        hidden.new_empty(rows if token_outputs else 0, dtype=torch.bool),
+        hidden.new_empty(rows if wanted.token_outputs else 0, **floats),
+        hidden.new_empty(rows if wanted.token_outputs else 0, dtype=torch.bool),
+        hidden.new_empty(rows if wanted.moments else 0, 2, **floats),
         hidden.new_empty(rows if keep_stats else 0, 2, **floats),
         hidden.new_empty(
             (rows, hidden.shape[1]) if keep_hidden_grad else 0,
@@ -167,8 +184,10 @@ def _(hidden, head, targets, options, keep_stats, may_keep_logits, keep_hidden_g
 @operator("mpo_kernels::linear_token_logprobs_grad", strided=("hidden", "weight"))
 def linear_token_logprobs_grad_op(
     grad_logp: torch.Tensor,
+    grad_entropy: torch.Tensor | None,
     logp: torch.Tensor,
     normalizer: torch.Tensor,
+    entropy: torch.Tensor | None,
     kept_logits: torch.Tensor,
     hidden: torch.Tensor,
     head: Head,
@@ -177,17 +196,42 @@ def linear_token_logprobs_grad_op(
     needs: Needs,
     are_directions: bool,
 ) -> HeadGrads:
-    """dL/dlogp (M,) -> gradients of the head. Logits (n, V) that were kept, or their directions,
-    are left as they are."""
-    stats = (RowDirections if are_directions else RowStats)(logp, normalizer, None, None)
+    """dL/dlogp (M,) and dL/dentropy (M,) -> gradients of the head. Logits (n, V) that were kept, or
+    their directions, are left as they are."""
+    stats = (RowDirections if are_directions else RowStats)(logp, normalizer, entropy, None)
     kept = kept_logits if kept_logits.shape[0] else None
     if kept is not None and not are_directions:
         kept = kept.clone()
-    return _head_gradients(grad_logp, stats, kept, hidden, head, targets, options, needs)
+    upstream = _RowGrads(grad_logp, grad_entropy)
+    return _head_gradients(upstream, stats, kept, hidden, head, targets, options, needs)
+
+
+class _RowGrads(NamedTuple):
+    """Gradients of the results of M labels, or of some rows among them."""
+
+    logp: torch.Tensor
+    entropy: torch.Tensor | None
+
+    def of(self, indices: torch.Tensor) -> _RowGrads:
+        entropy = None if self.entropy is None else self.entropy[indices]
+        return _RowGrads(self.logp[indices], entropy)
+
+    def bounds(self, entropies: torch.Tensor | None) -> torch.Tensor:
+        """What no gradient of a row's final logits exceeds: p |log p + H| is at most H, whose terms
+        are the p |log p|."""
+        if self.entropy is None or entropies is None:
+            return self.logp
+        # a row without a number is no reason for the others to have none
+        return self.logp.abs() + self.entropy.abs() * entropies.nan_to_num(0.0)
+
+    def times(self, boost: torch.Tensor | None) -> _RowGrads:
+        if boost is None:
+            return self
+        return _RowGrads(self.logp * boost, None if self.entropy is None else self.entropy * boost)
 
 
 def _head_gradients(
-    grad_logp: torch.Tensor,
+    upstream: _RowGrads,
     stats: RowStats,
     kept_logits: torch.Tensor | None,
     hidden: torch.Tensor,
@@ -210,22 +254,42 @@ def _head_gradients(
             in_one_chunk=rows.are_one_chunk,
         )
         for chunk in rows.chunks(kept_logits):
-            upstream = boosted(
-                grad_logp.index_select(0, chunk.indices), rows.projection.dtype, options.scale
-            )
+            entropies = None if stats.entropy is None else stats.entropy[chunk.indices]
             of_rows = stats._replace(
-                logp=stats.logp[chunk.indices], normalizer=stats.normalizer[chunk.indices]
+                logp=stats.logp[chunk.indices],
+                normalizer=stats.normalizer[chunk.indices],
+                entropy=entropies,
             )
+            row_grads = upstream.of(chunk.indices)
+            boost = boost_for(row_grads.bounds(entropies), rows.projection.dtype, options.scale)
+            row_grads = row_grads.times(boost)
             factors = write_logit_grads(
-                chunk.logits, chunk.labels, of_rows, upstream.row_grads, options, out=chunk.logits
+                chunk.logits,
+                chunk.labels,
+                of_rows,
+                row_grads.logp,
+                options,
+                out=chunk.logits,
+                entropy_grads=row_grads.entropy,
             )
-            gradients.add(chunk.indices, chunk.logits[0], chunk.hidden, upstream.boost, factors)
+            gradients.add(chunk.indices, chunk.logits[0], chunk.hidden, boost, factors)
         return gradients.result(options.parallel)
 
 
 @linear_token_logprobs_grad_op.register_fake
 def _(
-    grad_logp, logp, normalizer, kept_logits, hidden, head, targets, options, needs, are_directions
+    grad_logp,
+    grad_entropy,
+    logp,
+    normalizer,
+    entropy,
+    kept_logits,
+    hidden,
+    head,
+    targets,
+    options,
+    needs,
+    are_directions,
 ):
     rows, (vocab, width) = logp.shape[0], head.weight.shape
     like = head.weight if head.bias is None else head.bias
@@ -238,19 +302,20 @@ def _(
 
 
 def _save(ctx: Any, given: Any, found: LinearTokenResults) -> None:
-    head, targets, (_, *others) = given.head, given.targets, found
+    head, targets = given.head, given.targets
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*others)
+    ctx.mark_non_differentiable(*constants_of(found, given.wanted))
     ctx.options = given.options  # and with it a Parallel, which lives until backward has run
-    ctx.token_outputs = given.token_outputs
+    ctx.may_be_directions = not (given.wanted.token_outputs or given.wanted.moments)
     ctx.keep_hidden_grad, ctx.ignore_index = given.keep_hidden_grad, targets.ignore_index
     ctx.gemm_dtype, ctx.chunk_bytes = head.gemm_dtype, head.chunk_bytes
     ctx.hidden_shape, ctx.hidden_dtype = given.hidden.shape, given.hidden.dtype
-    # A frozen head needs neither hidden states nor weight again.
+    # Where dlogp/dH is there, neither hidden states nor weight are needed again.
     if given.keep_stats:
         ctx.save_for_backward(
             found.logp,
             found.normalizer,
+            found.entropy if given.wanted.entropy_grad else None,
             found.kept_logits,
             given.hidden,
             head.weight,
@@ -262,31 +327,42 @@ def _save(ctx: Any, given: Any, found: LinearTokenResults) -> None:
         ctx.save_for_backward(found.hidden_grad, targets.rows)
 
 
-def _backward(ctx: Any, grad_logp: torch.Tensor | None, *_: Any) -> tuple:
-    if grad_logp is None:
+def _backward(
+    ctx: Any, grad_logp: torch.Tensor | None, grad_entropy: torch.Tensor | None, *_: Any
+) -> tuple:
+    if grad_logp is None and grad_entropy is None:
         return None, None, None
     if ctx.keep_hidden_grad:
+        assert grad_logp is not None
         hidden_grad, rows = ctx.saved_tensors
         hidden_grad = scaled(hidden_grad, grad_logp, grad_logp.new_ones(()), ctx.hidden_dtype)
         return spread(hidden_grad, rows, ctx.hidden_shape[0]), None, None
-    logp, normalizer, kept_logits, hidden, weight, bias, labels, rows = ctx.saved_tensors
+    logp, normalizer, entropy, kept_logits, hidden, weight, bias, labels, rows = ctx.saved_tensors
+    if grad_logp is None:
+        grad_logp = torch.zeros_like(logp)
     head = Head(weight, bias, ctx.gemm_dtype, ctx.chunk_bytes)
     targets, needs = Targets(labels, rows, ctx.ignore_index), Needs(*ctx.needs_input_grad[:3])
     are_directions = (
         kept_logits.shape[0] > 0
-        and not ctx.token_outputs
+        and ctx.may_be_directions
         and leaves_directions(kept_logits, ctx.options)
     )
-    if kept_logits.shape[0] and graph_ends_here(grad_logp, kept_logits):
-        stats = (RowDirections if are_directions else RowStats)(logp, normalizer, None, None)
+    upstream = [grad for grad in (grad_logp, grad_entropy) if grad is not None]
+    if kept_logits.shape[0] and graph_ends_here(*upstream, kept_logits):
+        stats = (RowDirections if are_directions else RowStats)(logp, normalizer, entropy, None)
+        row_grads = _RowGrads(
+            grad_logp.contiguous(), None if grad_entropy is None else grad_entropy.contiguous()
+        )
         grads = _head_gradients(
-            grad_logp.contiguous(), stats, kept_logits, hidden, head, targets, ctx.options, needs
+            row_grads, stats, kept_logits, hidden, head, targets, ctx.options, needs
         )
     else:
         grads = linear_token_logprobs_grad_op(
             grad_logp,
+            grad_entropy,
             logp,
             normalizer,
+            entropy,
             kept_logits,
             hidden,
             head,

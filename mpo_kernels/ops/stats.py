@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from mpo_kernels.backends import backend_for, eager
 from mpo_kernels.backends.results import RowDirections, RowStats
 from mpo_kernels.labels import IGNORED
-from mpo_kernels.options import LogitOptions, statistics_dtype
+from mpo_kernels.options import LogitOptions, Wanted, statistics_dtype
 
 
 def row_stats(
@@ -17,6 +19,7 @@ def row_stats(
     *,
     token_outputs: bool = False,
     overwrite: bool = False,
+    moments: bool = False,
 ) -> RowStats:
     """Statistics of logits (B, T, V), or of this rank's slice of them, labels (N,) counted over the
     whole vocabulary.
@@ -25,20 +28,19 @@ def row_stats(
     of them are then overwritten.
     """
     backend, parallel = backend_for(logits), options.parallel
-    if overwrite and not token_outputs and leaves_directions(logits, options):
+    if overwrite and not (token_outputs or moments) and leaves_directions(logits, options):
         return eager.logprob_directions(logits, labels, logit_scale=options.scale)
+    wanted = {"token_outputs": token_outputs, "moments": moments}
     if parallel is None or parallel.vocab_group is None:
-        return backend.logprob_stats(
-            logits, labels, **options.transform, token_outputs=token_outputs
-        )
+        return backend.logprob_stats(logits, labels, **options.transform, **wanted)
     partials = backend.logprob_partials(
-        logits, parallel.local_labels(labels), **options.transform, token_outputs=token_outputs
+        logits, parallel.local_labels(labels), **options.transform, **wanted
     )
     gathered = parallel.gather_partials(partials)
     unknown = (labels != IGNORED) & ((labels < 0) | (labels >= parallel.vocab))
     # as one rank marks it: value and gradient are NaN
     gathered[0, :, 3].masked_fill_(unknown, float("nan"))
-    return backend.combine(gathered, labels, token_outputs=token_outputs)
+    return backend.combine(gathered, labels, parallel.vocab, **wanted)
 
 
 def leaves_directions(logits: torch.Tensor, options: LogitOptions) -> bool:
@@ -58,9 +60,11 @@ def write_logit_grads(
     options: LogitOptions,
     *,
     out: torch.Tensor,
+    entropy_grads: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """Writes dL/dlogits of this rank's logits (B, T, V) into `out`, which may be `logits`;
-    `row_grads` (N,) are dL/dlogp, `stats` what `row_stats` said of these rows.
+    `row_grads` (N,) are dL/dlogp, `entropy_grads` (N,) dL/dentropy, `stats` what `row_stats` said
+    of these rows.
 
     Returns (N,) by what the rows are still to be multiplied, if by anything: directions are left as
     they are.
@@ -72,6 +76,12 @@ def write_logit_grads(
         )
     local = labels if parallel is None else parallel.local_labels(labels)
     backend_for(logits).logprob_grad(
-        logits, local, stats.logp, stats.normalizer, row_grads, out, **options.transform
+        logits, local, stats, row_grads, out, entropy_grad=entropy_grads, **options.transform
     )
     return None
+
+
+def constants_of(found: Any, wanted: Wanted) -> list[torch.Tensor]:
+    """The results of tokens, of whatever operator, that have no gradient."""
+    trained = ("logp", "entropy") if wanted.entropy_grad else ("logp",)
+    return [result for name, result in found._asdict().items() if name not in trained]

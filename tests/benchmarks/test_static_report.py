@@ -24,6 +24,7 @@ from benchmarks.instruments.launch import recorded  # noqa: E402
 from benchmarks.instruments.peers import PEERS, Peer  # noqa: E402
 from benchmarks.instruments.variants import variants  # noqa: E402
 from benchmarks.output import Machine  # noqa: E402
+from mpo_kernels.backends.results import RowStats  # noqa: E402
 from mpo_kernels.backends.triton.logprob import logprob_grad, logprob_stats  # noqa: E402
 
 TABLE = Path(__file__).parents[1] / "kernels" / "compiled" / f"{triton.__version__}.json"
@@ -41,9 +42,8 @@ def launch_ours(vocab, target):
     row = torch.empty(1024, device="meta")
     options = {"logit_scale": 1.0, "softcap": None}
     logprob_stats(logits, labels, **options)
-    logprob_grad(
-        logits, labels, row, row.new_empty(1024, 2), row, torch.empty_like(logits), **options
-    )
+    stats = RowStats(row, row.new_empty(1024, 2), None, None)
+    logprob_grad(logits, labels, stats, row, torch.empty_like(logits), **options)
 
 
 PLANTED = Peer(

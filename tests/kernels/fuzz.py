@@ -21,6 +21,7 @@ import torch
 from cases import INTERPRETED, LAYOUTS, REGIMES, OtherStrides, laid_out, regime
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import linear, pad
+from torch.utils._pytree import tree_leaves
 
 import mpo_kernels
 from mpo_kernels import oracle
@@ -159,6 +160,8 @@ class Problem:
                 "validate": self.rng.choice([None, True, False]),
                 "inplace_backward": self.maybe(0.2),
             }
+        if self.kind.endswith("statistics"):
+            self.only_ours |= {"moments": self.maybe(0.5), "entropy_grad": self.maybe(0.5)}
         if self.is_loss:
             float_of = [torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16]
             self.tensors["reference_gap"] = self.normal(self.pairs).to(self.rng.choice(float_of))
@@ -270,7 +273,9 @@ class Problem:
             if n in self.stored and stored
         }
         out = getattr(mpo_kernels, self.kind)(**given, **self.options | numbers, **self.only_ours)
-        leaves = torch.utils._pytree.tree_leaves(tuple(out)) if isinstance(out, tuple) else [out]
+        if self.only_ours.get("entropy_grad"):
+            out = [out.logprobs + 0.7 * out.entropy, *out[1:]]
+        leaves = [out] if isinstance(out, torch.Tensor) else tree_leaves(tuple(out))
         return [leaf for leaf in leaves if leaf is not None]
 
     def oracle(self, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -305,7 +310,12 @@ class Problem:
         if self.is_loss:
             results = list(oracle.mpo_loss(read, labels, **wide, **self.options))
             return logits, results + (tokens if self.only_ours["token_outputs"] else [])
-        return logits, tokens if self.kind.endswith("statistics") else tokens[:1]
+        if not self.kind.endswith("statistics"):
+            return logits, tokens[:1]
+        if self.only_ours["entropy_grad"]:
+            tokens[0] = tokens[0] + 0.7 * tokens[1]
+        moments = oracle.token_moments(read, labels, **head) if self.only_ours["moments"] else ()
+        return logits, [*tokens, *moments]
 
     def run(self) -> str:
         """Compares; returns what it was about."""

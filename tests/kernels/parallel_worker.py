@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 import mpo_kernels
 import mpo_kernels.ops.chunks
-from mpo_kernels import Parallel, losses, oracle
+from mpo_kernels import Parallel, TokenStatistics, losses, oracle
 
 P, T, D, V = 3, 7, 12, 53
 PROMPT = 3
@@ -241,6 +241,50 @@ def check_tokens(
         (want * data["upstream"]).sum().backward()
         (got * share["upstream"]).sum().backward()
         compare_gradients(mine, whole, layout, tolerance, f"linear_token_logprobs, trained {names}")
+
+
+def check_statistics(
+    layout: Layout, names: tuple[str, ...], dtype: torch.dtype, ignore_index: int
+) -> None:
+    """linear_token_statistics with all that there is, of which `names` are trained; in half
+    precision against the package on one rank, which rounds the logits as this does."""
+    data, options = problem(dtype, ignore_index), {"ignore_index": ignore_index, "softcap": 6.0}
+    share, is_exact = layout.share(data), dtype.itemsize >= 4
+    wide = {n: t.double() if t.is_floating_point() else t for n, t in data.items()}
+    whole, mine = trained(wide if is_exact else data, names), trained(share, names)
+
+    def found(d: dict[str, torch.Tensor], parallel: Parallel | None) -> TokenStatistics:
+        return mpo_kernels.linear_token_statistics(
+            *(d[name] for name in ("hidden", "weight", "labels")),
+            bias=d["bias"],
+            moments=True,
+            entropy_grad=True,
+            parallel=parallel,
+            **options,
+        )
+
+    def loss(out: TokenStatistics, upstream: torch.Tensor) -> torch.Tensor:
+        return (out.logprobs * upstream).sum() + (out.entropy * upstream.flip(0)).sum()
+
+    got = found(mine, layout.parallel)
+    want = found(whole, None)
+    tolerance = max(TOLERANCE[dtype], 1e-6) if is_exact else 2e-2
+    if is_exact:
+        logits = torch.nn.functional.linear(*(whole[name] for name in HEADS))
+        labels = whole["labels"]
+        logp, entropy = (
+            f(logits, labels, **options) for f in (oracle.token_logprobs, oracle.token_entropy)
+        )
+        want = TokenStatistics(
+            logp, entropy, want.is_argmax, *oracle.token_moments(logits, labels, **options)
+        )
+    for name, one, other in zip(got._fields, got, want, strict=True):
+        if name != "is_argmax":
+            close(one, other[:, layout.positions], name, tolerance)
+    if names:
+        loss(want, data["upstream"]).backward()
+        loss(got, share["upstream"]).backward()
+        compare_gradients(mine, whole, layout, tolerance, f"entropy, trained {names}")
 
 
 def check_sequence_loss(
@@ -564,10 +608,12 @@ def main(rank: int, ranks: int, rendezvous: str) -> None:
             check_loss(layout, 4 * V * 4, "sum", dtype, next(ignored), packed=True)
             check_sequence_loss(layout, 4 * V * 4, dtype, next(ignored))
             check_tokens(layout, ("hidden",), dtype, next(ignored))
+            check_statistics(layout, HEADS, dtype, next(ignored))
             if not INTERPRETED:
                 check_loss(layout, None, "none", dtype, next(ignored), packed=True)
                 mpo_kernels.ops.chunks.ROW_MULTIPLE = 128  # one chunk, whose logits are kept
                 check_sequence_loss(layout, None, dtype, next(ignored))
+                check_statistics(layout, ("hidden",), dtype, next(ignored))
                 mpo_kernels.ops.chunks.ROW_MULTIPLE = 1
                 for names in (HEADS, ("weight", "bias"), ()):
                     check_tokens(layout, names, dtype, next(ignored))

@@ -94,16 +94,23 @@ class Call:
     def value(self, **tensors) -> torch.Tensor:
         """The differentiable result."""
         result = self.ours(**tensors)
+        if self.options.get("entropy_grad"):
+            return result.logprobs + 0.7 * result.entropy
         return result if isinstance(result, torch.Tensor) else result[0]
 
     def oracle(self, **tensors) -> torch.Tensor:
         wide = {name: tensor.double() for name, tensor in self.tensors.items()}
         positional, options = self.arguments({**wide, **tensors}, wide=True)
-        options = {
-            k: v
-            for k, v in options.items()
-            if k not in ("inplace_backward", "token_outputs", "validate")
-        }
+        ours_alone = ("inplace_backward", "token_outputs", "validate", "moments", "entropy_grad")
+        options = {k: v for k, v in options.items() if k not in ours_alone}
+        if self.options.get("entropy_grad"):
+            logits = positional[0]
+            if self.function.startswith("linear"):
+                logits = torch.nn.functional.linear(*positional[:2], options.get("bias"))
+            logps, entropies = (
+                f(logits, self.labels) for f in (oracle.token_logprobs, oracle.token_entropy)
+            )
+            return logps + 0.7 * entropies
         name = self.function.replace("statistics", "logprobs").replace("sequence_loss", "mpo_loss")
         result = getattr(oracle, name)(*positional, **options)
         return result if isinstance(result, torch.Tensor) else result[0]
@@ -119,11 +126,14 @@ def calls(dtypes=(torch.float32,)) -> list[Call]:
         ("token_logprobs", {}),
         ("token_logprobs", {"inplace_backward": True}),
         ("token_statistics", {}),
+        ("token_statistics", {"moments": True, "entropy_grad": True}),
+        ("token_statistics", {"entropy_grad": True, "inplace_backward": True}),
         ("mpo_loss", {}),
         ("mpo_loss", {"reduction": "none", "token_outputs": True}),
         ("mpo_loss", {"inplace_backward": True, "token_outputs": True}),
         ("linear_token_logprobs", {}),
         ("linear_token_statistics", {}),
+        ("linear_token_statistics", {"moments": True, "entropy_grad": True}),
         ("linear_mpo_loss", {"token_outputs": True}),
         ("linear_mpo_loss", {"reduction": "none", "token_outputs": True}),
         ("sequence_loss", {}),

@@ -153,12 +153,19 @@ def test_infinities_at_every_place(target, softcap):
     )
     ours, theirs = logits.clone().requires_grad_(), logits.double().requires_grad_()
     with gpu_on_cpu(target), use_tiles(stats=Tile(32, 1), grad=Tile(64, 1)):
-        got = mpo_kernels.token_statistics(ours, labels, softcap=softcap)
-        got.logprobs.sum().backward()
+        got = mpo_kernels.token_statistics(
+            ours, labels, softcap=softcap, moments=True, entropy_grad=True
+        )
+        (got.logprobs + got.entropy).sum().backward()
     logp = oracle.token_logprobs(theirs, labels, softcap=softcap)
-    logp.sum().backward()
     entropy = oracle.token_entropy(theirs, labels, softcap=softcap)
-    for found, want in ((got.logprobs, logp), (got.entropy, entropy), (ours.grad, theirs.grad)):
+    (logp + entropy).sum().backward()
+    moments = oracle.token_moments(logits.double(), labels, softcap=softcap)
+    for found, want in zip(
+        (got.logprobs, got.entropy, *got[3:], ours.grad),
+        (logp, entropy, *moments, theirs.grad),
+        strict=True,
+    ):
         torch.testing.assert_close(
             found.detach().double(), want.detach(), rtol=1e-5, atol=1e-5, equal_nan=True
         )
@@ -172,16 +179,24 @@ def test_token_outputs(target):
     labels = labels_of((4, 3), 300)
     logits = regime("normal", (4, 3, 300), labels)
     for tiles in (SMALL, tiles_of(target)):
+        ours, theirs = logits.clone().requires_grad_(), logits.double().requires_grad_()
         with gpu_on_cpu(target), use_tiles(**tiles):
-            got = mpo_kernels.token_statistics(logits, labels)
+            got = mpo_kernels.token_statistics(ours, labels, moments=True, entropy_grad=True)
+            (got.logprobs.sum() - 0.7 * got.entropy.sum()).backward()
+        want = oracle.token_logprobs(theirs, labels) - 0.7 * oracle.token_entropy(theirs, labels)
+        want.sum().backward()
+        assert relative_error(ours.grad, theirs.grad) < ERROR[torch.float32]
+        moments = oracle.token_moments(logits.double(), labels)
+        for found, moment in zip(got[3:], moments, strict=True):
+            torch.testing.assert_close(found.double(), moment, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(
-            got.logprobs.double(),
+            got.logprobs.detach().double(),
             oracle.token_logprobs(logits.double(), labels),
             rtol=1e-5,
             atol=1e-5,
         )
         torch.testing.assert_close(
-            got.entropy.double(),
+            got.entropy.detach().double(),
             oracle.token_entropy(logits.double(), labels),
             rtol=1e-4,
             atol=1e-5,
@@ -270,8 +285,8 @@ def test_gradients_beyond_two_to_the_31(positions_are_far, inplace):
     out = logits if inplace else reserved()
     options = {"logit_scale": 1.0, "softcap": None}
     with gpu_on_cpu("sm_90"), use_tiles(**SMALL):
-        logp, normalizer, *_ = kernels.logprob_stats(logits, labels, **options)
-        kernels.logprob_grad(logits, labels, logp, normalizer, torch.ones(4), out, **options)
+        stats = kernels.logprob_stats(logits, labels, **options)
+        kernels.logprob_grad(logits, labels, stats, torch.ones(4), out, **options)
     assert relative_error(out, theirs.grad) < ERROR[torch.bfloat16]
 
 

@@ -14,7 +14,7 @@ from mpo_kernels.ops import chunks, gradients
 from mpo_kernels.ops.chunks import Targets
 from mpo_kernels.ops.linear_tokens import linear_token_logprobs_op
 from mpo_kernels.ops.projection import Head, Needs, Projection
-from mpo_kernels.options import LogitOptions
+from mpo_kernels.options import LogitOptions, Wanted
 
 P, T, D, V = 2, 6, 8, 211
 GAP = torch.tensor([0.3, -0.2])
@@ -88,6 +88,26 @@ def test_tokens(factor, value, frozen):
     check(ours[:count], loss, exact[:count], wanted, 1e-3)
 
 
+@pytest.mark.parametrize("rows", [16, 128], ids=["in pieces", "one chunk"])
+@pytest.mark.parametrize("size", [1e-9, 1.0, 1e4])
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable head", "frozen head"])
+def test_entropy(frozen, size, rows, monkeypatch):
+    """Its gradient alone, and one much smaller than that of the log-probabilities."""
+    monkeypatch.setattr(chunks, "ROW_MULTIPLE", rows)
+    hidden, weight, labels = inputs(1.0)
+    for share in (0.0, 1e-3):
+        ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)]
+        exact = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
+        upstream = torch.linspace(-1, 2, labels.numel()).view(labels.shape) * size
+        found = mpo_kernels.linear_token_statistics(*ours, labels, chunk_bytes=1, entropy_grad=True)
+        loss = (found.entropy * upstream).sum() + share * found.logprobs.sum()
+        logits = torch.nn.functional.linear(*exact)
+        wanted = (oracle.token_entropy(logits, labels) * upstream.double()).sum()
+        wanted = wanted + share * oracle.token_logprobs(logits, labels).sum()
+        count = 1 if frozen else 2
+        check(ours[:count], loss, exact[:count], wanted, 1e-3)
+
+
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable head", "frozen head"])
 def test_a_scale_that_only_the_device_knows(frozen):
     """The operators get it as a tensor; a 0-d one on the CPU would be read there."""
@@ -100,7 +120,7 @@ def test_a_scale_that_only_the_device_knows(frozen):
     wanted = oracle.linear_token_logprobs(*exact, flat, logit_scale=1e4).sum()
     head, targets = Head(ours[1], None, None, None), Targets(flat, None, -100)
     loss = linear_token_logprobs_op(
-        ours[0], head, targets, options, not frozen, False, frozen, token_outputs=False
+        ours[0], head, targets, options, not frozen, False, frozen, Wanted(False)
     ).logp.sum()
     count = 1 if frozen else 2
     check(ours[:count], loss, exact[:count], wanted, 1e-3)

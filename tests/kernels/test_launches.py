@@ -33,6 +33,7 @@ from benchmarks.instruments.launch import gpu_on_cpu, recorded
 from benchmarks.instruments.machine_code import TARGETS
 from mpo_kernels import oracle
 from mpo_kernels.backends import triton as kernels
+from mpo_kernels.backends.results import RowStats
 from mpo_kernels.backends.triton import tiles
 from mpo_kernels.backends.triton.tiles import Tile, use_tiles
 from mpo_kernels.labels import IGNORED
@@ -88,16 +89,24 @@ def from_logits(size, run):
         if sequences == 1:
             upstream = torch.linspace(-1, 2, labels.numel()).view(labels.shape)
             with run(), use_tiles(stats=Tile(512, 1), grad=Tile(512, 1)):
-                got = mpo_kernels.token_statistics(ours, labels, ignore_index=size.ignore_index)
-                (grad,) = torch.autograd.grad(got.logprobs, ours, upstream)
+                got = mpo_kernels.token_statistics(
+                    ours,
+                    labels,
+                    ignore_index=size.ignore_index,
+                    moments=True,
+                    entropy_grad=True,
+                )
+                (grad,) = torch.autograd.grad(got.logprobs, ours, upstream, retain_graph=True)
+                (entropy_grad,) = torch.autograd.grad(got.entropy, ours, upstream)
             want = oracle.token_logprobs(theirs, labels, ignore_index=size.ignore_index)
             yield "logprobs", got.logprobs, want
-            yield (
-                "entropy",
-                got.entropy,
-                oracle.token_entropy(theirs, labels, ignore_index=size.ignore_index),
-            )
+            entropy = oracle.token_entropy(theirs, labels, ignore_index=size.ignore_index)
+            yield "entropy", got.entropy, entropy
+            moments = oracle.token_moments(theirs, labels, ignore_index=size.ignore_index)
+            yield from zip(("log of sum p^2", "mean logit"), got[3:], moments, strict=True)
             yield "gradient", grad, torch.autograd.grad(want, theirs, upstream.double())[0]
+            want = torch.autograd.grad(entropy, theirs, upstream.double())[0]
+            yield "gradient of the entropy", entropy_grad, want
     gap = torch.linspace(-1, 1, size.pairs)
     with run(), use_tiles(stats=Tile(size.block, 1), grad=Tile(size.block, 1)):
         out = mpo_kernels.mpo_loss(
@@ -176,8 +185,15 @@ def divided(size, run):
                 kernels.logprob_partials(part, local, **options)
                 for part, local in zip(slices, shares, strict=True)
             ]
-            logp, *_ = kernels.combine(torch.stack(partials), rows)
+            logp, *_ = kernels.combine(torch.stack(partials), rows, size.vocab)
+            more = [
+                kernels.logprob_partials(part, local, **options, moments=True)
+                for part, local in zip(slices, shares, strict=True)
+            ]
+            moments = kernels.combine(torch.stack(more), rows, size.vocab, moments=True).moments
         yield "combined", logp, want
+        both = oracle.token_moments(logits.double(), labels, ignore_index=size.ignore_index)
+        yield "combined moments", moments, torch.stack(both, -1).view(-1, 2)
     offsets = torch.arange(0, rows.numel() + 1, size.tokens, dtype=torch.int32)
     with run():
         sums = kernels.sequence_sums(want.float(), rows, offsets)
@@ -336,10 +352,14 @@ def backend_calls(device):
     head = {"logit_scale": 1.0, "softcap": None}
     logits = floats(2, 2, 9000)
     yield "logprob_stats", (logits, labels), head
-    yield "logprob_stats", (floats(2, 2, 30), labels), {**head, "token_outputs": True}
+    wanted = {"token_outputs": True, "moments": True}
+    yield "logprob_stats", (floats(2, 2, 30), labels), {**head, **wanted}
     yield "logprob_partials", (logits, labels), head
-    yield "combine", (floats(2, 4, 4), labels), {}
-    yield "logprob_grad", (logits, labels, floats(4), floats(4, 2), floats(4), logits), head
+    yield "combine", (floats(2, 4, 4), labels, 9), {}
+    stats = RowStats(floats(4), floats(4, 2), floats(4), None)
+    yield "logprob_grad", (logits, labels, stats, floats(4), logits), head
+    entropy_grad = {**head, "entropy_grad": floats(4)}
+    yield "logprob_grad", (logits, labels, stats, floats(4), logits), entropy_grad
     yield "sequence_sums", (floats(4), labels, offsets), {}
     yield (
         "pair_loss",

@@ -37,11 +37,10 @@ LINEAR = {
     "ignore_index": -100,
     "chunk_bytes": None,
     "gemm_dtype": None,
-    "token_outputs": True,
 }
-GRAD = {name: value for name, value in LINEAR.items() if name != "token_outputs"}
-
-
+PAIRS = {**LINEAR, "token_outputs": True}
+WANTED = {"token_outputs": True, "moments": False, "entropy_grad": False}
+ALL = dict.fromkeys(WANTED, True)
 STATS = {"keep_stats": True, "may_keep_logits": False, "keep_hidden_grad": False}
 
 
@@ -60,21 +59,41 @@ OPERATORS = {
     "token_logprobs": (
         token_logprobs_op,
         (random(2 * P, T, V, grad=True), FLAT),
-        {"token_outputs": True, **HEAD},
+        {**WANTED, **HEAD},
     ),
     "token_logprobs, numbers on the device": (
         token_logprobs_op,
         (random(2 * P, T, V, grad=True), FLAT),
-        {"token_outputs": True, **HEAD, "numbers": torch.tensor([0.5, 4.0])},
+        {**WANTED, **HEAD, "numbers": torch.tensor([0.5, 4.0])},
+    ),
+    "token_logprobs, all that there is": (
+        token_logprobs_op,
+        (random(2 * P, T, V, grad=True), FLAT),
+        {**ALL, **HEAD},
     ),
     "token_logprobs_grad": (
         token_logprobs_grad_op,
         (
             random(2 * P * T),
+            None,
             random(2 * P, T, V),
             FLAT,
             -random(2 * P * T).abs(),
             random(2 * P * T, 2).abs() + 1,
+            None,
+        ),
+        HEAD,
+    ),
+    "token_logprobs_grad, of the entropy": (
+        token_logprobs_grad_op,
+        (
+            random(2 * P * T),
+            random(2 * P * T),
+            random(2 * P, T, V),
+            FLAT,
+            -random(2 * P * T).abs(),
+            random(2 * P * T, 2).abs() + 1,
+            random(2 * P * T).abs(),
         ),
         HEAD,
     ),
@@ -110,7 +129,7 @@ OPERATORS = {
             "weight_grad": True,
             "bias_grad": True,
             "may_keep_chunk": False,
-            **LINEAR,
+            **PAIRS,
         },
     ),
     "linear_pair_loss, one chunk kept": (
@@ -122,7 +141,7 @@ OPERATORS = {
             "weight_grad": True,
             "bias_grad": True,
             "may_keep_chunk": True,
-            **LINEAR,
+            **PAIRS,
         },
     ),
     "linear_pair_loss, no gradient": (
@@ -135,7 +154,7 @@ OPERATORS = {
             "weight_grad": False,
             "bias_grad": False,
             "may_keep_chunk": True,
-            **LINEAR,
+            **PAIRS,
         },
     ),
     "linear_pair_loss, gathered rows": (
@@ -147,35 +166,42 @@ OPERATORS = {
             "weight_grad": True,
             "bias_grad": True,
             "may_keep_chunk": False,
-            **LINEAR,
+            **PAIRS,
         },
     ),
     "linear_token_logprobs, gathered rows": (
         linear_token_logprobs_op,
         (*from_hidden(True), FLAT, FLAT.abs() % 9),
-        {**STATS, **LINEAR},
+        {**STATS, **WANTED, **LINEAR},
     ),
     "linear_token_logprobs": (
         linear_token_logprobs_op,
         (*from_hidden(True), FLAT, None),
-        {**STATS, **LINEAR},
+        {**STATS, **WANTED, **LINEAR},
     ),
     "linear_token_logprobs, logits kept": (
         linear_token_logprobs_op,
         (*from_hidden(True), FLAT, None),
-        {**STATS, **LINEAR, "may_keep_logits": True},
+        {**STATS, **WANTED, **LINEAR, "may_keep_logits": True},
+    ),
+    "linear_token_logprobs, all that there is": (
+        linear_token_logprobs_op,
+        (*from_hidden(True), FLAT, None),
+        {**STATS, **ALL, **LINEAR},
     ),
     "linear_token_logprobs, frozen head": (
         linear_token_logprobs_op,
         (random(2 * P * T, D, grad=True), *from_hidden(False)[1:], FLAT, None),
-        {**STATS, "keep_stats": False, "keep_hidden_grad": True, **LINEAR},
+        {**STATS, "keep_stats": False, "keep_hidden_grad": True, **WANTED, **LINEAR},
     ),
     "linear_token_logprobs_grad": (
         linear_token_logprobs_grad_op,
         (
             random(2 * P * T),
+            random(2 * P * T),
             -random(2 * P * T).abs(),
             random(2 * P * T, 2).abs() + 1,
+            random(2 * P * T).abs(),
             random(int((FLAT != -100).sum()), V),
             *from_hidden(False),
             FLAT,
@@ -186,7 +212,7 @@ OPERATORS = {
             "weight_grad": True,
             "bias_grad": True,
             "are_directions": False,
-            **GRAD,
+            **LINEAR,
         },
     ),
 }
@@ -242,9 +268,19 @@ def test_divided_rows_compiled_without_a_graph_break(parallel):
     torch.testing.assert_close(value_and_grads(divided), value_and_grads(function))
 
 
+def all_of(found):
+    return sum(values.sum() for values in found if values.is_floating_point())
+
+
 FUNCTIONS = {
     "token_logprobs": lambda x, h, w, b: mpo_kernels.token_logprobs(x, LABELS).sum(),
     "token_statistics": lambda x, h, w, b: mpo_kernels.token_statistics(x, LABELS).logprobs.sum(),
+    "token_statistics, all that there is": lambda x, h, w, b: all_of(
+        mpo_kernels.token_statistics(x, LABELS, moments=True, entropy_grad=True)
+    ),
+    "linear_token_statistics, all that there is": lambda x, h, w, b: all_of(
+        mpo_kernels.linear_token_statistics(h, w, LABELS, bias=b, moments=True, entropy_grad=True)
+    ),
     "mpo_loss": (
         lambda x, h, w, b: (
             mpo_kernels.mpo_loss(x[:, :-1], LABELS[:, 1:], GAP, beta=1.2, token_outputs=True).loss

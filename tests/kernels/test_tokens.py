@@ -2,6 +2,7 @@
 oracle."""
 
 import contextlib
+import functools
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def shared_by_several_programs():
 
 def check(logits, labels, **options):
     ours, theirs = logits.clone().requires_grad_(), logits.double().requires_grad_()
-    got = mpo_kernels.token_statistics(ours, labels, **options)
+    got = mpo_kernels.token_statistics(ours, labels, moments=True, **options)
     logp = oracle.token_logprobs(theirs, labels, **options)
     torch.testing.assert_close(got.logprobs.double(), logp, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(
@@ -39,7 +40,10 @@ def check(logits, labels, **options):
         atol=2e-6,
     )
     assert torch.equal(got.is_argmax, oracle.token_is_argmax(logits.float(), labels, **options))
-    assert not got.entropy.requires_grad and got.is_argmax.dtype == torch.bool
+    moments = oracle.token_moments(logits.double(), labels, **options)
+    for found, want, bar in zip(got[3:], moments, (2e-6, 1e-5), strict=True):
+        torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=bar)
+    assert got.is_argmax.dtype == torch.bool and not any(found.requires_grad for found in got[1:])
     upstream = torch.linspace(-1, 2, labels.numel()).view(labels.shape)
     (got.logprobs * upstream).sum().backward()
     (logp * upstream.double()).sum().backward()
@@ -83,53 +87,85 @@ def slices_of(logits, labels, sizes, **options):
     for part in logits[None].split(sizes, -1):
         local = labels - start
         local = local.where((local >= 0) & (local < part.shape[-1]), -1)
-        parts.append(backend.logprob_partials(part, local, **options, token_outputs=True))
+        parts.append(
+            backend.logprob_partials(part, local, **options, token_outputs=True, moments=True)
+        )
         start += part.shape[-1]
-    return backend.combine(torch.stack(parts), labels, token_outputs=True)
+    return backend.combine(
+        torch.stack(parts), labels, logits.shape[-1], token_outputs=True, moments=True
+    )
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("divided", ["whole", "split", "slices"])
 def test_infinities_at_every_place(divided, softcap):
-    """Log-probabilities, entropy, arg-max and gradients are the oracle's, NaN where it has NaN."""
+    """Log-probabilities, entropy, arg-max, moments and gradients are the oracle's, NaN where it has
+    NaN."""
     cases = infinities(100)
     logits, labels = (
         torch.stack([z for z, _ in cases.values()]),
         torch.tensor([y for _, y in cases.values()]),
     )
-    ours, theirs = logits.clone().requires_grad_(), logits.double().requires_grad_()
-    expected = oracle.token_logprobs(theirs, labels, softcap=softcap)
-    expected.sum().backward()
-    with shared_by_several_programs() if divided == "split" else contextlib.nullcontext():
-        got = mpo_kernels.token_statistics(ours, labels, softcap=softcap)
-        got.logprobs.sum().backward()
-    logp, entropy, is_argmax, grad = *(t.detach() for t in got), ours.grad
+    exact = logits.double().requires_grad_()
+    options = {"softcap": softcap}
+    logp, entropy = (f(exact, labels, **options) for f in (oracle.token_logprobs, ENTROPY))
+    wanted = {
+        "logp": logp,
+        "entropy": entropy,
+        "gradient": torch.autograd.grad(logp.sum(), exact, retain_graph=True)[0],
+        "gradient of the entropy": torch.autograd.grad(entropy.sum(), exact)[0],
+        **dict(zip(MOMENTS, oracle.token_moments(exact, labels, **options), strict=True)),
+    }
     if divided == "slices":
-        options = {"logit_scale": 1.0, "softcap": softcap}
-        logp, normalizer, entropy, is_argmax = slices_of(logits, labels, [33, 1, 60, 6], **options)
-        grad = torch.empty_like(logits)
-        backend_for(logits).logprob_grad(
-            logits[None], labels, logp, normalizer, torch.ones(len(labels)), grad[None], **options
-        )
-    wanted = (
-        oracle.token_entropy(theirs, labels, softcap=softcap).detach(),
-        oracle.token_is_argmax(theirs, labels, softcap=softcap),
-    )
+        found, is_argmax = by_slices(logits, labels, [33, 1, 60, 6], **options)
+    else:
+        with shared_by_several_programs() if divided == "split" else contextlib.nullcontext():
+            found, is_argmax = by_the_function(logits, labels, **options)
     for i, name in enumerate(cases):
-        for what, found, want in (
-            ("logp", logp, expected.detach()),
-            ("entropy", entropy, wanted[0]),
-            ("gradient", grad, theirs.grad),
-        ):
+        for what, want in wanted.items():
             torch.testing.assert_close(
-                found[i].double(),
-                want[i],
+                found[what][i].detach().double(),
+                want[i].detach(),
                 rtol=1e-5,
                 atol=1e-6,
                 equal_nan=True,
                 msg=lambda text, at=f"{what}, {name}": f"{at}: {text}",
             )
-        assert is_argmax[i] == wanted[1][i], name
+        assert is_argmax[i] == oracle.token_is_argmax(exact, labels, **options)[i], name
+
+
+MOMENTS = ("log of sum p^2", "mean logit")
+ENTROPY = oracle.token_entropy
+
+
+def by_the_function(logits, labels, **options):
+    """What `token_statistics` finds, by name, and whether the label is the arg-max."""
+    ours = logits.clone().requires_grad_()
+    got = mpo_kernels.token_statistics(ours, labels, moments=True, entropy_grad=True, **options)
+    return {
+        "logp": got.logprobs,
+        "entropy": got.entropy,
+        "gradient": torch.autograd.grad(got.logprobs.sum(), ours, retain_graph=True)[0],
+        "gradient of the entropy": torch.autograd.grad(got.entropy.sum(), ours)[0],
+        **dict(zip(MOMENTS, got[3:], strict=True)),
+    }, got.is_argmax
+
+
+def by_slices(logits, labels, sizes, softcap):
+    """The same by way of what ranks with slices of the vocabulary exchange."""
+    options = {"logit_scale": 1.0, "softcap": softcap}
+    stats = slices_of(logits, labels, sizes, **options)
+    grads, one = [torch.empty_like(logits) for _ in range(2)], torch.ones(len(labels))
+    grad_of = functools.partial(backend_for(logits).logprob_grad, logits[None], labels, stats)
+    grad_of(one, grads[0][None], **options)
+    grad_of(0 * one, grads[1][None], entropy_grad=one, **options)
+    return {
+        "logp": stats.logp,
+        "entropy": stats.entropy,
+        "gradient": grads[0],
+        "gradient of the entropy": grads[1],
+        **dict(zip(MOMENTS, stats.moments.unbind(1), strict=True)),
+    }, stats.is_argmax
 
 
 def test_infinities_reach_the_losses():
@@ -189,9 +225,11 @@ def test_digits_of_a_likely_label(others):
 def test_split_rows_equal_whole_rows(rows, vocab, scale, seed):
     labels = labels_of((1, rows), vocab, seed)
     logits = regime("normal", (1, rows, vocab), labels, seed) * scale
-    whole = mpo_kernels.token_statistics(logits, labels)
+    whole = mpo_kernels.token_statistics(logits, labels, moments=True)
     with shared_by_several_programs():
-        split = mpo_kernels.token_statistics(logits, labels)
+        split = mpo_kernels.token_statistics(logits, labels, moments=True)
+    for one, other in zip(split[3:], whole[3:], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(split.logprobs, whole.logprobs, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(split.entropy, whole.entropy, rtol=1e-5, atol=1e-5)
     assert torch.equal(split.is_argmax, whole.is_argmax)
@@ -220,11 +258,12 @@ def test_losses_hand_out_the_same_numbers(reduction):
             hidden.requires_grad_(), weight, labels, GAP, reduction=reduction, token_outputs=True
         ),
     ):
-        for got, want in zip(out.tokens, expected, strict=True):
+        assert out.tokens[3:] == (None, None)
+        for got, want in zip(out.tokens[:3], expected[:3], strict=True):
             assert not got.requires_grad
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     linear = mpo_kernels.linear_token_statistics(hidden, weight, labels)
-    for got, want in zip(linear, expected, strict=True):
+    for got, want in zip(linear[:3], expected[:3], strict=True):
         torch.testing.assert_close(got.detach(), want, rtol=1e-5, atol=1e-5)
     assert mpo_kernels.mpo_loss(logits, labels, GAP).tokens is None
 

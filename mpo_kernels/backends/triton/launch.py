@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import triton
 
-COUNTS = ("N", "P", "T", "splits", "parts", "blocks", "ignore_index")
+COUNTS = ("N", "P", "T", "splits", "parts", "vocab", "blocks", "ignore_index")
 """Integers of kernels that are always numbers at run time. Triton makes another program where an
 integer is 1, with that integer as a constant of Python, and another one where 16 divides it. Only
 columns and strides gain by it. `ignore_index` is always labels.IGNORED: as a constant of the

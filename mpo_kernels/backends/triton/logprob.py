@@ -8,6 +8,7 @@ a row's log-probability:
     p_j = exp(z_j - m) / total        1 - p_y = -expm1(logp)
     z = cap * tanh(scale * u / cap)  ->  dz/du = scale * (1 - (z / cap)^2)                     (6)
     entropy = -p_y logp + (1 - p_y) (log Z - m' - mean' of (z - m'))    ' over other columns  (7)
+    log of sum p^2 = log(p_y^2 + (1 - p_y)^2 sum' q^2)                  q = softmax of these  (11)
 
 The label is kept out of the sum, so a label with p_y -> 1 keeps its digits in logp and in 1 - p_y;
 m and total are kept apart, so large logits lose none to the rounding of a log-sum-exp. An ignored
@@ -15,7 +16,8 @@ row reads nothing in either kernel. Bytes per bf16 logit: 2 forward, 4 backward.
 
 A row can be shared: by several programs when rows are few, or by the ranks of a vocabulary-parallel
 head. Each share emits a partial (peak, total and weighted sum of its other columns, final label
-logit or -inf), and `combine` puts the partials together in their order.
+logit or -inf; with the moments two numbers more), and `combine` puts the partials together in their
+order.
 """
 
 from __future__ import annotations
@@ -34,6 +36,9 @@ from mpo_kernels.labels import IGNORED
 PARTIAL = tl.constexpr(4)
 """Numbers of a partial: peak, total, weighted sum of z - peak (0 unless the entropy is wanted),
 label's final logit."""
+
+PARTIAL_WITH_MOMENTS = tl.constexpr(6)
+"""Two more: sum of the squares of exp(z - peak), and sum of z over all columns."""
 
 COMBINE_BLOCK = 128
 """Rows that one program of `combine` handles."""
@@ -138,6 +143,24 @@ def _final_logit(
 
 
 @triton.jit
+def _but_for_its_factor(
+    u,
+    logit_scale,
+    inverse_softcap,
+    HAS_SCALE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    IS_WIDE_CAP: tl.constexpr,
+):
+    """The final logit without the last multiplication. A sum of products may be compiled such that
+    the threads that share it round it differently."""
+    if HAS_SOFTCAP:
+        if HAS_SCALE:
+            u = u * logit_scale
+        u = _tanh(u * inverse_softcap, IS_WIDE_CAP)
+    return u
+
+
+@triton.jit
 def _loaded(logit_scale_ptr, softcap_ptr):
     cap = tl.load(softcap_ptr)
     return tl.load(logit_scale_ptr), cap, 1.0 / cap
@@ -158,7 +181,17 @@ def _moved(weighted, total, peak, new_peak):
 
 
 @triton.jit
-def _absorb(peak, total, weighted, z, HAS_TOKEN_OUTPUTS: tl.constexpr):
+def _absorb(
+    peak,
+    total,
+    weighted,
+    squares,
+    logit_sum,
+    z,
+    counted,  # the final logits but for their factor where the column is there, else 0
+    HAS_TOKEN_OUTPUTS: tl.constexpr,
+    HAS_MOMENTS: tl.constexpr,
+):
     """The sums of columns seen so far and of one more block of them."""
     new_peak = tl.maximum(peak, tl.max(z, axis=0))
     # a block of -inf must not make inf - inf
@@ -168,8 +201,27 @@ def _absorb(peak, total, weighted, z, HAS_TOKEN_OUTPUTS: tl.constexpr):
         weighted = _moved(weighted, total, peak, shift) + tl.sum(
             tl.where(powers > 0.0, powers * (z - shift), 0.0), axis=0
         )
+    if HAS_MOMENTS:
+        decay = _decay(peak, shift)
+        # the choice keeps products out of the sum, as above
+        block_squares = tl.sum(tl.where(powers > 0.0, powers * powers, 0.0), axis=0)
+        squares = squares * decay * decay + block_squares
+        logit_sum += tl.sum(counted, axis=0)
     total = total * _decay(peak, shift) + tl.sum(powers, axis=0)
-    return new_peak, total, weighted
+    return new_peak, total, weighted, squares, logit_sum
+
+
+@triton.jit
+def _log_sum_squares(d, logp, total, squares):
+    """Equation (11), with d = log((1 - p_y) / p_y): neither a likely label nor an impossible one
+    loses digits."""
+    log_others = -(tl.where(d < 0.0, -d, 0.0) + _log1p(tl.exp(-tl.abs(d))))  # log(1 - p_y)
+    at_label = 2.0 * logp
+    elsewhere = tl.where(
+        squares == 0.0, -float("inf"), 2.0 * (log_others - tl.log(total)) + tl.log(squares)
+    )
+    apart = tl.abs(at_label - elsewhere)  # inf where one of them is -inf
+    return tl.maximum(at_label, elsewhere) + _log1p(tl.exp(-apart))
 
 
 @triton.jit
@@ -177,16 +229,21 @@ def _finish(
     peak,
     total,
     weighted,
+    squares,
+    logit_sum,
     z_label,
     row,  # one row or a block of rows
+    vocab,
     logp_ptr,
     normalizer_ptr,
     entropy_ptr,
     is_argmax_ptr,
+    moments_ptr,
     mask,
     HAS_TOKEN_OUTPUTS: tl.constexpr,
+    HAS_MOMENTS: tl.constexpr,
 ):
-    """Stores a row's results from its other columns and its label: equations (4) and (7)."""
+    """Stores a row's results from its other columns and its label: equations (4), (7) and (11)."""
     # logp = -log(1 + exp(d)), d = log of the other columns' sum relative to the label. Both
     # branches of |d| stay finite.
     # -inf where no other column counts
@@ -215,6 +272,12 @@ def _finish(
         # the maximum passes over NaN
         is_number = (row_total == row_total) | (tl.abs(row_peak) == float("inf"))
         tl.store(is_argmax_ptr + row, ((z_label >= peak) & is_number).to(tl.int8), mask=mask)
+    if HAS_MOMENTS:
+        log_sum_squares = _log_sum_squares(d, logp, total, squares)
+        # the maximum passes over NaN
+        log_sum_squares = tl.where(logp == logp, log_sum_squares, logp)
+        tl.store(moments_ptr + 2 * row, log_sum_squares, mask=mask)
+        tl.store(moments_ptr + 2 * row + 1, logit_sum / vocab, mask=mask)
 
 
 @kernel
@@ -228,7 +291,10 @@ def _logprob_stats_kernel(
     normalizer_ptr,
     entropy_ptr,  # (N,) float32 out, with HAS_TOKEN_OUTPUTS
     is_argmax_ptr,  # (N,) int8 out, with HAS_TOKEN_OUTPUTS
-    partials_ptr,  # (splits, N, 4) float32 out when IS_PARTIAL, not written for ignored rows
+    moments_ptr,  # (N, 2) float32 out, with HAS_MOMENTS: log of sum p^2, mean of z
+    # (splits, N, 4) float32 out when IS_PARTIAL, (splits, N, 6) with HAS_MOMENTS; not written for
+    # ignored rows
+    partials_ptr,
     N,
     T,
     V,
@@ -245,6 +311,7 @@ def _logprob_stats_kernel(
     HAS_SOFTCAP: tl.constexpr,
     IS_WIDE_CAP: tl.constexpr,
     HAS_TOKEN_OUTPUTS: tl.constexpr,
+    HAS_MOMENTS: tl.constexpr,
     IS_PARTIAL: tl.constexpr,
     # of a vocabulary-parallel head: a label outside of [0, V) is another rank's
     IS_SLICE: tl.constexpr,
@@ -264,6 +331,9 @@ def _logprob_stats_kernel(
             if HAS_TOKEN_OUTPUTS:
                 tl.store(entropy_ptr + row, 0.0)
                 tl.store(is_argmax_ptr + row, 0)
+            if HAS_MOMENTS:
+                tl.store(moments_ptr + 2 * row, 0.0)
+                tl.store(moments_ptr + 2 * row + 1, 0.0)
     else:
         row_ptr = (
             logits_ptr
@@ -285,13 +355,28 @@ def _logprob_stats_kernel(
         peak = -float("inf")  # of the other columns
         total = 0.0
         weighted = 0.0
+        squares = 0.0
+        logit_sum = 0.0  # of all columns
         for i in range(0, tl.where(label_block < full, full - 1, full)):
             start = tl.where(i < label_block, i, i + 1) * BLOCK
             u = tl.load(share_ptr + start + lanes).to(tl.float32)  # (BLOCK,)
             z = _final_logit(
                 u, logit_scale, softcap, inverse_softcap, HAS_SCALE, HAS_SOFTCAP, IS_WIDE_CAP
             )
-            peak, total, weighted = _absorb(peak, total, weighted, z, HAS_TOKEN_OUTPUTS)
+            counted = _but_for_its_factor(
+                u, logit_scale, inverse_softcap, HAS_SCALE, HAS_SOFTCAP, IS_WIDE_CAP
+            )
+            peak, total, weighted, squares, logit_sum = _absorb(
+                peak,
+                total,
+                weighted,
+                squares,
+                logit_sum,
+                z,
+                counted,
+                HAS_TOKEN_OUTPUTS,
+                HAS_MOMENTS,
+            )
         for i in range(0, tl.where((label_block < full) & (full * BLOCK < share_columns), 2, 1)):
             start = tl.where(i == 0, label_block, full) * BLOCK
             columns = start + lanes
@@ -302,8 +387,26 @@ def _logprob_stats_kernel(
                 u, logit_scale, softcap, inverse_softcap, HAS_SCALE, HAS_SOFTCAP, IS_WIDE_CAP
             )
             # after the cap, or padding would become -cap
-            z = tl.where(inside & (columns != share_label), z, -float("inf"))
-            peak, total, weighted = _absorb(peak, total, weighted, z, HAS_TOKEN_OUTPUTS)
+            others = tl.where(inside & (columns != share_label), z, -float("inf"))
+            counted = _but_for_its_factor(
+                u, logit_scale, inverse_softcap, HAS_SCALE, HAS_SOFTCAP, IS_WIDE_CAP
+            )
+            counted = tl.where(inside, counted, 0.0)
+            peak, total, weighted, squares, logit_sum = _absorb(
+                peak,
+                total,
+                weighted,
+                squares,
+                logit_sum,
+                others,
+                counted,
+                HAS_TOKEN_OUTPUTS,
+                HAS_MOMENTS,
+            )
+        if HAS_SOFTCAP:
+            logit_sum *= softcap
+        elif HAS_SCALE:
+            logit_sum *= logit_scale
         z_label = tl.load(share_ptr + share_label, mask=here, other=-float("inf")).to(tl.float32)
         z_label = _final_logit(
             z_label, logit_scale, softcap, inverse_softcap, HAS_SCALE, HAS_SOFTCAP, IS_WIDE_CAP
@@ -312,39 +415,52 @@ def _logprob_stats_kernel(
         if not IS_SLICE:
             z_label = tl.where(known, z_label, float("nan"))
         if IS_PARTIAL:
-            partial_ptr = partials_ptr + (split.to(tl.int64) * N + row) * PARTIAL
+            width = PARTIAL_WITH_MOMENTS if HAS_MOMENTS else PARTIAL
+            partial_ptr = partials_ptr + (split.to(tl.int64) * N + row) * width
             tl.store(partial_ptr, peak)
             tl.store(partial_ptr + 1, total)
             tl.store(partial_ptr + 2, weighted)
             tl.store(partial_ptr + 3, z_label)
+            if HAS_MOMENTS:
+                tl.store(partial_ptr + 4, squares)
+                tl.store(partial_ptr + 5, logit_sum)
         else:
             _finish(
                 peak,
                 total,
                 weighted,
+                squares,
+                logit_sum,
                 z_label,
                 row,
+                V,
                 logp_ptr,
                 normalizer_ptr,
                 entropy_ptr,
                 is_argmax_ptr,
+                moments_ptr,
                 None,
                 HAS_TOKEN_OUTPUTS,
+                HAS_MOMENTS,
             )
 
 
 @kernel
 def _combine_kernel(
-    partials_ptr,  # (parts, N, 4) float32, not read for ignored rows
+    # (parts, N, 4) float32, (parts, N, 6) with HAS_MOMENTS, not read for ignored rows
+    partials_ptr,
     labels_ptr,  # (N,) int64
     logp_ptr,  # (N,) float32 out
     normalizer_ptr,  # (N, 2) float32 out
     entropy_ptr,  # (N,) float32 out, with HAS_TOKEN_OUTPUTS
     is_argmax_ptr,  # (N,) int8 out, with HAS_TOKEN_OUTPUTS
+    moments_ptr,  # (N, 2) float32 out, with HAS_MOMENTS
     N,
     parts,
+    vocab,  # columns of all parts together, with HAS_MOMENTS
     ignore_index,
     HAS_TOKEN_OUTPUTS: tl.constexpr,
+    HAS_MOMENTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
@@ -354,11 +470,18 @@ def _combine_kernel(
     if HAS_TOKEN_OUTPUTS:
         tl.store(entropy_ptr + rows, tl.zeros([BLOCK], tl.float32), mask=inside & ~scored)
         tl.store(is_argmax_ptr + rows, tl.zeros([BLOCK], tl.int8), mask=inside & ~scored)
+    if HAS_MOMENTS:
+        zeros = tl.zeros([BLOCK], tl.float32)
+        tl.store(moments_ptr + 2 * rows, zeros, mask=inside & ~scored)
+        tl.store(moments_ptr + 2 * rows + 1, zeros, mask=inside & ~scored)
     peak = tl.full([BLOCK], -float("inf"), tl.float32)
     z_label = tl.full([BLOCK], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     weighted = tl.zeros([BLOCK], tl.float32)
-    part_ptr = partials_ptr + rows * PARTIAL
+    squares = tl.zeros([BLOCK], tl.float32)
+    logit_sum = tl.zeros([BLOCK], tl.float32)
+    width = PARTIAL_WITH_MOMENTS if HAS_MOMENTS else PARTIAL
+    part_ptr = partials_ptr + rows * width
     for _ in range(parts):  # always in the same order
         part_peak = tl.load(part_ptr, mask=scored, other=0.0)
         part_total = tl.load(part_ptr + 1, mask=scored, other=1.0)
@@ -369,23 +492,33 @@ def _combine_kernel(
             weighted = _moved(weighted, total, peak, new_peak) + _moved(
                 part_weighted, part_total, part_peak, new_peak
             )
+        if HAS_MOMENTS:
+            decay, part_decay = _decay(peak, new_peak), _decay(part_peak, new_peak)
+            part_squares = tl.load(part_ptr + 4, mask=scored, other=0.0)
+            squares = squares * decay * decay + part_squares * part_decay * part_decay
+            logit_sum += tl.load(part_ptr + 5, mask=scored, other=0.0)
         total = total * _decay(peak, new_peak) + part_total * _decay(part_peak, new_peak)
         peak = new_peak
         # NaN marks an unknown label
         z_label = tl.where((part_label != part_label) | (part_label > z_label), part_label, z_label)
-        part_ptr += N.to(tl.int64) * PARTIAL
+        part_ptr += N.to(tl.int64) * width
     _finish(
         peak,
         total,
         weighted,
+        squares,
+        logit_sum,
         z_label,
         rows,
+        vocab,
         logp_ptr,
         normalizer_ptr,
         entropy_ptr,
         is_argmax_ptr,
+        moments_ptr,
         scored,
         HAS_TOKEN_OUTPUTS,
+        HAS_MOMENTS,
     )
 
 
@@ -396,6 +529,8 @@ def _logprob_grad_kernel(
     logp_ptr,  # (N,) float32
     normalizer_ptr,  # (N, 2) float32
     row_grad_ptr,  # (N,) float32: dL/dlogp of each row, not read for ignored rows
+    entropy_ptr,  # (N,) float32, with HAS_ENTROPY_GRAD
+    entropy_grad_ptr,  # (N,) float32, with HAS_ENTROPY_GRAD: dL/dentropy of each row
     grad_ptr,  # (B, T, V) out, may be logits_ptr
     T,
     V,
@@ -412,10 +547,11 @@ def _logprob_grad_kernel(
     HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     IS_WIDE_CAP: tl.constexpr,
+    HAS_ENTROPY_GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Equation (5). One program per block of one row: every block is independent, so few rows still
-    fill the GPU."""
+    """Equations (5) and (12). One program per block of one row: every block is independent, so few
+    rows still fill the GPU."""
     if ARE_STORED:
         logit_scale, softcap, inverse_softcap = _loaded(logit_scale, softcap)
     program = tl.program_id(0)  # grid on axis 0, which has no limit of 65,535
@@ -446,12 +582,30 @@ def _logprob_grad_kernel(
         if HAS_SOFTCAP:
             t, capped_slope = _tanh_and_slope(u * inverse_softcap, IS_WIDE_CAP)
             z = softcap * t
-        grad = _exp(z - peak) * at_others
+        if HAS_ENTROPY_GRAD:
+            entropy = tl.load(entropy_ptr + row)
+            entropy_slope = tl.load(entropy_grad_ptr + row)
+            if HAS_SCALE:
+                entropy_slope = entropy_slope * logit_scale
+            total = tl.load(normalizer_ptr + 2 * row + 1)
+            at_others -= entropy_slope * (entropy - tl.log(total)) / total
+            powers = _exp(z - peak)
+            log_powers = tl.where(powers == 0.0, 0.0, z - peak)  # 0 log 0 is 0
+            grad = powers * (at_others - log_powers * (entropy_slope / total))
+        else:
+            grad = _exp(z - peak) * at_others
         # the other blocks need no comparison per element
         if label_column // BLOCK == program % blocks:
-            grad = tl.where(
-                columns == label_column, slope * _one_minus_exp(tl.load(logp_ptr + row)), grad
-            )
+            if HAS_ENTROPY_GRAD:
+                logp = tl.load(logp_ptr + row)
+                p = tl.exp(logp)
+                at_label = slope * _one_minus_exp(logp)
+                at_label -= entropy_slope * p * (tl.where(p == 0.0, 0.0, logp) + entropy)
+                grad = tl.where(columns == label_column, at_label, grad)
+            else:
+                grad = tl.where(
+                    columns == label_column, slope * _one_minus_exp(tl.load(logp_ptr + row)), grad
+                )
         if HAS_SOFTCAP:
             grad = grad * capped_slope
         tl.store(out_ptr, grad.to(grad_ptr.dtype.element_ty), mask=inside)
@@ -464,22 +618,25 @@ def logprob_stats(
     logit_scale: float | torch.Tensor,
     softcap: float | torch.Tensor | None,
     token_outputs: bool = False,
+    moments: bool = False,
 ) -> RowStats:
     """Statistics of logits (B, T, V) and labels (N,) int64; entropy and arg-max with
-    `token_outputs`. Few rows are split over programs, whose partials a second kernel combines."""
+    `token_outputs`, and `moments`. Few rows are split over programs, whose partials a second kernel
+    combines."""
     rows, V = labels.numel(), logits.shape[-1]
-    tile = tile_for(_stats_name(softcap), V, logits.device)
+    tile = tile_for(_stats_name(softcap, moments), V, logits.device)
     splits = splits_for(rows, V, tile.block, logits.device) if rows else 1
     options: dict[str, Any] = {
         "logit_scale": logit_scale,
         "softcap": softcap,
         "token_outputs": token_outputs,
+        "moments": moments,
     }
     if splits > 1:
-        partials = torch.empty(splits, rows, 4, dtype=torch.float32, device=logits.device)
+        partials = _empty_partials(splits, rows, moments=moments, device=logits.device)
         _launch_stats(logits, labels, partials=partials, splits=splits, **options)
-        return combine(partials, labels, token_outputs=token_outputs)
-    outputs = _outputs(labels, token_outputs)
+        return combine(partials, labels, V, token_outputs=token_outputs, moments=moments)
+    outputs = _outputs(labels, token_outputs, moments)
     _launch_stats(logits, labels, outputs=outputs, **options)
     return _as_stats(outputs)
 
@@ -491,13 +648,14 @@ def logprob_partials(
     logit_scale: float | torch.Tensor,
     softcap: float | torch.Tensor | None,
     token_outputs: bool = False,
+    moments: bool = False,
 ) -> torch.Tensor:
     """A slice of the vocabulary, logits (B, T, V), labels (N,) counted from its start -> partials
-    (N, 4) for `combine`.
+    (N, 4) for `combine`, (N, 6) with `moments`.
 
     A label outside [0, V) that is not ignored belongs to another slice.
     """
-    partials = torch.empty(labels.numel(), 4, dtype=torch.float32, device=logits.device)
+    partials = _empty_partials(labels.numel(), moments=moments, device=logits.device)
     _launch_stats(
         logits,
         labels,
@@ -506,21 +664,29 @@ def logprob_partials(
         logit_scale=logit_scale,
         softcap=softcap,
         token_outputs=token_outputs,
+        moments=moments,
     )
     return partials
 
 
 def combine(
-    partials: torch.Tensor, labels: torch.Tensor, *, token_outputs: bool = False
+    partials: torch.Tensor,
+    labels: torch.Tensor,
+    vocab: int,
+    *,
+    token_outputs: bool = False,
+    moments: bool = False,
 ) -> RowStats:
-    """partials (parts, N, 4), contiguous, labels (N,) -> what `logprob_stats` returns."""
+    """partials (parts, N, 4), with `moments` (parts, N, 6), contiguous, of `vocab` columns
+    together, labels (N,) -> what `logprob_stats` returns."""
     parts, rows, _ = partials.shape
-    outputs = _outputs(labels, token_outputs)
+    outputs = _outputs(labels, token_outputs, moments)
     if rows:
         launch(
             _combine_kernel, triton.cdiv(rows, COMBINE_BLOCK),
-            partials, labels, *outputs, rows, parts, IGNORED,
-            HAS_TOKEN_OUTPUTS=token_outputs, BLOCK=COMBINE_BLOCK, num_warps=4,
+            partials, labels, *outputs, rows, parts, vocab if moments else None, IGNORED,
+            HAS_TOKEN_OUTPUTS=token_outputs, HAS_MOMENTS=moments,
+            BLOCK=COMBINE_BLOCK, num_warps=4,
         )  # fmt: skip
     return _as_stats(outputs)
 
@@ -528,26 +694,27 @@ def combine(
 def logprob_grad(
     logits: torch.Tensor,
     labels: torch.Tensor,
-    logp: torch.Tensor,
-    normalizer: torch.Tensor,
+    stats: RowStats,
     row_grad: torch.Tensor,
     out: torch.Tensor,
     *,
     logit_scale: float | torch.Tensor,
     softcap: float | torch.Tensor | None,
+    entropy_grad: torch.Tensor | None = None,
 ) -> None:
     """Writes dL/dlogits into `out` (B, T, V), which may be `logits` itself; row_grad (N,) float32
-    is dL/dlogp."""
+    is dL/dlogp, entropy_grad (N,) dL/dentropy, which needs the rows' entropy."""
     B, T, V = logits.shape
     tile = tile_for("grad", V, logits.device)
     blocks = triton.cdiv(V, tile.block)
     if B * T:
         launch(
             _logprob_grad_kernel, B * T * blocks,
-            logits, labels, logp, normalizer, row_grad, out, T, V, blocks,
+            logits, labels, stats.logp, stats.normalizer, row_grad,
+            None if entropy_grad is None else stats.entropy, entropy_grad, out, T, V, blocks,
             logits.stride(0), logits.stride(1), out.stride(0), out.stride(1),
             IGNORED, *_softcap_arguments(logit_scale, softcap),
-            BLOCK=tile.block, num_warps=tile.num_warps,
+            HAS_ENTROPY_GRAD=entropy_grad is not None, BLOCK=tile.block, num_warps=tile.num_warps,
         )  # fmt: skip
 
 
@@ -562,23 +729,31 @@ def _launch_stats(
     logit_scale: float | torch.Tensor,
     softcap: float | torch.Tensor | None,
     token_outputs: bool,
+    moments: bool,
 ) -> None:
     """Into `outputs`, or into `partials` of rows that are shared."""
     B, T, V = logits.shape
-    tile = tile_for(_stats_name(softcap), V, logits.device)
+    tile = tile_for(_stats_name(softcap, moments), V, logits.device)
     if B * T:
         launch(
             _logprob_stats_kernel, B * T * splits,
-            logits, labels, *(outputs or (None,) * 4), partials,
+            logits, labels, *(outputs or (None,) * 5), partials,
             B * T, T, V, logits.stride(0), logits.stride(1),
             splits, triton.cdiv(triton.cdiv(V, tile.block), splits) * tile.block, IGNORED,
             *_softcap_arguments(logit_scale, softcap),
-            HAS_TOKEN_OUTPUTS=token_outputs, IS_PARTIAL=partials is not None, IS_SLICE=is_slice,
+            HAS_TOKEN_OUTPUTS=token_outputs, HAS_MOMENTS=moments,
+            IS_PARTIAL=partials is not None, IS_SLICE=is_slice,
             BLOCK=tile.block, num_warps=tile.num_warps,
         )  # fmt: skip
 
 
-def _outputs(labels: torch.Tensor, token_outputs: bool) -> RowStats:
+def _empty_partials(*shape: int, moments: bool, device: torch.device) -> torch.Tensor:
+    """(..., 4) or (..., 6)."""
+    width = PARTIAL_WITH_MOMENTS if moments else PARTIAL
+    return torch.empty(*shape, width.value, dtype=torch.float32, device=device)
+
+
+def _outputs(labels: torch.Tensor, token_outputs: bool, moments: bool) -> RowStats:
     """Memory for the results."""
     rows = labels.numel()
 
@@ -590,6 +765,7 @@ def _outputs(labels: torch.Tensor, token_outputs: bool) -> RowStats:
         made(rows, 2),
         made(rows) if token_outputs else None,
         made(rows, dtype=torch.int8) if token_outputs else None,
+        made(rows, 2) if moments else None,
     )
 
 
@@ -605,9 +781,10 @@ def _is_wide(softcap: float | torch.Tensor | None) -> bool:
     return isinstance(softcap, torch.Tensor) or (softcap is not None and softcap > WIDE_CAP)
 
 
-def _stats_name(softcap: float | torch.Tensor | None) -> str:
+def _stats_name(softcap: float | torch.Tensor | None, moments: bool) -> str:
     """Among the tiles."""
-    return "wide stats" if _is_wide(softcap) else "stats"
+    name = "stats with moments" if moments else "stats"
+    return f"wide {name}" if _is_wide(softcap) else name
 
 
 def _softcap_arguments(

@@ -32,8 +32,11 @@ TILES: dict[str, dict[str, Tile]] = {
     # A wide softcap's tanh keeps more numbers at once: half the elements a thread, without spills
     # in odd vocabularies too.
     "wide stats": {"default": Tile(4096, 8), "gfx942": Tile(4096, 4)},
-    # As many elements a thread, in programs of half the size: a program's fixed work is shared by
-    # more elements than with 8 warps.
+    # So do the moments' sums.
+    "stats with moments": {"default": Tile(4096, 8), "gfx942": Tile(4096, 4)},
+    "wide stats with moments": {"default": Tile(2048, 8), "gfx942": Tile(4096, 4)},
+    # As many elements a thread as "stats" has, in programs of half the size: a program's fixed work
+    # is shared by more elements than with 8 warps.
     "grad": {"default": Tile(4096, 4)},
 }
 """Per kernel and architecture (`sm_90`, `gfx942`, ...); `default` where an architecture has no
@@ -53,7 +56,8 @@ _overrides: dict[str, Tile] = {}
 def tile_for(kernel: str, vocab: int, device: torch.device) -> Tile:
     """The tile of a kernel of TILES, no wider than the vocabulary needs."""
     architectures = TILES[kernel]
-    tile = _overrides.get(kernel.removeprefix("wide ")) or architectures.get(
+    overridden = kernel.removeprefix("wide ").removesuffix(" with moments")
+    tile = _overrides.get(overridden) or architectures.get(
         _architecture(device), architectures["default"]
     )
     if vocab >= tile.block:
