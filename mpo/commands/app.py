@@ -19,6 +19,7 @@ from mpo.runtime.terminal import Streams
 PANELS = {
     "Training": (
         training.train,
+        training.compare,
         training.precompute,
         training.convert,
         training.export,

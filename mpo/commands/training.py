@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +21,7 @@ from mpo.commands.shared import (
     print_report,
     warn_of_missing_numbers,
 )
-from mpo.runtime.errors import UserError
+from mpo.runtime.errors import Status, UserError
 from mpo.runtime.files import home
 
 
@@ -68,6 +69,48 @@ def train(
     warn_of_missing_numbers(result)
     if as_json and is_main():
         print_json(result)
+
+
+def compare(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    loss: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A loss, with fields of its own: simpo or simpo,beta=10,train.learning_rate=1e-6."
+            " Once for each.",
+            show_default=False,
+        ),
+    ] = None,
+    launcher: Annotated[
+        str | None,
+        typer.Option(
+            help='What starts the ranks of each run, e.g. "deepspeed --num_gpus 8 --module".',
+            show_default=False,
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Trains several losses from the same model on the same rows, and shows them in one table.
+
+    `mpo compare demo --loss mpo --loss dpo --loss simpo,beta=10,gamma=5 output_dir=runs/losses`
+
+    Each loss is a run in a folder of output_dir. Finished ones are loaded, an interrupted one goes
+    on, one that fails leaves the others (exit status 1). compare.md, compare.json and compare.png
+    hold what came of them.
+    """
+    with aside(as_json):
+        # after the options: the libraries behind it take seconds to import
+        from mpo.runtime.progress import Progress
+        from mpo.training.compare import Launcher, compare
+        from mpo.training.comparison import Comparison
+
+        to = sys.stderr.fileno() if as_json else None
+        log = Progress(enabled=is_main()).log
+        report = compare(config, loss or [], overrides or [], Launcher.of(launcher, log, to))
+    print_report(report, Comparison.show, as_json)
+    if report.failures:
+        raise typer.Exit(Status.FOUND)
 
 
 def precompute(config: ConfigFile, overrides: Overrides = None) -> None:

@@ -57,8 +57,12 @@ class Measurement:
             and kept.pooled.ndim == 3
             and kept.pooled.shape[:2] == (rows, 2)
         )
-        is_finite = all(bool(torch.isfinite(value).all()) for value in vars(kept).values())
-        return kept if fits and is_finite else None
+        return kept if fits else None
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all of it is numbers."""
+        return all(bool(torch.isfinite(value).all()) for value in vars(self).values())
 
 
 def sign_accuracy(gaps: torch.Tensor) -> float:

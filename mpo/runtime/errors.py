@@ -17,7 +17,7 @@ class Status(IntEnum):
 
     DONE = 0
     FOUND = 1
-    """`validate --strict` found something in the data."""
+    """`validate --strict` found something in the data, or a run of `compare` failed."""
     MENDABLE = 2
     """Something that the user can mend: a file, a value, a folder, an option."""
     UNEXPECTED = 70

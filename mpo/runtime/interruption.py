@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from time import monotonic
 from types import FrameType
@@ -33,6 +33,7 @@ class Interruption:
     def __init__(self) -> None:
         self._since: float | None = None
         self._deferred: str | None = None
+        self._pass_on: Callable[[int], None] | None = None
         self.ending = False
         """Nothing is left to do but for the interpreter, which a signal need not wait for."""
 
@@ -51,6 +52,16 @@ class Interruption:
         finally:
             self._deferred = None
 
+    @contextmanager
+    def passed_on(self, to: Callable[[int], None]) -> Iterator[None]:
+        """Within the block `to` gets the number of every signal, such as a process that knows what
+        to do with it, and nothing else happens here."""
+        self._pass_on = to
+        try:
+            yield
+        finally:
+            self._pass_on = None
+
     def heed(self) -> None:
         """Raises KeyboardInterrupt if a request came that nobody has heeded."""
         if self.requested:
@@ -65,6 +76,10 @@ class Interruption:
         """
         if self.ending:
             os._exit(Status.INTERRUPTED)
+        if self._pass_on is not None:
+            self._since = self._since or monotonic()
+            self._pass_on(number)
+            return
         if self._since is None:
             self._since = monotonic()
             if self._deferred:

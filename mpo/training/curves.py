@@ -1,32 +1,30 @@
 """The picture of one run or several: curves over the steps, and for each finished run gaps and
-distances before and after.
-
-Names are shown as they are, whatever letters and signs they hold, and as far as the machine's fonts
-have them.
-"""
+distances before and after."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.cells import cell_len, chop_cells
-
 from mpo.runtime.errors import UserError
-from mpo.runtime.files import new_file, read_object
+from mpo.runtime.files import read_object
 from mpo.runtime.terminal import distinct_names
+from mpo.training.drawing import (
+    CODE,
+    Letters,
+    as_number,
+    check_target,
+    legend,
+    look_of,
+    write_picture,
+)
 from mpo.training.run_folder import OutputFolder, read_metrics
 
-LETTERS = "DejaVu Sans"
-"""The font that comes with matplotlib."""
-LINE, CODE = 140, 30
-"""Columns of a line of a run's name, and of a language's."""
 FEW = 3
 """A curve of so many points shows each of them: one point alone is no line."""
-MARKERS = "os^DvPX*<>"
 DASHES: tuple[Any, ...] = (
     "-",
     "--",
@@ -114,18 +112,6 @@ def _is_result(value: dict[str, Any]) -> bool:
     return all(number is None or isinstance(number, int | float) for number in numbers)
 
 
-def check_target(path: Path) -> None:
-    """Refuses a name that says no format, before anything is drawn."""
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    formats = FigureCanvasBase.get_supported_filetypes()
-    if path.suffix.removeprefix(".").lower() not in formats:
-        raise UserError(
-            f"{path} names no format that can be drawn. Give the picture a name that ends with"
-            " .png, .svg or .pdf."
-        )
-
-
 def draw(runs: Sequence[Run], path: Path) -> None:
     """Writes the picture of at least one run; its format is that of the name's ending.
 
@@ -134,23 +120,14 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     Raises:
         UserError: the ending is no format, or the file cannot be written.
     """
-    check_target(path)
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     languages = sorted(
         {language for run in runs for row in run.rows for language in row["gap"]} | _measured(runs)
     )
-    letters = _Letters([*(run.name for run in runs), *languages])
-    with plt.style.context("default"), matplotlib.rc_context({"font.family": letters.fonts}):
-        figure = _figure(runs, languages, letters)
-        try:
-            with new_file(path) as file:
-                figure.savefig(file.buffer, dpi=130, format=path.suffix.removeprefix(".").lower())
-        finally:
-            plt.close(figure)
+    write_picture(
+        path,
+        [*(run.name for run in runs), *languages],
+        lambda letters: _figure(runs, languages, letters),
+    )
 
 
 def _measured(runs: Sequence[Run]) -> set[str]:
@@ -159,64 +136,7 @@ def _measured(runs: Sequence[Run]) -> set[str]:
     }
 
 
-class _Letters:
-    """Names as the machine's fonts can show them: letters that none has become a question mark, and
-    names stay different."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        different = list(dict.fromkeys(names))
-        self.fonts, missing = _fonts_with({character for name in different for character in name})
-        shown = [
-            "".join("?" if c in missing else c for c in " ".join(name.split()))
-            for name in different
-        ]
-        numbered = [
-            f"{text} [{place}]" if shown.count(text) > 1 else text
-            for place, text in enumerate(shown, 1)
-        ]
-        self._shown = dict(zip(different, numbered, strict=True))
-        self.note = (
-            ""
-            if not missing
-            else "?: a letter that no font of this machine has; fonts such as Noto Sans have it"
-        )
-
-    def of(self, name: str, columns: int = LINE) -> str:
-        """The name in lines of at most so many columns."""
-        return "\n".join(chop_cells(self._shown[name], columns))
-
-    def width(self, name: str) -> int:
-        """Columns that the name takes in one line."""
-        return cell_len(self._shown[name])
-
-
-def _fonts_with(characters: Iterable[str]) -> tuple[list[str], set[str]]:
-    """Font families that together have the characters, matplotlib's own first, and the characters
-    that none has."""
-    from matplotlib import font_manager, ft2font
-
-    families, missing = [LETTERS], {c for c in characters if not c.isspace()}
-    for path, family in [
-        (font_manager.findfont(LETTERS), LETTERS),
-        *((f.fname, f.name) for f in font_manager.fontManager.ttflist),
-    ]:
-        if not missing:
-            break
-        # it has a box for each
-        if "last resort" in family.lower() or "lastresort" in family.lower():
-            continue
-        try:
-            font = ft2font.FT2Font(path)
-            found = {c for c in missing if font.get_char_index(ord(c))} if font.scalable else set()
-        except (OSError, RuntimeError):  # listed, but gone or of a kind that cannot be drawn
-            continue
-        if found:
-            missing -= found
-            families += [family] if family not in families else []
-    return families, missing
-
-
-def _figure(runs: Sequence[Run], languages: Sequence[str], letters: _Letters) -> Any:
+def _figure(runs: Sequence[Run], languages: Sequence[str], letters: Letters) -> Any:
     """All panels: the curves of all runs, then a row for each finished one."""
     from matplotlib import pyplot as plt
 
@@ -242,7 +162,7 @@ def _figure(runs: Sequence[Run], languages: Sequence[str], letters: _Letters) ->
 
 
 def _draw_curves(
-    part: Any, runs: Sequence[Run], languages: Sequence[str], letters: _Letters, columns: int
+    part: Any, runs: Sequence[Run], languages: Sequence[str], letters: Letters, columns: int
 ) -> None:
     """Losses, and gaps per language, of each step: a colour for each quantity or language, a line
     style for each run."""
@@ -256,7 +176,7 @@ def _draw_curves(
             letters.of(run.name): Line2D([], [], color="black", **_style(place))
             for place, run in enumerate(runs)
         }
-        _legend(part, of_runs, loc="outside upper center", ncol=1, handlelength=5)
+        legend(part, of_runs, loc="outside upper center", ncol=1, handlelength=5)
 
 
 def _draw_losses(axis: Any, runs: Sequence[Run]) -> None:
@@ -296,18 +216,15 @@ def _curves_of(runs: Sequence[Run]) -> list[tuple[str, str]]:
 
 
 def _draw_gaps(
-    axis: Any, runs: Sequence[Run], languages: Sequence[str], letters: _Letters, columns: int
+    axis: Any, runs: Sequence[Run], languages: Sequence[str], letters: Letters, columns: int
 ) -> None:
     """The reward gap of each language; after ten of them colours come again, with marks."""
     from matplotlib.lines import Line2D
 
-    looks: dict[str, dict[str, Any]] = {}
-    for number, language in enumerate(languages):
-        mark = MARKERS[number // 10 % len(MARKERS)] if len(languages) > 10 else None
-        looks[language] = {"color": f"C{number % 10}", "marker": mark}
+    looks = {language: look_of(i, len(languages)) for i, language in enumerate(languages)}
     for place, run in enumerate(runs):
         for language, look in looks.items():
-            points = [(row["step"], _number(row["gap"].get(language))) for row in run.rows]
+            points = [(row["step"], as_number(row["gap"].get(language))) for row in run.rows]
             _curve(axis, points, place, **look)
     entries = {
         letters.of(language, CODE): Line2D([], [], markersize=4, **look)
@@ -325,7 +242,7 @@ def _above_0(run: Run, key: str) -> list[tuple[int, float]]:
 
 def _points(run: Run, key: str) -> list[tuple[int, float]]:
     """The finite numbers of a quantity."""
-    points = [(row["step"], _number(row.get(key))) for row in run.rows]
+    points = [(row["step"], as_number(row.get(key))) for row in run.rows]
     return [(step, value) for step, value in points if math.isfinite(value)]
 
 
@@ -361,28 +278,14 @@ def _curve(
     )
 
 
-def _legend(where: Any, entries: dict[str, Any], **options: Any) -> None:
-    """A legend whose texts are texts: no formula between two dollar signs, and none that is left
-    out for beginning with an underscore."""
-    legend = where.legend(
-        list(entries.values()),
-        [str(place) for place in range(len(entries))],
-        fontsize=8,
-        frameon=False,
-        **options,
-    )
-    for text, name in zip(legend.get_texts(), entries, strict=True):
-        text.set(text=name, parse_math=False)
-
-
 def _legend_below(axis: Any, entries: dict[str, Any], columns: int) -> None:
     """A legend under an axis of steps, which are whole numbers."""
     axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 4.5}
-    _legend(axis, entries, ncol=columns, **place)
+    legend(axis, entries, ncol=columns, **place)
 
 
-def _draw_result(part: Any, run: Run, letters: _Letters, named: bool) -> None:
+def _draw_result(part: Any, run: Run, letters: Letters, named: bool) -> None:
     """Bars of one finished run, before and after."""
     result = run.result
     assert result is not None
@@ -398,18 +301,18 @@ def _draw_result(part: Any, run: Run, letters: _Letters, named: bool) -> None:
         axis.set(ylabel="nats per token", title=title)
         axis.axhline(0, color="black", linewidth=0.8)
     for moment, style in (("before", ":"), ("after", "-")):
-        height = _number(result["all"]["dominant_gap"][moment])
+        height = as_number(result["all"]["dominant_gap"][moment])
         gaps.axhline(height, color="#d62728", linestyle=style, label=f"dominant {moment}")
     handles, labels = gaps.get_legend_handles_labels()
     place = {"loc": "outside lower center", "ncol": 4}
     part.legend(handles, labels, frameon=False, fontsize=8, **place)
 
 
-def _bars(axis: Any, pairs: dict[str, dict[str, Any]], letters: _Letters) -> None:
+def _bars(axis: Any, pairs: dict[str, dict[str, Any]], letters: Letters) -> None:
     """Two bars for each language, whose names are turned where they would touch."""
     places = range(len(pairs))
     for shift, moment, colour in ((-0.2, "before", "#b8bfc9"), (0.2, "after", "#1f77b4")):
-        heights = [_number(pair[moment]) for pair in pairs.values()]
+        heights = [as_number(pair[moment]) for pair in pairs.values()]
         axis.bar([place + shift for place in places], heights, 0.4, label=moment, color=colour)
     longest = max(map(letters.width, pairs), default=0)
     turned: dict[str, Any] = {}
@@ -418,8 +321,3 @@ def _bars(axis: Any, pairs: dict[str, dict[str, Any]], letters: _Letters) -> Non
     labels = [letters.of(language, CODE) for language in pairs]
     axis.set_xticks(places, labels, parse_math=False, **turned)
     axis.set_xlim(-0.6, max(len(pairs), 3) - 0.4)
-
-
-def _number(value: Any) -> float:
-    """What is no number is not drawn: JSON has null for one that is not finite."""
-    return float(value) if isinstance(value, int | float) else math.nan

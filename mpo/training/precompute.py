@@ -17,12 +17,13 @@ from mpo.runtime.errors import UserError
 from mpo.runtime.ranks import start
 from mpo.training.engine import partitioned_loading
 from mpo.training.objective import Objective
-from mpo.training.run import Run, claim_folder, open_store, read_run
+from mpo.training.run import Run, claim_folder, open_store, read_run, shared_before
 
 
 def precompute(config: Config) -> Path:
     """Builds what a configuration's loss takes of the reference, or finds it built, and returns the
-    folder of the store.
+    folder of the store. Beside one that runs share it also keeps the gaps before training, which
+    each would measure.
 
     Raises:
         UserError: bad configuration, data or model; a loss without a reference; or a store of
@@ -36,7 +37,10 @@ def precompute(config: Config) -> Path:
         )
     if config.reference.store is None:  # else nothing is written to the run's folder
         claim_folder(run, may_be_finished=True)
-    open_store(run, Scorer(_load(run), config.loss.pool, run.device))
+    scorer = Scorer(_load(run), config.loss.pool, run.device)
+    open_store(run, scorer)
+    if config.reference.store is not None:
+        shared_before(run, scorer)
     dist.barrier()
     return run.store_folder
 

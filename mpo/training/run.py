@@ -7,6 +7,7 @@ from files alone before any weight is loaded.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from mpo.models.forward import Scores, bind_mpo_forward
 from mpo.models.inputs import Inputs, load_inputs
 from mpo.models.loading import load_model
 from mpo.models.scoring import Measurement, Scorer, distinct_sequences
+from mpo.runtime.claims import Claim
+from mpo.runtime.files import to_json
 from mpo.runtime.progress import Progress
 from mpo.runtime.ranks import is_main, on_main
 from mpo.training.cpu_adam import compile_cpu_adam
@@ -225,12 +228,39 @@ def _open_store(
 
 
 def measured_before(run: Run, scorer: Scorer) -> Measurement:
-    """The measured examples before training: kept ones, or measured now and kept."""
-    before = on_main(Measurement.load, run.folder.before, len(run.measured))
+    """The measured examples before training: those that the folder keeps, or those that runs share
+    with their reference store, or measured now and kept."""
+    before = on_main(_kept, run.folder.before, run)
     if before is None:
-        before = measure(run, scorer, "Gaps before training")
+        before = shared_before(run, scorer) if run.config.reference.store else _before(run, scorer)
         on_main(before.save, run.folder.before)
     return before
+
+
+def shared_before(run: Run, scorer: Scorer) -> Measurement:
+    """As `measured_before`, of all runs that measure the same rows and share a reference store:
+    kept beside that. Of several processes that want it at once one keeps it, and none waits."""
+    what = [run.identity, run.config.loss.pool, rows_digest(run.measured)]
+    of = hashlib.sha256(to_json(what).encode()).hexdigest()[:16]
+    place = run.store_folder.with_name(f"{run.store_folder.name}-gaps-{of}")
+    before = on_main(_kept, place, run)
+    if before is None:
+        claim = Claim(place.with_name(f".{place.name}.lock"))
+        other = on_main(claim.take)
+        before = _before(run, scorer)
+        if other is None:
+            on_main(before.save, place)
+        claim.release()
+    return before
+
+
+def _before(run: Run, scorer: Scorer) -> Measurement:
+    return measure(run, scorer, "Gaps before training")
+
+
+def _kept(folder: Path, run: Run) -> Measurement | None:
+    kept = Measurement.load(folder, len(run.measured))
+    return kept if kept is not None and kept.is_finite else None
 
 
 def measure(run: Run, scorer: Scorer, name: str) -> Measurement:

@@ -7,6 +7,7 @@ dropped_rows.jsonl    rows left out, with reasons (only with data.on_bad_row=dro
 reference/            the reference store; .reference.lock is held while it is built
 reference-scored/     likewise, of the answers that losses of log-ratios score
 gaps_before/          gaps and pooled hidden states of the measured rows before training
+gaps_after/           the same after it
 checkpoints/          step-00000010, ...
 model/                the trained model, a Hugging Face folder
 result.json result.png    the table and its picture; their presence says that the run is finished
@@ -69,6 +70,7 @@ class OutputFolder:
         self.dropped = root / "dropped_rows.jsonl"
         self.reference = root / "reference"
         self.before = root / "gaps_before"
+        self.after = root / "gaps_after"
         self.checkpoints = root / "checkpoints"
         self.model = root / "model"
         self.result = root / "result.json"
@@ -99,12 +101,11 @@ class OutputFolder:
         """
         mine = {
             "date": config.data.date and config.data.date.isoformat(),
-            "config": config.model_dump(mode="json"),
-            "rows": rows,
-            "model": model,
+            **_of_run(config, rows, model),
             "threads": threads,
             "versions": VERSIONS,
         }
+        self._refuse_what_is_no_run()
         self._take()
         remove_incomplete(self.root)
         if not self.config.is_file():
@@ -113,13 +114,30 @@ class OutputFolder:
         self._refuse_another_run(mine, may_be_finished)
         return True
 
-    def _take(self) -> None:
-        """Refuses what is no run's, and what another process is at work in."""
+    def is_finished(self, config: Config, rows: str, model: dict[str, Any]) -> bool:
+        """Whether it holds the finished run of these (see `open`). Writes nothing.
+
+        Raises:
+            UserError: it holds another run, or files that are no run's or are damaged.
+        """
+        self._refuse_what_is_no_run()
+        if not self.config.is_file():
+            return False
+        self._refuse_another_run(_of_run(config, rows, model), may_be_finished=True)
+        if not self.result.is_file():
+            return False
+        self._check_result()
+        return True
+
+    def _refuse_what_is_no_run(self) -> None:
         with writing(self.root):
             self._check_kinds()
             foreign = not self.config.is_file() and not self._is_empty()
         if foreign:
             raise UserError(f"output_dir {self.root} is not empty and holds no MPO run. {ANOTHER}")
+
+    def _take(self) -> None:
+        """Refuses what another process is at work in."""
         if (holder := self._claim.take()) is not None:
             raise UserError(
                 f"Another process ({holder}) is at work in output_dir {self.root}. Ranks outlive a"
@@ -189,7 +207,8 @@ class OutputFolder:
         """Refuses a file where the run has a folder, and the other way round, before anything is
         computed."""
         stores = (self.reference, scored_folder(self.reference))
-        folders = (self.root, *stores, self.before, self.checkpoints, self.model)
+        gaps = (self.before, self.after)
+        folders = (self.root, *stores, *gaps, self.checkpoints, self.model)
         files = (self.root / LOCK, self.config, self.metrics, self.dropped, self.result, self.plot)
         for paths, what, is_fine in (
             (folders, "folder", Path.is_dir),
@@ -305,6 +324,11 @@ def _is_step(row: Any) -> bool:
         and isinstance(row.get("step"), int)
         and isinstance(row.get("gap"), dict)
     )
+
+
+def _of_run(config: Config, rows: str, model: dict[str, Any]) -> dict[str, Any]:
+    """What config.json has of it."""
+    return {"config": config.model_dump(mode="json"), "rows": rows, "model": model}
 
 
 def _identity(run: dict[str, Any]) -> dict[str, Any]:

@@ -88,6 +88,7 @@ def _train(config: Config, interruption: Interruption) -> dict[str, Any]:
 
     # Measure, export, result.
     after = measure(run, scorer, "Gaps after training")
+    on_main(after.save, run.folder.after)
     if config.checkpoint.export:
         export_engine(
             engine, run.inputs.tokenizer, run.folder.model, config.zero.stage, run.inputs.model

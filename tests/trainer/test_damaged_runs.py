@@ -47,6 +47,19 @@ CONFIG = {
     "a folder": "config.json is no file",
     "a link to it": "ok: ",
 }
+GAPS = dict.fromkeys(
+    (
+        "absent",
+        "empty",
+        "truncated",
+        "other bytes",
+        "text",
+        "unreadable",
+        "a folder",
+        "a link to it",
+    ),
+    "ok: ",
+)
 TRAIN = {
     "config.json": CONFIG,
     "metrics.jsonl": {
@@ -61,19 +74,9 @@ TRAIN = {
         "a folder": "metrics.jsonl is no file",
         "a link to it": "ok: ",
     },
-    "gaps_before/gaps.safetensors": dict.fromkeys(
-        (
-            "absent",
-            "empty",
-            "truncated",
-            "other bytes",
-            "text",
-            "unreadable",
-            "a folder",
-            "a link to it",
-        ),
-        "ok: ",
-    ),
+    "gaps_before/gaps.safetensors": GAPS,
+    "gaps_after/gaps.safetensors": GAPS,
+    "gaps_after": {"absent": "ok: ", "text": "gaps_after is no folder"},
     "gaps_before": {
         "absent": "ok: ",
         "an empty folder": "ok: ",

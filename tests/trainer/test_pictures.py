@@ -16,7 +16,7 @@ from matplotlib import font_manager
 from matplotlib import pyplot as plt
 
 from mpo.runtime.errors import UserError
-from mpo.training import curves
+from mpo.training import curves, drawing
 from mpo.training.curves import Run
 
 SIX = ("ar", "bn", "ja", "ko", "sw", "zh")
@@ -126,7 +126,7 @@ def drawn(runs):
         {language for run in runs for row in run.rows for language in row["gap"]}
         | curves._measured(runs)
     )
-    letters = curves._Letters([*(run.name for run in runs), *languages])
+    letters = drawing.Letters([*(run.name for run in runs), *languages])
     with (
         warnings.catch_warnings(),
         plt.style.context("default"),
@@ -211,7 +211,7 @@ def test_every_name_is_there(case):
     for part, run in zip(figure.subfigs[1:], finished, strict=True):
         for axis in part.axes:
             assert [text.get_text() for text in axis.get_xticklabels()] == [
-                letters.of(language, curves.CODE) for language in run.result["languages"]
+                letters.of(language, drawing.CODE) for language in run.result["languages"]
             ]
     for shown, names in (
         (of_languages, languages),
@@ -275,7 +275,7 @@ def test_nothing_lies_on_anything_else(case):
 
 def test_letters_come_from_whichever_font_has_them(tmp_path, monkeypatch):
     name = "实验一"
-    assert curves._Letters([name]).of(name) == "???"
+    assert drawing.Letters([name]).of(name) == "???"
     builder = FontBuilder(1000, isTTF=True)
     pen = TTGlyphPen(None)
     for move, point in ((pen.moveTo, (0, 0)), (pen.lineTo, (500, 0)), (pen.lineTo, (500, 700))):
@@ -296,7 +296,7 @@ def test_letters_come_from_whichever_font_has_them(tmp_path, monkeypatch):
         [*font_manager.fontManager.ttflist, font_manager.FontEntry(str(tmp_path / "gone.ttf"))],
     )
     font_manager.fontManager.addfont(str(tmp_path / "three.ttf"))
-    letters = curves._Letters([name, "plain"])
+    letters = drawing.Letters([name, "plain"])
     assert letters.of(name) == name
     assert letters.fonts == ["DejaVu Sans", "Three Letters"]
     assert not letters.note
@@ -407,9 +407,9 @@ def test_a_name_without_a_format_is_refused_before_anything_is_read(tmp_path):
 
 
 def test_numbers_that_are_none_are_not_drawn():
-    assert math.isnan(curves._number(None))
-    assert math.isnan(curves._number("1"))
-    assert curves._number(2) == 2.0
+    assert math.isnan(drawing.as_number(None))
+    assert math.isnan(drawing.as_number("1"))
+    assert drawing.as_number(2) == 2.0
     buffer = io.BytesIO()
     figure, _, _ = drawn(CASES["no number"])
     figure.savefig(buffer)
