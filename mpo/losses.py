@@ -227,7 +227,8 @@ def read_section(name: str, values: dict[str, Any], base: type[Base], context: A
     try:
         try_out(section.build())
     except ValueError as error:
-        raise _refused("name", f"with its fields as they are, {error}", name) from error
+        own = ", ".join(f"{key} {value}" for key, value in section.own().items())
+        raise _refused("name", f"{f'with {own} ' if own else ''}{error}", name) from error
     return section
 
 
@@ -251,7 +252,7 @@ def try_out(loss: SequenceLoss) -> None:
     )
     given = {
         "reference_gap": torch.tensor([0.5, -0.2]),
-        "reference_logps": scores.logps + torch.tensor([0.5, -0.7]),
+        "reference_logps": scores.logps + torch.tensor([[0.5, -0.7], [1.1, 0.2]])[: loss.sequences],
         "mean_tokens": torch.full((2,), 25.0),
     }
     constants = [given[name] for name in loss.constants]

@@ -1,6 +1,7 @@
 """Every field of both configurations with every kind of value: it is taken as it was meant, or
 refused with the field's name."""
 
+import dataclasses
 import datetime
 import math
 import types
@@ -12,6 +13,7 @@ from pydantic import BaseModel
 
 from mpo.config import Config, load_config
 from mpo.data_build.config import BuildConfig, load_build_config
+from mpo.losses import find, named
 from mpo.runtime.errors import UserError
 from mpo.runtime.files import not_finite, to_json
 from mpo.training.engine import deepspeed_settings, learning_rate
@@ -80,6 +82,15 @@ FIELDS = {
     (kind.__name__, ".".join(path)): (base, load)
     for kind, base, load in ((Config, RUN, load_config), (BuildConfig, BUILD, load_build_config))
     for path, _ in sections(kind)
+}
+
+
+# Those of other losses, which their sections alone have.
+FIELDS |= {
+    (name, f"loss.{field.name}"): ({**RUN, "loss": {"name": name}}, load_config)
+    for name in (*named(), "own_losses:Lift")
+    if name not in ("mpo", "kto")
+    for field in dataclasses.fields(find(name))
 }
 
 
