@@ -280,11 +280,19 @@ def _called(
     sums = scores.logps.clone().requires_grad_()
     try:
         values = loss(Scores(sums, scores.tokens), *constants)
+        gradient = _derivatives(values, sums)
     except Exception as error:  # somebody's own code
         raise ValueError(f"it fails with {_words(error)}") from error
     if not isinstance(values, torch.Tensor) or values.shape != (count,):
         shape = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
         raise ValueError(f"it gives {shape}, not one loss per group, ({count},)")
-    if not values.requires_grad:
+    if gradient is None:
         raise ValueError("its value does not depend on scores.logps, or not differentiably")
-    return values.detach(), torch.autograd.grad(values.sum(), sums)[0]
+    return values.detach(), gradient
+
+
+def _derivatives(values: Any, sums: torch.Tensor) -> torch.Tensor | None:
+    """By the sums; None where there are none."""
+    if not isinstance(values, torch.Tensor) or not values.requires_grad:
+        return None
+    return torch.autograd.grad(values.sum(), sums, allow_unused=True)[0]

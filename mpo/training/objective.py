@@ -111,13 +111,14 @@ class Objective:
 
     def at_reference(self, batch: Batch, off: float) -> tuple[float, float]:
         """The loss of a batch whose policy gives what the reference gave, summed with its weights;
-        and how far scores that are off by so many nats per token move it at most."""
+        and how far it may be from that where tokens are off by so many nats, each in its own
+        direction: a sum is then off by that times the root of its tokens."""
         place = self.loss.constants.index("reference_logps")
         constants = [constant.cpu() for constant in batch.constants]
         lengths = batch.packed.scored_cu_seqlens.cpu().diff().view(self.size, -1).float()
 
         def loss(sign: tuple[float, ...]) -> float:
-            logps = constants[place] + torch.tensor(sign)[:, None] * off * lengths
+            logps = constants[place] + torch.tensor(sign)[:, None] * off * lengths.sqrt()
             return float(
                 (batch.weights.cpu() * self.loss(Scores(logps, lengths), *constants)).sum()
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -34,19 +34,27 @@ def self_check(run: Run, scorer: Scorer, reference: Reference) -> None:
     if not objective.takes_reference:
         return
     batch, output = _first_batch(run, scorer, reference, objective)
-    wrong: list[str] = []
+    found = []
     if objective.pools_dominant:
-        wrong += _l2(run, batch, output)
+        found.append(_l2(run, batch, output))
     if objective.takes_dominant:
-        wrong += _dominant_gap(run, scorer, reference)
+        found.append(_dominant_gap(run, scorer, reference))
     if objective.takes_logps:
-        wrong += _loss(run, objective, batch, output)
-    if wrong:
+        found.append(_loss(run, objective, batch, output))
+    if not all(each.is_right for each in found):
         raise UserError(
             f"Step-0 self-check failed on {run.examples[0].source}: before any training,"
-            f" {' and '.join(wrong)}. Turn off dropout in the model's config, try"
-            " model.attention=packed, and delete the reference folder if the model changed."
+            f" {' and '.join(each.words for each in found)}. Turn off dropout in the model's"
+            " config, try model.attention=packed, and delete the reference folder if the model"
+            " changed."
         )
+
+
+class _Found(NamedTuple):
+    """A number beside what it has to be."""
+
+    is_right: bool
+    words: str
 
 
 def _first_batch(
@@ -68,30 +76,31 @@ def _first_batch(
         return batch, scorer.engine(batch=batch)
 
 
-def _l2(run: Run, batch: Batch, output: Outputs) -> Iterator[str]:
+def _l2(run: Run, batch: Batch, output: Outputs) -> _Found:
     size = float(batch.pooled_reference.square().mean())
     relative = float(output.l2) / len(run.examples[:2]) / max(size, 1e-30)
-    if not relative <= _tolerances(run.config)[0]:
-        yield f"relative L2 is {relative:.2e} (should be 0)"
+    return _Found(
+        relative <= _tolerances(run.config)[0], f"relative L2 is {relative:.2e} (should be 0)"
+    )
 
 
-def _dominant_gap(run: Run, scorer: Scorer, reference: Reference) -> Iterator[str]:
+def _dominant_gap(run: Run, scorer: Scorer, reference: Reference) -> _Found:
     probe = run.examples[:2]
     gap = float(scorer.measure(probe[:1]).dominant[0])
     stored = reference.look_up(dominant_sequences(probe)).gap(probe[0])
-    if not abs(gap - stored) <= _tolerances(run.config)[1]:
-        yield (f"the dominant gap is {gap:.4f} while the reference store holds {stored:.4f}")
+    return _Found(
+        abs(gap - stored) <= _tolerances(run.config)[1],
+        f"the dominant gap is {gap:.4f} while the reference store holds {stored:.4f}",
+    )
 
 
-def _loss(run: Run, objective: Objective, batch: Batch, output: Outputs) -> Iterator[str]:
-    """Its tolerance is what scores do to it that are off as far as a gap may be."""
+def _loss(run: Run, objective: Objective, batch: Batch, output: Outputs) -> _Found:
+    value, rows = float(output.l1), len(run.examples[:2])
     from_reference, allowed = objective.at_reference(batch, _tolerances(run.config)[1])
-    if not abs(float(output.l1) - from_reference) <= allowed:
-        rows = len(run.examples[:2])
-        yield (
-            f"{run.config.loss.name} is {float(output.l1) / rows:.6f} while the reference makes it"
-            f" {from_reference / rows:.6f}"
-        )
+    return _Found(
+        abs(value - from_reference) <= allowed,
+        f"{run.config.loss.name} is {value / rows:.6f} (should be {from_reference / rows:.6f})",
+    )
 
 
 def _tolerances(config: Config) -> tuple[float, float]:

@@ -328,6 +328,43 @@ def test_runs_are_drawn_once_each_under_names_of_their_own(tmp_path, monkeypatch
     ]
 
 
+def of_loss(name, made, **changes):
+    return [{**row, "loss_name": name, **changes} for row in made]
+
+
+def test_a_picture_says_which_losses_it_shows(tmp_path, monkeypatch):
+    """One number where L2 is none of it; below 0 no logarithm; runs of several losses by name."""
+    dpo = [Run("dpo", of_loss("dpo", rows(5, ("sw",)), l2=None), None)]
+    kept = [Run("kept", of_loss("own:$x$", rows(5, ("sw",))), None)]
+    below = [Run("simper", of_loss("simper", rows(5, ()), l2=None, loss=-0.5), None)]
+    mixed = [*dpo, Run("mpo", rows(5, ("sw",)), None)]
+    found = {}
+    for name, runs in {"dpo": dpo, "kept": kept, "below": below, "mixed": mixed}.items():
+        figure, _, _ = drawn(runs)
+        axis = figure.subfigs[0].axes[0]
+        texts = texts_of(axis.get_legend())
+        found[name] = axis.get_title(), axis.get_yscale(), texts, len(axis.get_lines())
+        plt.close(figure)
+    assert found == {
+        "dpo": ("Training loss: dpo", "log", ["loss"], 1),
+        "kept": ("Training loss: own:$x$", "log", ["loss", "own:$x$", "L2 (retention)"], 3),
+        "below": ("Training loss: simper", "linear", ["loss"], 1),
+        "mixed": (
+            "Training loss: dpo, mpo",
+            "log",
+            ["loss", "dpo, L1 (gap)", "L2 (retention)"],
+            5,
+        ),
+    }
+    folders = [
+        run_folder(tmp_path / name, of_loss(name, rows(2, ("sw",)))) for name in ("ipo", "orpo")
+    ]
+    seen = []
+    monkeypatch.setattr(curves, "draw", lambda runs, path: seen.extend(runs))
+    curves.plot_runs(folders, tmp_path / "x.png")
+    assert [run.name for run in seen] == ["ipo (ipo)", "orpo (orpo)"]
+
+
 @pytest.mark.parametrize("ending", ["png", "svg", "pdf", "PNG"])
 def test_a_picture_is_written_whole_in_the_format_of_its_name(tmp_path, ending):
     path = tmp_path / "new" / f"picture.{ending}"

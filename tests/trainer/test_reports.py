@@ -74,6 +74,7 @@ def test_the_result_of_a_run():
     result = made.as_dict()
     rows = {**result["languages"], "all": result["all"]}
     assert list(rows) == ["sw", "zh", "all"] and result["beta"] == BETA
+    assert result["loss"] == "mpo"
     for language, expected in WORKED_OUT.items():
         assert rows[language]["n"] == expected["n"]
         for quantity in QUANTITIES:
