@@ -41,6 +41,7 @@ from mpo_kernels.ops.linear_tokens import LinearTokenResults
 from mpo_kernels.ops.once import has_data
 from mpo_kernels.ops.pairs import PairConstants, pair_loss_op
 from mpo_kernels.ops.projection import Head
+from mpo_kernels.ops.transfer import on_device
 from mpo_kernels.options import LogitOptions, Number, Wanted, statistics_dtype, stored
 from mpo_kernels.parallel import Parallel, refused_together, whole_vocab
 
@@ -464,8 +465,8 @@ def _linear_pairs_one_by_one(
     with refused_together(None if torch.compiler.is_compiling() else parallel):
         found = linear_tokens(call, options, Wanted(token_outputs))
     flat = with_one_ignored(targets.labels.long(), targets.ignore_index)
-    device = call.hidden.device
-    losses = pair_loss_op(found.logp, flat.to(device), offsets.to(device), constants, parallel)
+    flat, offsets = (on_device(host, call.hidden.device) for host in (flat, offsets))
+    losses = pair_loss_op(found.logp, flat, offsets, constants, parallel)
     tokens = token_statistics_of(found, labels.shape, detached=True) if token_outputs else None
     chosen, rejected = losses.means.chunk(2)
     return MPOLossOutput(losses.losses, chosen, rejected, losses.gaps, tokens)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 
 from mpo_kernels.ops.once import has_data
+from mpo_kernels.ops.transfer import on_device
 
 
 def offsets_of(
@@ -24,7 +25,7 @@ def offsets_of(
         ) * (rows // sequences)
     if cu_seqlens is None:
         return torch.arange(sequences + 1, dtype=torch.int32, device=device) * (rows // sequences)
-    return cu_seqlens.to(device, non_blocking=True)
+    return on_device(cu_seqlens, device)
 
 
 def counts_in(counted: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:

@@ -30,6 +30,7 @@ from mpo_kernels.losses.base import Scores, SequenceLoss
 from mpo_kernels.ops.chunks import Targets
 from mpo_kernels.ops.projection import Head
 from mpo_kernels.ops.sequences import sequence_sums_op
+from mpo_kernels.ops.transfer import on_device
 from mpo_kernels.options import LogitOptions, Number, Wanted, statistics_dtype
 from mpo_kernels.parallel import Parallel, refused_together, whole_vocab
 
@@ -202,8 +203,11 @@ def linear_sequence_loss(
     with refused_together(None if torch.compiler.is_compiling() else parallel):
         found = linear_tokens(call, options, Wanted(token_outputs))
     logps = _weighted(found.logp, row_weights, labels)
-    here = with_one_ignored(flat.long(), ignore_index).to(hidden.device)
-    scores = groups.scores(*sequence_sums_op(logps, here, offsets.to(hidden.device), parallel))
+    flat, offsets = (
+        on_device(host, hidden.device)
+        for host in (with_one_ignored(flat.long(), ignore_index), offsets)
+    )
+    scores = groups.scores(*sequence_sums_op(logps, flat, offsets, parallel))
     values = groups.losses(scores, reads)
     tokens = token_statistics_of(found, labels.shape, detached=True) if token_outputs else None
     # of their own, for the caller to edit: autograd has kept the others
@@ -339,4 +343,4 @@ def _weighted(
             f"row_weights is {row_weights.dtype} {tuple(row_weights.shape)}; needed are floats of"
             f" the shape of labels, {tuple(labels.shape)}."
         )
-    return logp * row_weights.detach().reshape(-1).to(logp.device, logp.dtype)
+    return logp * on_device(row_weights.detach().reshape(-1), logp.device).to(logp.dtype)

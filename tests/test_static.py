@@ -189,3 +189,17 @@ def test_an_upward_import_that_is_planted_is_caught(
     arrows = imports(tmp_path)
     assert upward(arrows) == [(name, imported)]
     assert (name in circles(arrows)) == closes_a_circle
+
+
+def test_the_kernels_copy_to_a_device_in_one_place():
+    """`on_device` alone: another copy may wait for the GPU. The sums of a context's lengths do, to
+    be read back."""
+    found = set()
+    for path in ROOT.glob("mpo_kernels/**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                arguments = [ast.unparse(argument) for argument in node.args]
+                is_copy = node.func.attr == "to" and any(a.endswith("device") for a in arguments)
+                if is_copy or any(option.arg == "non_blocking" for option in node.keywords):
+                    found.add((str(path.relative_to(ROOT)), node.lineno))
+    assert {file for file, _ in found} == {"mpo_kernels/ops/transfer.py", "mpo_kernels/parallel.py"}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from mpo_kernels import checks
+from mpo_kernels.ops.transfer import on_device
 from mpo_kernels.parallel import Parallel, refused_together, whole_vocab
 
 DEFAULT_CHUNK_BYTES = 512 << 20
@@ -169,14 +170,14 @@ def chunks_of(
     sizes = [int(count.sum()) for count in counts]
     offsets = torch.cat([count.cumsum(0) for count in counts]).int()
     labels, indices, rows = (
-        host[order].to(device, non_blocking=True).split(sizes)
+        on_device(host[order], device).split(sizes)
         for host in (scored.labels, scored.indices, scored.rows)
     )
     parts = zip(
         labels,
         indices,
         rows,
-        offsets.to(device, non_blocking=True).split([count.numel() for count in counts]),
+        on_device(offsets, device).split([count.numel() for count in counts]),
         [split_rows(size, budget) or [slice(0, 0)] for size in sizes],
         strict=True,
     )

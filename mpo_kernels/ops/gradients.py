@@ -15,6 +15,7 @@ import torch
 from mpo_kernels.ops.once import is_plain
 from mpo_kernels.ops.operator import operator
 from mpo_kernels.ops.projection import Head, Needs, Projection
+from mpo_kernels.ops.transfer import on_device
 from mpo_kernels.options import statistics_dtype
 from mpo_kernels.parallel import Parallel
 
@@ -314,7 +315,7 @@ def spread(grad: torch.Tensor, rows: torch.Tensor | None, count: int) -> torch.T
     always in the same order. Without `rows` they are all rows."""
     if rows is None:
         return grad
-    total, rows = grad.new_zeros(count, *grad.shape[1:]), rows.to(grad.device, non_blocking=True)
+    total, rows = grad.new_zeros(count, *grad.shape[1:]), on_device(rows, grad.device)
     # index_put_ is what autograd calls. For float32 on the CPU it adds in any order; elsewhere it
     # is index_add_ that does, or that rounds otherwise.
     if grad.device.type == "cpu" and grad.dtype == torch.float32:

@@ -39,6 +39,7 @@ from mpo_kernels.ops.operator import operator
 from mpo_kernels.ops.pairs import PairConstants, pair_losses
 from mpo_kernels.ops.projection import Head, Needs, Projection, TokenOutputs
 from mpo_kernels.ops.stats import row_stats, write_logit_grads
+from mpo_kernels.ops.transfer import on_device
 from mpo_kernels.options import LogitOptions, statistics_dtype
 
 
@@ -254,7 +255,7 @@ class _Sums:
         """dL/dlogp of the rows of one pair as if its dL/dgap were 1, which needs only the lengths
         of its sequences."""
         counts = self._plan.counts.view(2, -1)[:, chunk.pairs.start].to(self._losses.dtype)
-        counts = counts.to(self._losses.device, non_blocking=True)
+        counts = on_device(counts, self._losses.device)
         return self._upstream(chunk, self._losses.new_ones(1), counts)
 
     def _add_gradients(

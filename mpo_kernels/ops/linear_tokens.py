@@ -32,6 +32,7 @@ from mpo_kernels.ops.gradients import (
 from mpo_kernels.ops.operator import operator
 from mpo_kernels.ops.projection import Head, Needs, Projection, TokenOutputs
 from mpo_kernels.ops.stats import constants_of, leaves_directions, row_stats, write_logit_grads
+from mpo_kernels.ops.transfer import on_device
 from mpo_kernels.options import LogitOptions, Wanted, statistics_dtype
 
 
@@ -145,8 +146,7 @@ class _Rows:
         )
         self.projection = Projection(hidden, head)
         self._indices, self._labels, self._rows = (
-            host.to(hidden.device, non_blocking=True)
-            for host in (scored.indices, scored.labels, scored.rows)
+            on_device(host, hidden.device) for host in (scored.indices, scored.labels, scored.rows)
         )
         self._budget = head.rows_per_chunk(hidden, parallel)
 
