@@ -12,6 +12,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import hypothesis
+
+# no test asserts on time
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
+
 PYTHON = ("python", "deepspeed", "torchrun", "mpo", "pytest")
 """How the names of programs begin that run it."""
 FIXED = {

@@ -29,6 +29,7 @@ from mpo_kernels import (
     sequence_loss,
 )
 from mpo_kernels.losses import MPO
+from mpo_kernels.ops.transfer import on_device
 
 
 class Outputs(NamedTuple):
@@ -112,9 +113,9 @@ class _Forward:
         self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, batch: Batch
     ) -> MPOLossOutput | SequenceLossOutput:
         packed = batch.packed
-        rows = packed.scored_rows.to(hidden.device, non_blocking=True)
+        rows = on_device(packed.scored_rows, hidden.device)
         logits = torch.nn.functional.linear(hidden[rows], weight, bias)  # (M, V)
-        labels = packed.labels.to(logits.device, non_blocking=True)
+        labels = on_device(packed.labels, logits.device)
         options = {"inplace_backward": logits.requires_grad, **self._options(packed)}
         if isinstance(self._loss, MPO):
             return mpo_loss(logits, labels, **self._pairs(batch), **options)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_model import Count, model_of, mpo_batch, plain_scores, some_sequences
 from tiny import save_model
 
-from mpo.config import LossConfig, ModelConfig
+from mpo.config import ModelConfig, MPOLoss
 from mpo.models import attention
 from mpo.models.documents import Documents
 from mpo.models.forward import bind_mpo_forward
@@ -59,7 +59,7 @@ def attend(kernel, tensors, documents, softcap, window, upstream):
         return out, *torch.autograd.grad(out, tensors, upstream)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     lengths=st.lists(
         st.tuples(st.integers(1, 6), st.integers(1, 5))
@@ -113,7 +113,7 @@ ARCHITECTURES = [
 @pytest.mark.parametrize(("architecture", "kernel"), ARCHITECTURES)
 def test_a_model_scores_as_each_sequence_on_its_own(architecture, kernel):
     sequences = some_sequences(count=5)
-    model = bind_mpo_forward(model_of(architecture), LossConfig())
+    model = bind_mpo_forward(model_of(architecture), MPOLoss())
     logps, pooled = plain_scores(architecture, sequences)
     for share in (True, False):
         with torch.no_grad(), flash.standing_in(kernel):
@@ -133,7 +133,7 @@ def test_recomputation_keeps_the_kernels_results(architecture, kernel, tmp_path,
         loaded = load_model(
             ModelConfig(path=str(folder), dtype="float32", activation_checkpointing=how)
         )
-        model = bind_mpo_forward(loaded, LossConfig()).train()
+        model = bind_mpo_forward(loaded, MPOLoss()).train()
         with flash.standing_in(kernel), Count() as count:
             model(batch=mpo_batch(some_sequences())).loss.backward()
         gradients.append([p.grad for p in model.parameters()])
@@ -185,7 +185,7 @@ def test_no_span_meets_a_backend_that_builds_a_plan_per_shape(monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spied)
     before = torch.backends.cuda.cudnn_sdp_enabled()
-    model = bind_mpo_forward(model_of("llama"), LossConfig())
+    model = bind_mpo_forward(model_of("llama"), MPOLoss())
     with torch.no_grad():
         model(batch=pack_for_scoring(some_sequences(), "response", True))
     assert set(seen) == {(False, True, True)} and len(seen) == 8
