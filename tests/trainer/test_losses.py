@@ -1,10 +1,12 @@
 """`loss.name`: which losses there are, what their sections take, what is refused and with which
 words; what a loss takes of rows and of the reference."""
 
+import importlib
 import json
 import pickle
 import re
 import shutil
+import sys
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from mpo.runtime.errors import UserError
 from mpo.training.micro_batches import in_micro_batches, make_batch
 from mpo.training.objective import Objective
 from mpo.training.reference import ReferenceStore, dominant_sequences
+from mpo.training.run_folder import OutputFolder
 from mpo_kernels.losses import CPO, DPO, SequenceLoss
 
 MINIMAL = {"output_dir": "out", "model": {"path": "-"}, "data": {"train": ["-"]}}
@@ -162,12 +165,40 @@ def test_a_run_with_a_loss_that_is_gone_can_still_be_read(load, tmp_path, monkey
     monkeypatch.syspath_prepend(str(tmp_path))
     kept = {**MINIMAL, "loss": load("loss.name=gone:loss").model_dump(mode="json")}
     (tmp_path / "gone.py").unlink()
-    monkeypatch.delitem(__import__("sys").modules, "gone")
+    monkeypatch.delitem(sys.modules, "gone")
     losses.section_of.cache_clear()
     loss = Config.model_validate(kept).loss
     assert isinstance(loss, KeptLoss) and loss.model_dump(mode="json") == kept["loss"]
     with pytest.raises(UserError, match="gone:loss: cannot be imported"):
         loss.build()
+
+
+def test_other_code_or_another_loss_is_another_run(load, tmp_path, monkeypatch):
+    """A folder goes on with the loss that it began with, whatever its name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def begin(code, *overrides):
+        (tmp_path / "mine.py").write_text(code)
+        sys.modules.pop("mine", None)
+        importlib.invalidate_caches()
+        losses.section_of.cache_clear()
+        load()  # writes run.yaml
+        config = load_config(tmp_path / "run.yaml", ["data.date=2026-03-02", *overrides])
+        folder = OutputFolder(tmp_path / "run")
+        try:
+            return folder.open(config, "rows", {}, 1)
+        finally:
+            folder._claim.release()
+
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    code = "def loss(scores):\n    return -scores.logps[0] * {}\n"
+    assert not begin(code.format(1), "loss.name=mine:loss")
+    assert begin(code.format(1), "loss.name=mine:loss")
+    with pytest.raises(UserError, match=r"holds another run: loss.code_sha256 is '.*' there and"):
+        begin(code.format(2), "loss.name=mine:loss")
+    with pytest.raises(UserError, match=r"loss.name is 'mine:loss' there and 'dpo' here"):
+        begin(code.format(1), "loss.name=dpo")
 
 
 def test_what_a_loss_takes_of_rows(load):
