@@ -3,6 +3,7 @@ what its rows give. Layouts and errors are those of `mpo_kernels.functional`."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -149,6 +150,7 @@ def checked_linear(
     """Checks of a linear function, in the shapes of operators, and with the dtype that autocast
     sets."""
     checks.check_integers(targets.ignore_index, head.chunk_bytes)
+    checks.check_logits_dtype(head.logits_dtype, hidden)
     device = hidden.device.type
     # which there knows no devices but those that compute
     autocast = device != "meta" and torch.is_autocast_enabled(device)
@@ -167,7 +169,7 @@ def checked_linear(
     )
     return LinearCall(
         hidden.reshape(-1, hidden.shape[-1]),
-        Head(head.weight, head.bias, gemm_dtype, head.chunk_bytes),
+        dataclasses.replace(head, gemm_dtype=gemm_dtype),
         Targets(targets.labels.reshape(-1), targets.rows, targets.ignore_index),
         Needs(*needs),
     )

@@ -141,6 +141,21 @@ def check_integers(ignore_index: int, chunk_bytes: int | None = None) -> None:
         )
 
 
+def check_logits_dtype(logits_dtype: torch.dtype | None, hidden: torch.Tensor) -> None:
+    """Refuses logits in anything but the dtype of their product, or float32 where that is half
+    precision."""
+    if logits_dtype not in (None, torch.float32):
+        raise ValueError(
+            f"logits_dtype is {logits_dtype!r}; it can be torch.float32, or None for the dtype of"
+            " the products."
+        )
+    if logits_dtype is not None and hidden.dtype == torch.float64:
+        raise ValueError(
+            "logits_dtype is torch.float32 and hidden torch.float64, which it would round. Leave"
+            " it at None."
+        )
+
+
 def check_rows(
     name: str,
     tensor: torch.Tensor,

@@ -265,6 +265,7 @@ def linear_token_logprobs(
     logit_scale: Number = 1.0,
     softcap: Number | None = None,
     chunk_bytes: int | None = None,
+    logits_dtype: torch.dtype | None = None,
     parallel: Parallel | None = None,
 ) -> torch.Tensor:
     """`token_logprobs` of the logits hidden @ weight^T + bias, which exist only a chunk of rows at
@@ -286,6 +287,9 @@ def linear_token_logprobs(
             several times; its gradient is the sum.
         chunk_bytes: bytes of logits that exist at once, 512 MiB by default; at least 128 rows. With
             a trainable head so many may be kept until backward.
+        logits_dtype: torch.float32 leaves the logits of half-precision products in the precision of
+            their sums, 4 bytes each; their gradient is rounded to half precision, once, for the two
+            products of backward. None is the dtype of the products.
         parallel: where weight and bias hold a slice of the vocabulary. The gradient of `hidden` is
             then summed over its ranks here. With sequence_parallel hidden is (N / ranks, D), this
             rank's own rows of all those that labels are of, and so is its gradient.
@@ -302,7 +306,8 @@ def linear_token_logprobs(
     checks.check_tensors(hidden=hidden, weight=weight, labels=labels, bias=bias, rows=rows)
     options = LogitOptions.checked(hidden, logit_scale, softcap, parallel)
     hidden = of_all_ranks(hidden, labels, rows, parallel)
-    head, targets = Head(weight, bias, None, chunk_bytes), Targets(labels, rows, ignore_index)
+    head = Head(weight, bias, None, chunk_bytes, logits_dtype)
+    targets = Targets(labels, rows, ignore_index)
     found = _from_hidden(hidden, head, targets, options, Wanted(False))
     return found.logp.view(labels.shape)
 
@@ -318,6 +323,7 @@ def linear_token_statistics(
     logit_scale: Number = 1.0,
     softcap: Number | None = None,
     chunk_bytes: int | None = None,
+    logits_dtype: torch.dtype | None = None,
     moments: bool = False,
     entropy_grad: bool = False,
     parallel: Parallel | None = None,
@@ -339,7 +345,8 @@ def linear_token_statistics(
     checks.check_tensors(hidden=hidden, weight=weight, labels=labels, bias=bias, rows=rows)
     options = LogitOptions.checked(hidden, logit_scale, softcap, parallel)
     hidden = of_all_ranks(hidden, labels, rows, parallel)
-    head, targets = Head(weight, bias, None, chunk_bytes), Targets(labels, rows, ignore_index)
+    head = Head(weight, bias, None, chunk_bytes, logits_dtype)
+    targets = Targets(labels, rows, ignore_index)
     wanted = Wanted(True, moments, entropy_grad)
     found = _from_hidden(hidden, head, targets, options, wanted)
     return token_statistics_of(found, labels.shape, moments=moments)
@@ -361,6 +368,7 @@ def linear_mpo_loss(
     softcap: Number | None = None,
     reduction: str = "mean",
     chunk_bytes: int | None = None,
+    logits_dtype: torch.dtype | None = None,
     token_outputs: bool = False,
     parallel: Parallel | None = None,
 ) -> MPOLossOutput:
@@ -385,6 +393,7 @@ def linear_mpo_loss(
         chunk_bytes: bytes of logits that exist at once, 512 MiB by default; at least 128 rows.
             Pairs that are larger are computed in pieces, at the same cost for the first of them and
             with a fourth GEMM for each further one (none if the head is frozen).
+        logits_dtype: see `linear_token_logprobs`.
         parallel: see `mpo_loss` and `linear_token_logprobs`.
         others: see `mpo_loss`.
     Raises:
@@ -412,7 +421,8 @@ def linear_mpo_loss(
     options = LogitOptions.checked(hidden, logit_scale, softcap, parallel)
     hidden = of_all_ranks(hidden, labels, rows, parallel)
     checks.check_reduction(reduction)
-    head, targets = Head(weight, bias, None, chunk_bytes), Targets(labels, rows, ignore_index)
+    head = Head(weight, bias, None, chunk_bytes, logits_dtype)
+    targets = Targets(labels, rows, ignore_index)
     call = checked_linear(hidden, head, targets, options)
     sequences = checks.check_layout(hidden, cu_seqlens, "hidden", pairs=True)
     constants = _pair_constants(hidden, reference_gap, pair_weights, beta, sequences // 2)

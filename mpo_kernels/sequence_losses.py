@@ -156,6 +156,7 @@ def linear_sequence_loss(
     softcap: Number | None = None,
     reduction: str = "mean",
     chunk_bytes: int | None = None,
+    logits_dtype: torch.dtype | None = None,
     token_outputs: bool = False,
     parallel: Parallel | None = None,
 ) -> SequenceLossOutput:
@@ -164,7 +165,7 @@ def linear_sequence_loss(
 
     Args:
         hidden: dense (kP, T, D) or packed (N, D). weight: (V, D), bias: (V,).
-        labels, rows, chunk_bytes: see `mpo_kernels.linear_mpo_loss`.
+        labels, rows, chunk_bytes, logits_dtype: see `mpo_kernels.linear_mpo_loss`.
         others: see `sequence_loss`.
     Raises:
         ValueError: shapes, dtypes, devices or values do not fit, or the loss is none.
@@ -189,7 +190,8 @@ def linear_sequence_loss(
     options = LogitOptions.checked(hidden, logit_scale, softcap, parallel)
     hidden = of_all_ranks(hidden, labels, rows, parallel)
     checks.check_reduction(reduction)
-    head, targets = Head(weight, bias, None, chunk_bytes), Targets(labels, rows, ignore_index)
+    head = Head(weight, bias, None, chunk_bytes, logits_dtype)
+    targets = Targets(labels, rows, ignore_index)
     call = checked_linear(hidden, head, targets, options)
     sequences = checks.check_layout(hidden, cu_seqlens, "hidden", pairs=False)
     groups = _Groups(loss, constants, weights, sequences, like=hidden)

@@ -14,7 +14,13 @@ import torch
 
 from mpo_kernels.ops.once import is_plain
 from mpo_kernels.ops.operator import operator
-from mpo_kernels.ops.projection import Head, Needs, Projection
+from mpo_kernels.ops.projection import (
+    PRODUCT_COLUMNS,
+    Head,
+    Needs,
+    Projection,
+    gemms_return_float32,
+)
 from mpo_kernels.ops.transfer import on_device
 from mpo_kernels.options import statistics_dtype
 from mpo_kernels.parallel import Parallel
@@ -26,10 +32,6 @@ Unscaled they are of the size of a probability divided by pairs and tokens, whic
 comes before the rounding is in the power: a row's gradient, and the logit scale (the softcap's
 slope is at most 1). Sums over them, dH and dW, are of any size: they stay in float32 until the
 power is divided out."""
-
-_PRODUCT_COLUMNS = 8192
-"""Vocabulary columns that are widened to float32 at a time where half-precision GEMMs round their
-results."""
 
 
 class HeadGrads(NamedTuple):
@@ -122,6 +124,11 @@ class HeadGradients:
         The boost is divided out again; the rows of dH that are scaled in backward anyway keep it as
         pending. The factors commute with the products (equation 10).
         """
+        if grad_logits.dtype != self._weight.dtype:
+            # of float32 logits of half-precision products: rounded here, once, and whole, since
+            # directions have no boost
+            whole = grad_logits if factors is None else grad_logits * factors[:, None]
+            grad_logits, factors = whole.to(self._weight.dtype), None
         if self._needs.hidden_grad:
             self._add_to_hidden(indices, grad_logits, boost, factors)
         if self._needs.weight_grad:
@@ -193,20 +200,11 @@ def hidden_grad_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _gemms_return_float32(tensor: torch.Tensor) -> bool:
-    """Half-precision GEMMs can hand out their float32 sums: cuBLAS, through PyTorch 2.8 and
-    later."""
-    return _is_half(tensor) and tensor.device.type == "cuda" and torch.version.hip is None
-
-
 def _is_widened(tensor: torch.Tensor) -> bool:
     """Other GEMMs round their results to half precision: on a GPU bfloat16 bears it, float16 would
     overflow."""
-    return _is_half(tensor) and (tensor.device.type == "cpu" or tensor.dtype == torch.float16)
-
-
-def _is_half(tensor: torch.Tensor) -> bool:
-    return tensor.dtype.itemsize == 2
+    is_half = tensor.dtype.itemsize == 2
+    return is_half and (tensor.device.type == "cpu" or tensor.dtype == torch.float16)
 
 
 def _hidden_product(
@@ -215,12 +213,12 @@ def _hidden_product(
     """grad_logits (n, V) W (V, D) in `dtype`, rounded once."""
     if grad_logits.dtype == dtype or grad_logits.dtype.itemsize > dtype.itemsize:
         return torch.mm(grad_logits, head).to(dtype)
-    if _gemms_return_float32(grad_logits):
+    if gemms_return_float32(grad_logits):
         return torch.mm(grad_logits, head, out_dtype=dtype)
     if _is_widened(grad_logits):
         total = grad_logits.new_zeros(grad_logits.shape[0], head.shape[1], dtype=dtype)
         for columns, rows in zip(
-            grad_logits.split(_PRODUCT_COLUMNS, 1), head.split(_PRODUCT_COLUMNS), strict=True
+            grad_logits.split(PRODUCT_COLUMNS, 1), head.split(PRODUCT_COLUMNS), strict=True
         ):
             total.addmm_(columns.to(dtype), rows.to(dtype))
         return total
@@ -242,13 +240,13 @@ def _add_product(
     if boost is None and grad_logits.dtype == total.dtype and not is_widened:
         torch.addmm(total, grad_logits.T, hidden, beta=beta, out=total)
         return
-    if boost is None and total.dtype == torch.float32 and _gemms_return_float32(grad_logits):
+    if boost is None and total.dtype == torch.float32 and gemms_return_float32(grad_logits):
         torch.addmm(total, grad_logits.T, hidden, out_dtype=total.dtype, beta=beta, out=total)
         return
     # Some rows of dW at a time: all of them in float32 would be what this is to do without.
     wide = hidden.to(precise) if is_widened else hidden
     for rows, columns in zip(
-        total.split(_PRODUCT_COLUMNS), grad_logits.split(_PRODUCT_COLUMNS, 1), strict=True
+        total.split(PRODUCT_COLUMNS), grad_logits.split(PRODUCT_COLUMNS, 1), strict=True
     ):
         if boost is None and total.dtype == precise and is_widened:
             rows.addmm_(columns.to(precise).T, wide, beta=beta)
@@ -264,7 +262,7 @@ def _weight_product(
     """grad_logits^T hidden in the dtype of `wide`, which is `hidden` or a copy in float32."""
     if wide is not hidden:
         return grad_logits.to(wide.dtype).T @ wide
-    if _gemms_return_float32(grad_logits):
+    if gemms_return_float32(grad_logits):
         return torch.mm(grad_logits.T, hidden, out_dtype=torch.float32)
     return grad_logits.T @ hidden  # rounded once; the sum of several is not
 
@@ -278,7 +276,7 @@ def _column_sums(
     if grad_logits.device.type != "cpu" or grad_logits.dtype == dtype:
         return grad_logits.sum(0, dtype=dtype)
     # the CPU copies to the other dtype what it sums
-    parts = grad_logits.split(_PRODUCT_COLUMNS, 1)
+    parts = grad_logits.split(PRODUCT_COLUMNS, 1)
     return torch.cat([part.sum(0, dtype=dtype) for part in parts])
 
 

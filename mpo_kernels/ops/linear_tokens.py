@@ -111,7 +111,7 @@ def linear_token_logprobs_op(
                 )
                 gradients.add(chunk.indices, chunk.logits[0], chunk.hidden, None, factors)
         hidden_grad = gradients.result(options.parallel, boost=one.boost).hidden
-        kept_logits = rows.projection.weight.new_empty(0, head.weight.shape[0])
+        kept_logits = rows.projection.no_logits
         if may_keep_logits and rows.are_one_chunk:
             kept_logits = chunk.logits[0]
     return LinearTokenResults(*tokens, moments, normalizer, hidden_grad, kept_logits)
@@ -177,7 +177,7 @@ def _(hidden, head, targets, options, keep_stats, may_keep_logits, keep_hidden_g
             (rows, hidden.shape[1]) if keep_hidden_grad else 0,
             dtype=hidden_grad_dtype(hidden.dtype),
         ),
-        head.weight.new_empty(kept, head.weight.shape[0], dtype=head.dtype(hidden)),
+        head.weight.new_empty(kept, head.weight.shape[0], dtype=head.dtype_of_logits(hidden)),
     )
 
 
@@ -308,7 +308,7 @@ def _save(ctx: Any, given: Any, found: LinearTokenResults) -> None:
     ctx.options = given.options  # and with it a Parallel, which lives until backward has run
     ctx.may_be_directions = not (given.wanted.token_outputs or given.wanted.moments)
     ctx.keep_hidden_grad, ctx.ignore_index = given.keep_hidden_grad, targets.ignore_index
-    ctx.gemm_dtype, ctx.chunk_bytes = head.gemm_dtype, head.chunk_bytes
+    ctx.head_options = head.gemm_dtype, head.chunk_bytes, head.logits_dtype
     ctx.hidden_shape, ctx.hidden_dtype = given.hidden.shape, given.hidden.dtype
     # Where dlogp/dH is there, neither hidden states nor weight are needed again.
     if given.keep_stats:
@@ -340,7 +340,7 @@ def _backward(
     logp, normalizer, entropy, kept_logits, hidden, weight, bias, labels, rows = ctx.saved_tensors
     if grad_logp is None:
         grad_logp = torch.zeros_like(logp)
-    head = Head(weight, bias, ctx.gemm_dtype, ctx.chunk_bytes)
+    head = Head(weight, bias, *ctx.head_options)
     targets, needs = Targets(labels, rows, ctx.ignore_index), Needs(*ctx.needs_input_grad[:3])
     are_directions = (
         kept_logits.shape[0] > 0

@@ -12,6 +12,10 @@ from mpo_kernels.ops.chunks import rows_per_chunk
 from mpo_kernels.options import statistics_dtype
 from mpo_kernels.parallel import Parallel, widest_slice
 
+PRODUCT_COLUMNS = 8192
+"""Vocabulary columns that are widened to float32 at a time where half-precision GEMMs round their
+results."""
+
 
 @dataclass(frozen=True)
 class Head:
@@ -25,15 +29,20 @@ class Head:
     """Of its products under autocast; None is that of the hidden states."""
     chunk_bytes: int | None
     """Bytes of logits that exist at once; None is the default."""
+    logits_dtype: torch.dtype | None = None
+    """Of the logits; None is that of the products."""
 
     def dtype(self, hidden: torch.Tensor) -> torch.dtype:
-        """Of its products."""
+        """Of its products: of what goes into them, and of what comes out but for the logits."""
         return self.gemm_dtype or hidden.dtype
+
+    def dtype_of_logits(self, hidden: torch.Tensor) -> torch.dtype:
+        return self.logits_dtype or self.dtype(hidden)
 
     def rows_per_chunk(self, hidden: torch.Tensor, parallel: Parallel | None) -> int:
         """Rows whose logits fit the budget, the same on all ranks."""
         vocab = widest_slice(self.weight.shape[0], parallel)
-        return rows_per_chunk(vocab, self.dtype(hidden).itemsize, self.chunk_bytes)
+        return rows_per_chunk(vocab, self.dtype_of_logits(hidden).itemsize, self.chunk_bytes)
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,8 @@ class Projection:
         self.weight = head.weight.to(self.dtype)
         self._hidden = hidden
         self._bias: torch.Tensor | None = None if head.bias is None else head.bias.to(self.dtype)
-        self._logits = self.weight.new_empty(0, self.weight.shape[0])
+        dtype = head.dtype_of_logits(hidden)
+        self.no_logits = self._logits = self.weight.new_empty(0, self.weight.shape[0], dtype=dtype)
 
     def rows(self, rows: torch.Tensor) -> torch.Tensor:
         """(n, D) hidden states of these rows as the products take them."""
@@ -68,12 +78,40 @@ class Projection:
         once."""
         rows = hidden.shape[0]
         if self._logits.shape[0] < rows:
-            self._logits = self._logits.new_empty(0)  # goes before its larger successor comes
-            self._logits = self.weight.new_empty(rows, self.weight.shape[0])
+            self._logits = self.no_logits  # goes before its larger successor comes
+            self._logits = self.no_logits.new_empty(rows, self.weight.shape[0])
         out = self._logits[:rows]
+        if out.dtype != self.dtype:
+            _wide_product(hidden, self.weight, self._bias, out)
+            return out[None]
         if self._bias is None:
             return torch.mm(hidden, self.weight.t(), out=out)[None]
         return torch.addmm(self._bias, hidden, self.weight.t(), out=out)[None]
+
+
+def _wide_product(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
+) -> None:
+    """out (n, V) = hidden (n, D) weight^T + bias of half precision, never rounded to it."""
+    if gemms_return_float32(hidden):
+        torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
+        if bias is not None:
+            out.add_(bias)
+        return
+    wide = hidden.to(out.dtype)
+    for rows, columns in zip(
+        weight.split(PRODUCT_COLUMNS), out.split(PRODUCT_COLUMNS, 1), strict=True
+    ):
+        torch.mm(wide, rows.to(out.dtype).t(), out=columns)
+    if bias is not None:
+        out.add_(bias)
+
+
+def gemms_return_float32(tensor: torch.Tensor) -> bool:
+    """Half-precision GEMMs can hand out their float32 sums: cuBLAS, through PyTorch 2.8 and
+    later."""
+    is_half = tensor.dtype.itemsize == 2
+    return is_half and tensor.device.type == "cuda" and torch.version.hip is None
 
 
 class TokenOutputs(NamedTuple):

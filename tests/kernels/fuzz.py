@@ -151,6 +151,8 @@ class Problem:
             # the last piece often has one row
             budget = self.rng.choice([1, 4, max(1, rows - 1), max(1, rows // 2), 10_000])
             self.only_ours["chunk_bytes"] = budget * self.vocab * self.dtype.itemsize
+            if self.dtype != torch.float64 and self.maybe(0.3):
+                self.only_ours["logits_dtype"] = torch.float32
         else:
             name = self.rng.choice(REGIMES)
             labels = self.tensors["labels"].long().clamp(0, self.vocab - 1)
@@ -292,9 +294,9 @@ class Problem:
                     for name in ("weight", "bias")
                     if name in wide
                 }
-            wide["logits"] = _rounded(
-                linear(wide.pop("hidden"), wide.pop("weight"), wide.pop("bias", None)), self.dtype
-            )
+            wide["logits"] = linear(wide.pop("hidden"), wide.pop("weight"), wide.pop("bias", None))
+            if "logits_dtype" not in self.only_ours:
+                wide["logits"] = _rounded(wide["logits"], self.dtype)
         logits = wide.pop("logits")
         # Rows that are not scored are not read: autograd would multiply their NaN by 0.
         read = logits.where((labels != self.options["ignore_index"])[..., None], 0)
@@ -398,7 +400,13 @@ class Problem:
             )
             stack.enter_context(
                 mock.patch(
-                    "mpo_kernels.ops.gradients._PRODUCT_COLUMNS",
+                    "mpo_kernels.ops.gradients.PRODUCT_COLUMNS",
+                    small.choice([1 + self.vocab // 3, 8192]),
+                )
+            )
+            stack.enter_context(
+                mock.patch(
+                    "mpo_kernels.ops.projection.PRODUCT_COLUMNS",
                     small.choice([1 + self.vocab // 3, 8192]),
                 )
             )

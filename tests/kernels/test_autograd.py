@@ -46,6 +46,8 @@ class Call:
         def random(*shape):
             return torch.randn(*shape, generator=generator).to(dtype)
 
+        if dtype == torch.float64:  # whose logits are not to be rounded
+            options.pop("logits_dtype", None)
         self.function, self.options, self.packed = function, options, packed
         from_logits = function in (
             "token_logprobs",
@@ -102,6 +104,7 @@ class Call:
         wide = {name: tensor.double() for name, tensor in self.tensors.items()}
         positional, options = self.arguments({**wide, **tensors}, wide=True)
         ours_alone = ("inplace_backward", "token_outputs", "validate", "moments", "entropy_grad")
+        ours_alone += ("logits_dtype",)
         options = {k: v for k, v in options.items() if k not in ours_alone}
         if self.options.get("entropy_grad"):
             logits = positional[0]
@@ -132,6 +135,7 @@ def calls(dtypes=(torch.float32,)) -> list[Call]:
         ("mpo_loss", {"reduction": "none", "token_outputs": True}),
         ("mpo_loss", {"inplace_backward": True, "token_outputs": True}),
         ("linear_token_logprobs", {}),
+        ("linear_token_logprobs", {"logits_dtype": torch.float32}),
         ("linear_token_statistics", {}),
         ("linear_token_statistics", {"moments": True, "entropy_grad": True}),
         ("linear_mpo_loss", {"token_outputs": True}),

@@ -155,7 +155,7 @@ def test_no_chunk_of_the_gradients_is_rounded_to_half(dtype, boost):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gradients_of_one_chunk_are_rounded_once(dtype, boost, monkeypatch):
     """Straight to half precision, with the error of rounding the exact sums."""
-    monkeypatch.setattr(gradients, "_PRODUCT_COLUMNS", 64)
+    monkeypatch.setattr(gradients, "PRODUCT_COLUMNS", 64)
     generator = torch.Generator().manual_seed(0)
     hidden, grads = (torch.randn(24, size, generator=generator).to(dtype) for size in (D, V))
     weight = torch.randn(V, D, generator=generator).to(dtype)

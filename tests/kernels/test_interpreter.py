@@ -20,6 +20,7 @@ HERE = Path(__file__).parent
         "test_logits.py",
         "test_tokens.py",
         "test_linear.py",
+        "test_float32_logits.py",
         "test_pool.py",
         "test_bytes.py",
         "test_strides.py",

@@ -240,7 +240,7 @@ class Results(TorchDispatchMode):
 def test_one_chunk_writes_the_weight_gradient_once_in_its_dtype(dtype, monkeypatch):
     """No sum in fp32 beside it, which would be cast or scaled: backward holds the gradients, and a
     block of those that are widened to be summed."""
-    monkeypatch.setattr("mpo_kernels.ops.gradients._PRODUCT_COLUMNS", 64)
+    monkeypatch.setattr("mpo_kernels.ops.gradients.PRODUCT_COLUMNS", 64)
     vocab, width, rows = 4000, 96, 8
     generator = torch.Generator().manual_seed(0)
     hidden, weight, bias = (

@@ -185,6 +185,20 @@ REFUSED = [
         "chunk_bytes is 0; it must be a positive int, or None",
     ),
     (
+        lambda: linear_token_logprobs(HIDDEN, WEIGHT, LABELS, logits_dtype=torch.float64),
+        "logits_dtype is torch.float64; it can be torch.float32, or None",
+    ),
+    (
+        lambda: linear_mpo_loss(HIDDEN, WEIGHT, LABELS, GAP, logits_dtype=torch.bfloat16),
+        "logits_dtype is torch.bfloat16; it can be torch.float32, or None",
+    ),
+    (
+        lambda: linear_token_logprobs(
+            HIDDEN.double(), WEIGHT.double(), LABELS, logits_dtype=torch.float32
+        ),
+        "logits_dtype is torch.float32 and hidden torch.float64, which it would round",
+    ),
+    (
         lambda: linear_token_logprobs(HIDDEN, WEIGHT, LABELS, chunk_bytes=1e9),
         "chunk_bytes is 1000000000.0",
     ),

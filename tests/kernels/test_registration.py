@@ -37,6 +37,7 @@ LINEAR = {
     "ignore_index": -100,
     "chunk_bytes": None,
     "gemm_dtype": None,
+    "logits_dtype": None,
 }
 PAIRS = {**LINEAR, "token_outputs": True}
 WANTED = {"token_outputs": True, "moments": False, "entropy_grad": False}
@@ -179,6 +180,18 @@ OPERATORS = {
         (*from_hidden(True), FLAT, None),
         {**STATS, **WANTED, **LINEAR},
     ),
+    "linear_token_logprobs, float32 logits of a product in bfloat16": (
+        linear_token_logprobs_op,
+        (*from_hidden(True), FLAT, None),
+        {
+            **STATS,
+            **WANTED,
+            **LINEAR,
+            "may_keep_logits": True,
+            "gemm_dtype": torch.bfloat16,
+            "logits_dtype": torch.float32,
+        },
+    ),
     "linear_token_logprobs, logits kept": (
         linear_token_logprobs_op,
         (*from_hidden(True), FLAT, None),
@@ -304,6 +317,11 @@ FUNCTIONS = {
     ),
     "linear_token_logprobs": (
         lambda x, h, w, b: mpo_kernels.linear_token_logprobs(h, w, LABELS, bias=b).sum()
+    ),
+    "linear_mpo_loss, float32 logits": lambda x, h, w, b: (
+        mpo_kernels.linear_mpo_loss(
+            h.bfloat16(), w.bfloat16(), LABELS, GAP, logits_dtype=torch.float32
+        ).loss
     ),
     "retention_loss": lambda x, h, w, b: mpo_kernels.retention_loss(h, torch.zeros(2 * P, D)),
 }
