@@ -167,6 +167,8 @@ def _liger_hidden(workload: FromHidden, chunk: int) -> Loss:
     """Its own DPO, SimPO and ORPO; of another loss its base class, as its own are made of it."""
     from liger_kernel import chunked_loss
 
+    if chunk > 1 and workload.pairs == 1:
+        raise Absent("one pair is chunk 1")
     # its own: it marks them as dynamic, and others' compiled code would be compiled anew for that
     labels = workload.labels.clone()
     if workload.objective in (SIMPO, ORPO):
@@ -307,7 +309,7 @@ def _torch_linear_cross_entropy(workload: FromHidden) -> Loss:
     return loss
 
 
-def _ours_hidden(workload: FromHidden, chunk_bytes: int | None = None) -> Loss:
+def ours_from_hidden(workload: FromHidden, chunk_bytes: int | None = None) -> Loss:
     """MPO by its own function, every other loss by the general one."""
     ours = ours_of_mpo if workload.objective is MPO else ours_of_sequences
     return ours(workload, chunk_bytes)
@@ -324,7 +326,7 @@ def ours_of_mpo(workload: FromHidden, chunk_bytes: int | None = None) -> Loss:
 
 
 def ours_of_sequences(workload: FromHidden, chunk_bytes: int | None = None) -> Loss:
-    """Any objective, which is called in the loop over chunks."""
+    """Any objective, as a function of sums."""
     return lambda inputs: (
         mpo_kernels.linear_sequence_loss(
             inputs["hidden"],
@@ -359,10 +361,10 @@ def from_hidden() -> list[Candidate[FromHidden]]:
         Candidate("TRL chunked log-probs", _trl_hidden),
         Candidate("cut-cross-entropy", _cut_cross_entropy),
         Candidate("torch linear_cross_entropy", _torch_linear_cross_entropy),
-        Candidate("mpo_kernels", _ours_hidden, ours=True),
+        Candidate("mpo_kernels", ours_from_hidden, ours=True),
         Candidate(
             "mpo_kernels, 32 MiB chunks",
-            functools.partial(_ours_hidden, chunk_bytes=32 << 20),
+            functools.partial(ours_from_hidden, chunk_bytes=32 << 20),
             ours=True,
         ),
         Candidate("mpo_kernels token log-probs", ours_of_tokens, ours=True),

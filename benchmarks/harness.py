@@ -167,7 +167,7 @@ def compare(
     for row in rows:
         if row.candidate in times:
             row.forward, row.backward, row.both = _timings(times[row.candidate])
-            row.products = _products(workload, losses[row.candidate])
+            row.products = matrix_products(workload, losses[row.candidate])
     if bound:
         forward_time, backward_time, both_time = _timings(bound)
         rows.append(
@@ -217,7 +217,7 @@ def allocations(work: Callable[[], object]) -> int:
     return peak
 
 
-def _products(workload: Workload, loss: Loss) -> float | None:
+def matrix_products(workload: Workload, loss: Loss) -> float | None:
     """Of compiled code those of the code as it is written, which is what a counter sees. None of an
     operator that hides them."""
     if not workload.product_flops:

@@ -9,7 +9,7 @@ import typer
 
 from benchmarks.candidates import from_hidden
 from benchmarks.harness import compare
-from benchmarks.objectives import DPO, ORPO, OWN, SIMPO
+from benchmarks.objectives import MPO, OBJECTIVES
 from benchmarks.options import Out, Quick, Repetitions, Threads, set_up
 from benchmarks.output import Result, announced, save, show
 from benchmarks.workloads import FromHidden
@@ -45,7 +45,7 @@ def workloads(device: torch.device, quick: bool) -> list[FromHidden]:
     if quick:
         changes = []
     changes = [{"trainable": False}, *changes]
-    changes += [{"objective": objective} for objective in (DPO, SIMPO, ORPO, OWN)]
+    changes += [{"objective": objective} for objective in OBJECTIVES if objective is not MPO]
     return [centre, *(replace(centre, **change) for change in changes)]
 
 

@@ -85,3 +85,5 @@ DPO = Objective("DPO", _dpo, losses.DPO(beta=0.1), (REFERENCE_LOGPS,))
 SIMPO = Objective("SimPO", _simpo, losses.SimPO(beta=2.5, gamma=1.375))
 ORPO = Objective("ORPO", _orpo, losses.ORPO(beta=0.1))
 OWN = Objective("user's own", held_margin, held_margin)
+
+OBJECTIVES = (MPO, DPO, SIMPO, ORPO, OWN)

@@ -13,7 +13,7 @@ from rich.console import Console
 from benchmarks import engines, linear
 from benchmarks.candidates import from_hidden, from_logits
 from benchmarks.harness import Absent, Candidate, Comparison, compare, peak_bytes
-from benchmarks.objectives import DPO, MPO, ORPO, OWN, SIMPO
+from benchmarks.objectives import DPO, OBJECTIVES, ORPO, SIMPO
 from benchmarks.options import RESULTS
 from benchmarks.output import Machine, Result, save
 from benchmarks.scaling import exponent
@@ -130,9 +130,6 @@ def test_results_are_json_that_validates_and_a_picture(planted_comparison, tmp_p
     )
 
 
-OBJECTIVES = [MPO, DPO, SIMPO, ORPO, OWN]
-
-
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda objective: objective.name)
 @pytest.mark.parametrize("trainable", [True, False])
 def test_ours_and_plain_pytorch_are_right_from_hidden_states(trainable, objective):
@@ -237,8 +234,9 @@ def test_engines_are_compared_below_at_and_above_one_chunk():
         products[rows] = {row.candidate: row.products for row in result.rows}
     assert list(products) == [0.5, 1, 2, 3]
     assert [counted["kept logits"] for counted in products.values()] == [3, 3, 4, 4]
-    # of two pairs in pieces one is computed again
-    assert [counted["fused MPO"] for counted in products.values()] == [3, 3, 3, 3.5]
+    # of pairs in pieces some rows are computed again
+    *whole, in_pieces = (counted["fused MPO"] for counted in products.values())
+    assert whole == [3, 3, 3] and 3 <= in_pieces < 4
 
 
 def test_exponents():
