@@ -60,9 +60,11 @@ def logprob_directions(
     That is q_j, the softmax over the other tokens than the label, and at the label minus their sum,
     which is 1 but for rounding. It takes one exponential, and the gradient none.
     """
-    partials = torch.zeros(labels.numel(), 4, dtype=logits.dtype, device=logits.device)
-    for rows, z, _ in _scored_blocks(logits, labels, logits.dtype):
-        at_label = labels[rows][:, None]
+    N, V = labels.numel(), logits.shape[-1]
+    partials = torch.zeros(N, 4, dtype=logits.dtype, device=logits.device)
+    size = max(1, ROWS_BYTES // (V * logits.itemsize))
+    for rows in (slice(first, first + size) for first in range(0, N, size)):
+        z, at_label = logits.view(N, V)[rows], labels[rows][:, None]
         if not _is_one(logit_scale):
             z.mul_(logit_scale)
         z_label = z.gather(1, at_label)
