@@ -306,7 +306,10 @@ def _save(ctx: Any, given: Any, found: LinearTokenResults) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*constants_of(found, given.wanted))
     ctx.options = given.options  # and with it a Parallel, which lives until backward has run
-    ctx.may_be_directions = not (given.wanted.token_outputs or given.wanted.moments)
+    # now, since by the time of backward the environment may name another backend
+    ctx.are_directions = not (
+        given.wanted.token_outputs or given.wanted.moments
+    ) and leaves_directions(found.kept_logits, given.options)
     ctx.keep_hidden_grad, ctx.ignore_index = given.keep_hidden_grad, targets.ignore_index
     ctx.head_options = head.gemm_dtype, head.chunk_bytes, head.logits_dtype
     ctx.hidden_shape, ctx.hidden_dtype = given.hidden.shape, given.hidden.dtype
@@ -342,11 +345,7 @@ def _backward(
         grad_logp = torch.zeros_like(logp)
     head = Head(weight, bias, *ctx.head_options)
     targets, needs = Targets(labels, rows, ctx.ignore_index), Needs(*ctx.needs_input_grad[:3])
-    are_directions = (
-        kept_logits.shape[0] > 0
-        and ctx.may_be_directions
-        and leaves_directions(kept_logits, ctx.options)
-    )
+    are_directions = kept_logits.shape[0] > 0 and ctx.are_directions
     upstream = [grad for grad in (grad_logp, grad_entropy) if grad is not None]
     if kept_logits.shape[0] and graph_ends_here(*upstream, kept_logits):
         stats = (RowDirections if are_directions else RowStats)(logp, normalizer, entropy, None)

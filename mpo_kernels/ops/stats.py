@@ -24,8 +24,8 @@ def row_stats(
     """Statistics of logits (B, T, V), or of this rank's slice of them, labels (N,) counted over the
     whole vocabulary.
 
-    `overwrite`: all rows are scored, and the logits serve nothing but `logit_grads` any more. Some
-    of them are then overwritten.
+    `overwrite`: all rows are scored, and the logits serve nothing but `write_logit_grads` any more;
+    they are then overwritten where `leaves_directions`.
     """
     backend, parallel = backend_for(logits), options.parallel
     if overwrite and not (token_outputs or moments) and leaves_directions(logits, options):

@@ -176,3 +176,16 @@ def test_linear_losses(trained, chunk_bytes, dtype, monkeypatch):
     tolerance = 1e-12 if dtype == torch.float64 else 2e-6
     for got, want in zip(ours, gradients(), strict=True):
         assert relative_error(got, want.double()) < tolerance
+
+
+def test_directions_are_known_by_what_made_them(monkeypatch):
+    """The environment may name another backend before backward."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 8, generator=generator) for n in (5, 30))
+    weight.requires_grad_()
+    logp = mpo_kernels.linear_token_logprobs(hidden, weight, torch.arange(5))
+    monkeypatch.setattr("mpo_kernels.ops.linear_tokens.leaves_directions", lambda *_: False)
+    logp.sum().backward()
+    wide = weight.detach().double().requires_grad_()
+    oracle.linear_token_logprobs(hidden.double(), wide, torch.arange(5)).sum().backward()
+    assert relative_error(weight.grad, wide.grad) < 1e-5
