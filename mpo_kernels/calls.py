@@ -14,7 +14,7 @@ from mpo_kernels.layouts import counts_in, overwritable, three_dimensional
 from mpo_kernels.ops.chunks import Targets
 from mpo_kernels.ops.divided_rows import gathered_rows_op
 from mpo_kernels.ops.flops import tell_counters
-from mpo_kernels.ops.linear_pairs import LinearPairLosses
+from mpo_kernels.ops.linear_groups import LinearLosses
 from mpo_kernels.ops.linear_tokens import LinearTokenResults, linear_token_logprobs_op
 from mpo_kernels.ops.once import check_mode, has_data, is_wrapped
 from mpo_kernels.ops.projection import Head, Needs
@@ -167,12 +167,20 @@ def checked_linear(
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
         for tensor in (hidden, head.weight, head.bias)
     )
+    labels, rows = targets.labels.reshape(-1), targets.rows
     return LinearCall(
         hidden.reshape(-1, hidden.shape[-1]),
         dataclasses.replace(head, gemm_dtype=gemm_dtype),
-        Targets(targets.labels.reshape(-1), targets.rows, targets.ignore_index),
+        Targets(_on_host(labels), None if rows is None else _on_host(rows), targets.ignore_index),
         Needs(*needs),
     )
+
+
+def _on_host(integers: torch.Tensor) -> torch.Tensor:
+    """Read once, here, and not again where their values are asked for, as in backward."""
+    if torch.compiler.is_compiling() or not has_data(integers) or is_wrapped(integers):
+        return integers
+    return integers.cpu()
 
 
 def check_sequences(
@@ -210,7 +218,7 @@ def reduced(values: torch.Tensor, reduction: str) -> torch.Tensor:
 
 
 def token_statistics_of(
-    found: TokenResults | LinearTokenResults | LinearPairLosses,
+    found: TokenResults | LinearTokenResults | LinearLosses,
     shape: torch.Size,
     *,
     detached: bool = False,
@@ -219,7 +227,7 @@ def token_statistics_of(
     """In the shape of the labels."""
     logp = found.logp.detach().clone() if detached else found.logp
     both: tuple[torch.Tensor, ...] = ()
-    if moments and not isinstance(found, LinearPairLosses):
+    if moments and not isinstance(found, LinearLosses):
         both = tuple(moment.view(shape) for moment in found.moments.unbind(1))
     return TokenStatistics(
         logp.view(shape), found.entropy.view(shape), found.is_argmax.view(shape), *both

@@ -392,7 +392,8 @@ def linear_mpo_loss(
         rows: see `linear_token_logprobs`; labels and cu_seqlens then count hidden[rows].
         chunk_bytes: bytes of logits that exist at once, 512 MiB by default; at least 128 rows.
             Pairs that are larger are computed in pieces, at the same cost for the first of them and
-            with a fourth GEMM for each further one (none if the head is frozen).
+            with a fourth GEMM for each further one but for a chunk of it (none if the head is
+            frozen).
         logits_dtype: see `linear_token_logprobs`.
         parallel: see `mpo_loss` and `linear_token_logprobs`.
         others: see `mpo_loss`.
@@ -447,8 +448,8 @@ def linear_mpo_loss(
     )
     loss = found.loss / (sequences // 2) if reduction == "mean" else found.loss
     tokens = token_statistics_of(found, labels.shape) if token_outputs else None
-    chosen, rejected = found.means.chunk(2)
-    return MPOLossOutput(loss, chosen, rejected, found.gaps, tokens)
+    chosen, rejected = found.sequences.chunk(2)
+    return MPOLossOutput(loss, chosen, rejected, chosen - rejected, tokens)
 
 
 def _from_hidden(

@@ -7,13 +7,13 @@ of all groups come first, then the second ones in the same order. Of pairs: chos
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from mpo_kernels import checks
 from mpo_kernels.calls import (
+    LinearCall,
     TokenStatistics,
     check_sequences,
     checked_linear,
@@ -26,16 +26,17 @@ from mpo_kernels.calls import (
 )
 from mpo_kernels.labels import with_one_ignored
 from mpo_kernels.layouts import offsets_of
-from mpo_kernels.losses.base import Scores, SequenceLoss
+from mpo_kernels.losses.base import Scores, SequenceLoss, is_called_at_run_time
+from mpo_kernels.losses.contract import Loss, name_of, size_of
 from mpo_kernels.ops.chunks import Targets
+from mpo_kernels.ops.groups import GroupLoss, group_losses_op
+from mpo_kernels.ops.linear_sequences import linear_sequence_loss_op
+from mpo_kernels.ops.once import has_data, is_wrapped
 from mpo_kernels.ops.projection import Head
 from mpo_kernels.ops.sequences import sequence_sums_op
 from mpo_kernels.ops.transfer import on_device
 from mpo_kernels.options import LogitOptions, Number, Wanted, statistics_dtype
 from mpo_kernels.parallel import Parallel, refused_together, whole_vocab
-
-Loss = SequenceLoss | Callable[..., torch.Tensor]
-"""`loss(scores, *constants) -> (P,)`. A bare function is one of pairs."""
 
 
 class SequenceLossOutput(NamedTuple):
@@ -78,8 +79,9 @@ def sequence_loss(
     Args:
         logits: dense (kP, T, V) or packed (N, V); see `mpo_kernels.token_logprobs`.
         labels: (kP, T) or (N,).
-        loss: a loss of `mpo_kernels.losses`, or any function `loss(scores, *constants) -> (P,)` of
-            pairs. A group's loss may depend on that group alone.
+        loss: a loss of `mpo_kernels.losses`, one of your own that extends its `SequenceLoss`, or
+            any function `loss(scores, *constants) -> (P,)` of pairs (of other groups: `Custom`). A
+            group's loss may depend on that group alone, and reads nothing on the host.
         constants: what the loss takes beside the scores, (P,) or (k, P) each; they get no gradient.
         weights: (P,) float, multiplies each group's loss; 0 makes a filler.
         row_weights: like labels, float; multiplies the log-probability of each token before the
@@ -87,8 +89,9 @@ def sequence_loss(
         cu_seqlens: int32 (kP + 1,) for the packed layout, on the CPU or the device of `logits`.
         reduction: "mean" (the sum over P, whatever the weights), "sum" or "none".
         token_outputs, inplace_backward, parallel, validate: see `mpo_kernels.mpo_loss`. Validation
-            also refuses a loss whose groups depend on each other, or that is not finite where the
-            scores are.
+            also refuses a loss whose groups depend on each other, that reads the host, or that is
+            not finite where the scores are; with None it does so in a loss's first call on a GPU
+            too, and under torch.compile.
     Raises:
         ValueError: shapes, dtypes, devices or values do not fit, or the loss is none.
 
@@ -114,13 +117,14 @@ def sequence_loss(
     checks.check_integers(ignore_index)
     checks.check_rows("logits", logits, labels)
     sequences = checks.check_layout(logits, cu_seqlens, "logits", pairs=False)
-    groups = _Groups(loss, constants, weights, sequences, like=logits)
+    named = _named(loss, constants)
+    groups = _groups_of(loss, named, weights, sequences, logits, validate)
+    row_weights = _of_rows(row_weights, labels, logits)
     offsets = offsets_of(cu_seqlens, sequences, labels.numel(), labels)
-    reads = reads_data(validate, logits, labels, cu_seqlens, weights, row_weights, *constants)
-    if reads:
+    if reads_data(validate, logits, labels, cu_seqlens, weights, row_weights, *constants):
         vocab = whole_vocab(logits.shape[-1], parallel)
         check_sequences(labels, offsets, ignore_index, vocab, parallel, pairs=False)
-        groups.check_values(row_weights)
+        _check_values(named, weights, row_weights, labels.shape)
     found = from_logits(
         logits,
         labels,
@@ -130,14 +134,11 @@ def sequence_loss(
         inplace_backward=inplace_backward,
         validate=False,
     )
-    flat = with_one_ignored(labels.reshape(-1).long(), ignore_index)
-    logps = _weighted(found.logp, row_weights, labels)
-    scores = groups.scores(*sequence_sums_op(logps, flat, offsets, parallel))
-    values = groups.losses(scores, reads)
     tokens = token_statistics_of(found, labels.shape, detached=True) if token_outputs else None
-    # of their own, for the caller to edit: autograd has kept the others
-    detached = Scores(scores.logps.detach().clone(), scores.tokens.clone())
-    return SequenceLossOutput(reduced(values, reduction), detached, tokens)
+    flat = with_one_ignored(labels.reshape(-1).long(), ignore_index)
+    return _from_logprobs(
+        found.logp, flat, offsets, row_weights, groups, reduction, tokens, parallel
+    )
 
 
 def linear_sequence_loss(
@@ -161,12 +162,23 @@ def linear_sequence_loss(
     parallel: Parallel | None = None,
 ) -> SequenceLossOutput:
     """`sequence_loss` of the logits hidden @ weight^T + bias, which exist only a chunk of rows at a
-    time. Its work is that of `mpo_kernels.linear_token_logprobs`.
+    time.
+
+    Only scored rows reach the head, with three GEMMs in all (one where no gradient is needed, two
+    when the weight or the hidden states are frozen). Logits of up to one chunk are kept until
+    backward. Of more rows, and under torch.compile, the loss is called for chunk after chunk of
+    whole groups, and its gradients are made in the forward pass: c_i = dL/dS_i of each sequence,
+    then dH = diag(c) G W and dW = (diag(c) G)^T H (equation 10). reduction="none" goes through
+    `mpo_kernels.linear_token_logprobs`, with its work.
 
     Args:
         hidden: dense (kP, T, D) or packed (N, D). weight: (V, D), bias: (V,).
-        labels, rows, chunk_bytes, logits_dtype: see `mpo_kernels.linear_mpo_loss`.
-        others: see `sequence_loss`.
+        labels, rows, logits_dtype: see `mpo_kernels.linear_mpo_loss`.
+        chunk_bytes: bytes of logits that exist at once, 512 MiB by default; at least 128 rows.
+            Groups that are larger are computed in pieces, and rows of them may take a fourth GEMM:
+            docs/kernels.md. None if the head is frozen.
+        others: see `sequence_loss`. Where data are on the CPU, or a loss is called for the first
+            time with several groups, it is called again to see that no group depends on another.
     Raises:
         ValueError: shapes, dtypes, devices or values do not fit, or the loss is none.
 
@@ -194,155 +206,188 @@ def linear_sequence_loss(
     targets = Targets(labels, rows, ignore_index)
     call = checked_linear(hidden, head, targets, options)
     sequences = checks.check_layout(hidden, cu_seqlens, "hidden", pairs=False)
-    groups = _Groups(loss, constants, weights, sequences, like=hidden)
-    flat = call.targets.labels
-    offsets = offsets_of(cu_seqlens, sequences, flat.numel(), flat)
-    reads = reads_data(None, hidden, flat, cu_seqlens, weights, row_weights, *constants)
-    if reads:
+    named = _named(loss, constants)
+    groups = _groups_of(loss, named, weights, sequences, hidden, None)
+    row_weights = _of_rows(row_weights, labels, hidden)
+    if reads_data(None, hidden, weights, row_weights, *constants):
+        _check_values(named, weights, row_weights, labels.shape)
+    place = torch.device("cpu") if cu_seqlens is None else cu_seqlens.device
+    offsets = offsets_of(cu_seqlens, sequences, labels.numel(), labels, place)
+    if reduction != "none" and _is_told_in_the_loop(call, groups, options):
+        return _in_the_loop(
+            call, offsets, row_weights, groups, options, reduction, token_outputs, labels.shape
+        )
+    if reads_data(None, call.targets.labels):
         vocab = whole_vocab(weight.shape[0], parallel)
-        check_sequences(flat, offsets, ignore_index, vocab, parallel, pairs=False)
-        groups.check_values(row_weights)
+        check_sequences(
+            call.targets.labels, offsets.cpu(), ignore_index, vocab, parallel, pairs=False
+        )
     with refused_together(None if torch.compiler.is_compiling() else parallel):
         found = linear_tokens(call, options, Wanted(token_outputs))
-    logps = _weighted(found.logp, row_weights, labels)
-    flat, offsets = (
-        on_device(host, hidden.device)
-        for host in (with_one_ignored(flat.long(), ignore_index), offsets)
-    )
-    scores = groups.scores(*sequence_sums_op(logps, flat, offsets, parallel))
-    values = groups.losses(scores, reads)
     tokens = token_statistics_of(found, labels.shape, detached=True) if token_outputs else None
+    flat, offsets = (
+        on_device(each, hidden.device)
+        for each in (with_one_ignored(labels.reshape(-1).long(), ignore_index), offsets)
+    )
+    return _from_logprobs(
+        found.logp,
+        flat,
+        offsets,
+        row_weights,
+        groups,
+        reduction,
+        tokens,
+        parallel,
+    )
+
+
+def _is_told_in_the_loop(call: LinearCall, groups: GroupLoss, options: LogitOptions) -> bool:
+    """Whether the head's loop over chunks is told the gradients, or autograd, which finds the
+    logits of a single chunk where they were kept. All ranks decide alike."""
+    if torch.compiler.is_compiling():
+        return is_called_at_run_time(groups.loss)
+    labels = call.targets.labels
+    if not has_data(call.hidden) or is_wrapped(call.hidden) or is_wrapped(labels):
+        return False
+    scored, parallel = (labels != call.targets.ignore_index).sum(), options.parallel
+    rows = scored if parallel is None else parallel.longest(scored)
+    return int(rows) > call.head.rows_per_chunk(call.hidden, parallel)
+
+
+def _in_the_loop(
+    call: LinearCall,
+    offsets: torch.Tensor,
+    row_weights: torch.Tensor | None,
+    groups: GroupLoss,
+    options: LogitOptions,
+    reduction: str,
+    token_outputs: bool,
+    shape: torch.Size,
+) -> SequenceLossOutput:
+    """The gradients are made with the loss."""
+    found = linear_sequence_loss_op(
+        call.hidden,
+        call.head,
+        call.targets,
+        offsets,
+        row_weights,
+        groups,
+        options,
+        call.needs,
+        token_outputs,
+    )
+    scores = groups.scores(*found.sequences.T.contiguous())
+    loss = found.loss / scores.logps.shape[1] if reduction == "mean" else found.loss
+    tokens = token_statistics_of(found, shape) if token_outputs else None
+    return SequenceLossOutput(loss, scores, tokens)
+
+
+def _from_logprobs(
+    logp: torch.Tensor,
+    labels: torch.Tensor,
+    offsets: torch.Tensor,
+    row_weights: torch.Tensor | None,
+    groups: GroupLoss,
+    reduction: str,
+    tokens: TokenStatistics | None,
+    parallel: Parallel | None,
+) -> SequenceLossOutput:
+    """logp (N,), differentiable; autograd makes the gradients."""
+    if row_weights is not None:
+        logp = logp * row_weights
+    sums, counts = sequence_sums_op(logp, labels, offsets, parallel)
+    scores = groups.scores(sums, counts)
+    if torch.compiler.is_compiling() and is_called_at_run_time(groups.loss):
+        needs_grad = torch.is_grad_enabled() and sums.requires_grad
+        values = group_losses_op(sums, counts, groups, needs_grad).losses
+    else:
+        values = groups.losses(scores)
+        if not torch.compiler.is_compiling() and has_data(sums) and not is_wrapped(sums):
+            groups.probe(values.detach(), scores)
+        values = groups.weighted(values)
     # of their own, for the caller to edit: autograd has kept the others
     detached = Scores(scores.logps.detach().clone(), scores.tokens.clone())
     return SequenceLossOutput(reduced(values, reduction), detached, tokens)
 
 
-class _Groups:
-    """The loss of P groups, with its constants: what was found right of a call."""
+def _named(loss: Loss, constants: tuple[torch.Tensor, ...]) -> list[tuple[str, torch.Tensor]]:
+    """The constants of a loss with their names. Refuses what is no loss, and other constants than
+    it needs."""
+    if not callable(loss) or isinstance(loss, type):
+        raise ValueError(
+            f"loss is {loss!r}; needed is one of mpo_kernels.losses, or a function loss(scores,"
+            " *constants) -> (P,)."
+        )
+    names: tuple[str, ...] = tuple(f"constant {i + 1}" for i in range(len(constants)))
+    if isinstance(loss, SequenceLoss):
+        names = loss.constants
+    if len(names) != len(constants):
+        wanted = ", ".join(names) or "no constants"
+        raise ValueError(
+            f"{name_of(loss)} takes {wanted} behind the loss, and {len(constants)} were given."
+        )
+    named = list(zip(names, constants, strict=True))
+    checks.check_tensors(**dict(named))
+    return named
 
-    def __init__(
-        self,
-        loss: Loss,
-        constants: tuple[torch.Tensor, ...],
-        weights: torch.Tensor | None,
-        sequences: int,
-        like: torch.Tensor,
-    ) -> None:
-        if not callable(loss):
+
+def _groups_of(
+    loss: Loss,
+    named: list[tuple[str, torch.Tensor]],
+    weights: torch.Tensor | None,
+    sequences: int,
+    like: torch.Tensor,
+    validate: bool | None,
+) -> GroupLoss:
+    """Checks, and the loss as operators take it, in the dtype of the statistics."""
+    size, dtype = size_of(loss), statistics_dtype(like)
+    if sequences % size:
+        raise ValueError(
+            f"{sequences} sequences cannot be groups of {size}, which {name_of(loss)} takes; needed"
+            f" are {size}P sequences, the first ones of all groups first."
+        )
+    count = sequences // size
+    for name, constant in named:
+        shapes = ((count,), (size, count))
+        if constant.shape not in shapes or constant.is_complex():
             raise ValueError(
-                f"loss is {loss!r}; needed is one of mpo_kernels.losses, or a function"
-                " loss(scores, *constants) -> (P,)."
+                f"{name} is {constant.dtype} {tuple(constant.shape)}; needed are numbers of shape"
+                f" {shapes[0]} or {shapes[1]}, one per group or sequence."
             )
-        self._loss, self._size = loss, loss.sequences if isinstance(loss, SequenceLoss) else 2
-        self._name = type(loss).__name__ if isinstance(loss, SequenceLoss) else "the loss"
-        if sequences % self._size:
-            raise ValueError(
-                f"{sequences} sequences cannot be groups of {self._size}, which {self._name} takes;"
-                f" needed are {self._size}P sequences, the first ones of all groups first."
-            )
-        self._count = sequences // self._size
-        self._names = self._names_of(constants)
-        self._constants = self._constants_of(constants, like)
-        if weights is not None:
-            checks.check_per("weights", weights, self._count, "group", like.device)
-            weights = weights.detach().to(statistics_dtype(like))
-        self._weights = weights
-
-    def _names_of(self, constants: tuple[torch.Tensor, ...]) -> tuple[str, ...]:
-        names: tuple[str, ...] = tuple(f"constant {i + 1}" for i in range(len(constants)))
-        if isinstance(self._loss, SequenceLoss):
-            names = self._loss.constants
-        if len(names) != len(constants):
-            wanted = ", ".join(names) or "no constants"
-            raise ValueError(
-                f"{self._name} takes {wanted} behind the loss, and {len(constants)} were given."
-            )
-        return names
-
-    def _constants_of(
-        self, constants: tuple[torch.Tensor, ...], like: torch.Tensor
-    ) -> list[torch.Tensor]:
-        checks.check_tensors(**dict(zip(self._names, constants, strict=True)))
-        for name, constant in zip(self._names, constants, strict=True):
-            shapes = ((self._count,), (self._size, self._count))
-            if constant.shape not in shapes or constant.is_complex():
-                raise ValueError(
-                    f"{name} is {constant.dtype} {tuple(constant.shape)}; needed are numbers of"
-                    f" shape {shapes[0]} or {shapes[1]}, one per group or sequence."
-                )
-            if constant.device != like.device:
-                raise ValueError(f"{name} is on {constant.device}; move it to {like.device}.")
-        dtype = statistics_dtype(like)
-        return [constant.detach().to(dtype) for constant in constants]
-
-    def check_values(self, row_weights: torch.Tensor | None) -> None:
-        """Refuses constants and weights that are not finite."""
-        named = dict(zip(self._names, self._constants, strict=True))
-        for name, values in (*named.items(), ("weights", self._weights)):
-            if values is not None:
-                checks.check_finite(name, values)
-        if row_weights is not None:
-            checks.check_finite("row_weights", row_weights)
-
-    def scores(self, sums: torch.Tensor, counts: torch.Tensor) -> Scores:
-        """(kP,) each -> (k, P)."""
-        return Scores(sums.view(self._size, -1), counts.view(self._size, -1))
-
-    def losses(self, scores: Scores, reads: bool) -> torch.Tensor:
-        """(P,), weighted. `reads`: whether data may be read for checks."""
-        values = self._loss(scores, *self._constants)
-        if not isinstance(values, torch.Tensor) or values.shape != (self._count,):
-            shape = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values)
-            raise ValueError(
-                f"{self._name} returned {shape}; needed is one loss per group, ({self._count},)."
-                " Leave the mean to reduction."
-            )
-        if not values.is_floating_point() or (
-            scores.logps.requires_grad and not values.requires_grad
-        ):
-            raise ValueError(
-                f"{self._name} returned {values.dtype} without a gradient; needed are floats that"
-                " were computed from scores.logps."
-            )
-        if reads:
-            self._probe(values.detach(), scores)
-        return values if self._weights is None else values * self._weights
-
-    def _probe(self, values: torch.Tensor, scores: Scores) -> None:
-        """Refuses losses that are not finite, or in which groups depend on each other: the first
-        and the last one alone have to have the loss that they have among the others."""
-        finite = torch.stack([part.isfinite().all() for part in scores]).all()
-        if bool(finite) and not bool(values.isfinite().all()):
-            place = int(torch.nonzero(~values.isfinite())[0])
-            raise ValueError(
-                f"{self._name} is {float(values[place])} for group {place}, whose scores and"
-                " constants are finite."
-            )
-        for place in {0, self._count - 1} if self._count > 1 else ():
-            with torch.no_grad():
-                alone = self._loss(
-                    Scores(*(part[:, place : place + 1].detach() for part in scores)),
-                    *(constant[..., place : place + 1] for constant in self._constants),
-                )
-            if not torch.allclose(alone, values[place], rtol=1e-4, atol=1e-6, equal_nan=True):
-                raise ValueError(
-                    f"{self._name} makes groups depend on each other: group {place} alone has"
-                    f" {float(alone):.6g}, and {float(values[place]):.6g} among the others. Is"
-                    " there a mean, a sort or a maximum over the groups in it? Compute it"
-                    " beforehand and give it as a constant, or compute the whole loss from"
-                    " mpo_kernels.linear_token_logprobs."
-                )
+        if constant.device != like.device:
+            raise ValueError(f"{name} is on {constant.device}; move it to {like.device}.")
+    if weights is not None:
+        checks.check_per("weights", weights, count, "group", like.device)
+        weights = weights.detach().to(dtype)
+    parts = [constant.detach().to(dtype).reshape(-1, count) for _, constant in named]
+    packed = torch.cat(parts) if parts else like.new_empty(0, count, dtype=dtype)
+    rows = [size if constant.ndim == 2 else 0 for _, constant in named]
+    return GroupLoss(loss, size, packed, rows, weights, validate)
 
 
-def _weighted(
-    logp: torch.Tensor, row_weights: torch.Tensor | None, labels: torch.Tensor
-) -> torch.Tensor:
-    """(N,) log-probabilities times their weights."""
+def _of_rows(
+    row_weights: torch.Tensor | None, labels: torch.Tensor, like: torch.Tensor
+) -> torch.Tensor | None:
+    """(N,) checked, in the dtype and on the device of the statistics."""
     if row_weights is None:
-        return logp
+        return None
     if row_weights.shape != labels.shape or not row_weights.is_floating_point():
         raise ValueError(
             f"row_weights is {row_weights.dtype} {tuple(row_weights.shape)}; needed are floats of"
             f" the shape of labels, {tuple(labels.shape)}."
         )
-    return logp * on_device(row_weights.detach().reshape(-1), logp.device).to(logp.dtype)
+    return on_device(row_weights.detach().reshape(-1), like.device).to(statistics_dtype(like))
+
+
+def _check_values(
+    named: list[tuple[str, torch.Tensor]],
+    weights: torch.Tensor | None,
+    row_weights: torch.Tensor | None,
+    shape: torch.Size,
+) -> None:
+    """Refuses constants and weights that are not finite; row weights are of labels (shape)."""
+    for name, values in (*named, ("weights", weights)):
+        if values is not None:
+            checks.check_finite(name, values)
+    if row_weights is not None:
+        checks.check_finite("row_weights", row_weights.view(shape))

@@ -9,17 +9,18 @@ loss = DPO(beta=0.1)(Scores(sums, tokens.to(sums.dtype)), reference_logps).mean(
 """
 
 from mpo_kernels.losses.base import (
+    Custom,
     LikelihoodLoss,
     Scores,
     SequenceLoss,
     Sum,
     any_number,
-    coefficients,
     divided_per,
     flip_rate,
     not_negative,
     positive,
 )
+from mpo_kernels.losses.contract import coefficients
 from mpo_kernels.losses.pairs import (
     BCO,
     CDPO,
@@ -65,6 +66,7 @@ __all__ = [
     "APOZero",
     "AlphaPO",
     "CalDPO",
+    "Custom",
     "DiscoPOP",
     "Hinge",
     "LengthDPO",

@@ -29,6 +29,9 @@ sums, tokens = logps.sum(-1).view(2, -1), (labels != -100).sum(-1).view(2, -1)
 loss = DPO(beta=0.1)(Scores(sums, tokens.to(sums.dtype)), reference_logps).mean()
 ```
 
+A function of your own is a loss too, and `Custom(function, sequences=1)` says of which groups:
+[what is asked of it](kernels.md#a-loss-of-your-own).
+
 ## Three things called MPO
 
 - **This one**: Multilingual reward gaP Optimization, arXiv 2505.16869, `MPO` below. It pulls the
@@ -51,6 +54,7 @@ def page() -> str:
     kinds = [getattr(losses, name) for name in losses.__all__]
     kinds = [kind for kind in kinds if inspect.isclass(kind) and issubclass(kind, SequenceLoss)]
     kinds = [kind for kind in kinds if kind.__call__ is not SequenceLoss.__call__]
+    kinds.remove(losses.Custom)  # which says nothing of a formula
     kinds.sort(key=lambda kind: (kind.__module__, inspect.getsourcelines(kind)[1]))
     return _BEGINNING + "".join(map(_section, kinds))
 

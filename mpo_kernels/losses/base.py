@@ -9,10 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+
+from mpo_kernels.losses.handles import (
+    handle_in_graph,
+    handle_of_function,
+    may_be_a_constant,
+    new_handle,
+)
 
 
 class Scores(NamedTuple):
@@ -63,6 +71,19 @@ class SequenceLoss:
 
     sequences: ClassVar[int] = 2
     """Sequences of a group."""
+    handle: ClassVar[int]
+    """Of the object; a copy has another one."""
+
+    def __new__(cls, *_: Any, **__: Any) -> SequenceLoss:
+        self = super().__new__(cls)
+        object.__setattr__(self, "handle", new_handle(self))
+        return self
+
+    def __setstate__(self, state: Any) -> None:
+        own, in_slots = state if isinstance(state, tuple) else (state, None)
+        for name, value in {**(own or {}), **(in_slots or {})}.items():
+            if name != "handle":
+                object.__setattr__(self, name, value)
 
     @property
     def constants(self) -> tuple[str, ...]:
@@ -173,6 +194,53 @@ class LikelihoodLoss(SequenceLoss):
         return -scores.logps[0] / mean_tokens[0] if mean_tokens else -scores.means()[0]
 
 
+class Custom(SequenceLoss):
+    """A function as a loss: `function(scores, *constants) -> (P,)`.
+
+    A bare function does as well, for pairs. This says how many sequences a group has and what its
+    constants are called, and is one object to compiled graphs, whatever the function holds.
+
+    Args:
+        function: what computes.
+        sequences: of each group.
+        constants: names of what is given behind the scores, in their order.
+    Raises:
+        ValueError: `function` cannot be called, or a group has no sequence.
+
+    Example:
+        >>> loss = Custom(lambda scores: -scores.means()[0], sequences=1)
+        >>> loss(Scores(torch.tensor([[-6.0]]), torch.tensor([[3.0]])))
+        tensor([2.])
+    """
+
+    function: Callable[..., torch.Tensor]
+    names: tuple[str, ...]
+
+    def __init__(
+        self,
+        function: Callable[..., torch.Tensor],
+        sequences: int = 2,
+        constants: tuple[str, ...] = (),
+    ) -> None:
+        if not callable(function):
+            raise ValueError(f"Custom takes a function; this is {function!r}.")
+        if isinstance(sequences, bool) or not isinstance(sequences, int) or sequences < 1:
+            raise ValueError(f"Custom: sequences is {sequences!r}; needed is an int above 0.")
+        object.__setattr__(self, "function", function)
+        object.__setattr__(self, "sequences", sequences)
+        object.__setattr__(self, "names", tuple(constants))
+
+    @property
+    def constants(self) -> tuple[str, ...]:
+        return self.names
+
+    def __call__(self, scores: Scores, *constants: torch.Tensor) -> torch.Tensor:
+        return self.function(scores, *constants)
+
+    def __repr__(self) -> str:
+        return f"Custom({self.function!r}, sequences={self.sequences})"
+
+
 class Sum(SequenceLoss):
     """weight_1 loss_1 + weight_2 loss_2 + ...
 
@@ -217,19 +285,16 @@ class Sum(SequenceLoss):
         return " + ".join(f"{weight:g} {loss!r}" for weight, loss in self.terms)
 
 
-def coefficients(
-    loss: Any, scores: Scores, *constants: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses (P,) and their derivatives dL/dS (k, P) by the sums of log-probabilities.
+def is_called_at_run_time(loss: SequenceLoss | Callable) -> bool:
+    """Whether a compiled graph calls the loss by its number. Other functions, which hold something
+    that a number does not tell, are traced into the graph."""
+    return isinstance(loss, SequenceLoss) or may_be_a_constant(loss)
 
-    It is plain autograd, and works where gradients are switched off around it.
 
-    Args:
-        loss: a `SequenceLoss`, or any function of the same form.
-    """
-    with torch.inference_mode(False), torch.enable_grad():
-        sums = scores.logps.detach().clone().requires_grad_()
-        given = tuple(constant.detach().clone() for constant in constants)
-        losses = loss(Scores(sums, scores.tokens.detach().clone()), *given)
-        (gradient,) = torch.autograd.grad(losses.sum(), sums)
-    return losses.detach(), gradient
+def handle_of(loss: SequenceLoss | Callable) -> int:
+    """The number by which operators know a loss."""
+    if isinstance(loss, SequenceLoss):
+        return loss.handle
+    if torch.compiler.is_compiling():
+        return handle_in_graph(loss)
+    return handle_of_function(loss)

@@ -1,11 +1,12 @@
 """Which rows of hidden states a linear head computes, and which of them at once: scored rows only,
-known on the host, in chunks of whole pairs under a byte budget."""
+known on the host, in chunks of whole groups under a byte budget."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -53,10 +54,10 @@ class ScoredRows:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Pairs that are computed together, on the device: n rows, the chosen sequences first, then the
-    rejected ones."""
+    """Groups of k sequences that are computed together, on the device: n rows, the first sequences
+    of all groups first, then the second ones."""
 
-    pairs: range
+    groups: range
     labels: torch.Tensor
     """(n,) int64."""
     indices: torch.Tensor
@@ -64,9 +65,20 @@ class Chunk:
     rows: torch.Tensor
     """(n,) int64 among the hidden states."""
     cu_seqlens: torch.Tensor
-    """(2 * pairs + 1,) int32."""
-    pieces: list[slice]
-    """The n rows in parts that fit the budget: more than one for a pair that is larger alone."""
+    """(k * groups + 1,) int32."""
+    lengths: list[int]
+    """Rows of each sequence, on the host."""
+
+
+class Pieces(NamedTuple):
+    """The rows of a chunk in parts whose logits fit the budget, by when their gradient is made."""
+
+    early: list[slice]
+    """Right after their statistics, before the loss is known."""
+    kept: slice | None
+    """When it is, from logits that are still there."""
+    again: list[slice]
+    """When it is, from logits that are computed again."""
 
 
 def scored_rows(
@@ -76,6 +88,7 @@ def scored_rows(
     hidden_rows: int,
     columns: int,
     parallel: Parallel | None,
+    pairs: bool = False,
 ) -> ScoredRows:
     """Reads labels, rows and cu_seqlens (S + 1,) back to the host - a sync only if they are not
     there - and checks their values.
@@ -83,6 +96,7 @@ def scored_rows(
     Args:
         hidden_rows: rows of the hidden states.
         columns: tokens of the vocabulary that are here.
+        pairs: whether the sequences are pairs, for the words of errors.
     Raises:
         ValueError: a label outside the vocabulary, a row outside the hidden states, offsets that do
             not fit, or a sequence without a scored row (in any rank of a context).
@@ -107,7 +121,7 @@ def scored_rows(
     if offsets is not None:
         lengths = found.lengths
         checks.check_no_empty_sequence(
-            lengths if parallel is None else parallel.total(lengths), pairs=True
+            lengths if parallel is None else parallel.total(lengths), pairs=pairs
         )
     return found
 
@@ -122,63 +136,86 @@ def rows_per_chunk(vocab: int, itemsize: int, chunk_bytes: int | None = None) ->
     return max(ROW_MULTIPLE, fit // ROW_MULTIPLE * ROW_MULTIPLE)
 
 
-def pair_lengths(lengths: Sequence[int]) -> list[int]:
-    """Rows of P pairs, from those of 2P sequences: chosen first, then rejected in that order."""
-    pairs = len(lengths) // 2
-    return [a + b for a, b in zip(lengths[:pairs], lengths[pairs:], strict=True)]
+def group_lengths(lengths: Sequence[int], size: int) -> list[int]:
+    """Rows of P groups, from those of size * P sequences: the first ones of all groups first."""
+    groups = len(lengths) // size
+    return [sum(lengths[group::groups]) for group in range(groups)]
 
 
-def plan_pairs(lengths: Sequence[int], budget: int) -> list[range]:
-    """Packs pairs of `lengths` rows into groups of at most `budget` rows, in their order. A pair
-    that is larger is a group of its own."""
-    groups: list[range] = []
+def plan_groups(lengths: Sequence[int], budget: int) -> list[range]:
+    """Packs groups of `lengths` rows into chunks of at most `budget` rows, in their order. A group
+    that is larger is a chunk of its own."""
+    chunks: list[range] = []
     rows = 0
-    for pair, length in enumerate(lengths):
-        if groups and rows + length <= budget:
-            groups[-1], rows = range(groups[-1].start, pair + 1), rows + length
+    for group, length in enumerate(lengths):
+        if chunks and rows + length <= budget:
+            chunks[-1], rows = range(chunks[-1].start, group + 1), rows + length
         else:
-            groups.append(range(pair, pair + 1))
+            chunks.append(range(group, group + 1))
             rows = length
-    return groups
+    return chunks
 
 
-def split_rows(rows: int, budget: int) -> list[slice]:
+def pieces_of(units: Sequence[int], budget: int, early: int) -> Pieces:
+    """A chunk's rows in pieces: one, where they fit the budget.
+
+    Args:
+        units: rows of consecutive units, within which rows lack the same factor before the loss is
+            known.
+        early: units whose gradient may be made without their factor. All, none, or one, which is
+            then the longest.
+    """
+    rows = sum(units)
+    if rows <= budget:
+        return Pieces([], slice(0, rows), [])
+    longest = max(range(len(units)), key=units.__getitem__)
+    start = sum(units[:longest])
+    stop = start + units[longest]
+    before, inside, after = (
+        split_rows(a, b, budget) for a, b in ((0, start), (start, stop), (stop, rows))
+    )
+    if early >= len(units):
+        return Pieces([*before, *inside, *after], None, [])
+    late = [*before, *after] if early else [*before, *inside, *after]
+    kept = max(late, key=lambda piece: piece.stop - piece.start, default=None)
+    return Pieces(inside if early else [], kept, [piece for piece in late if piece is not kept])
+
+
+def split_rows(start: int, stop: int, budget: int) -> list[slice]:
     """Consecutive parts of at most `budget` rows each."""
-    return [slice(a, min(a + budget, rows)) for a in range(0, rows, budget)]
+    return [slice(a, min(a + budget, stop)) for a in range(start, stop, budget)]
 
 
 def chunks_of(
-    scored: ScoredRows, groups: Sequence[range], budget: int, device: torch.device
+    scored: ScoredRows, plan: Sequence[range], size: int, device: torch.device
 ) -> list[Chunk]:
-    """The rows of each group of pairs; one transfer each for all labels, indices and offsets."""
-    pairs = scored.lengths.numel() // 2
-    bounds, lengths = scored.bounds.tolist(), scored.lengths
+    """The rows of each chunk of groups of `size` sequences; one transfer each for all labels,
+    indices and offsets."""
+    bounds, lengths = scored.bounds.tolist(), scored.lengths.tolist()
+    count = len(lengths) // size
+    firsts = range(0, size * count, count)  # sequence of the first group
     order = torch.cat(
         [
-            torch.arange(bounds[side + group.start], bounds[side + group.stop])
-            for group in groups
-            for side in (0, pairs)
+            torch.arange(bounds[first + groups.start], bounds[first + groups.stop])
+            for groups in plan
+            for first in firsts
         ]
     )
-    counts = [
-        torch.cat(
-            [torch.zeros(1, dtype=torch.int64)]
-            + [lengths[side + group.start : side + group.stop] for side in (0, pairs)]
-        )
-        for group in groups
+    of_chunks = [
+        [n for first in firsts for n in lengths[first + groups.start : first + groups.stop]]
+        for groups in plan
     ]
-    sizes = [int(count.sum()) for count in counts]
-    offsets = torch.cat([count.cumsum(0) for count in counts]).int()
+    offsets = torch.cat([torch.tensor([0, *each]).cumsum(0) for each in of_chunks]).int()
     labels, indices, rows = (
-        on_device(host[order], device).split(sizes)
+        on_device(host[order], device).split([sum(each) for each in of_chunks])
         for host in (scored.labels, scored.indices, scored.rows)
     )
     parts = zip(
         labels,
         indices,
         rows,
-        on_device(offsets, device).split([count.numel() for count in counts]),
-        [split_rows(size, budget) or [slice(0, 0)] for size in sizes],
+        on_device(offsets, device).split([len(each) + 1 for each in of_chunks]),
+        of_chunks,
         strict=True,
     )
-    return [Chunk(group, *part) for group, part in zip(groups, parts, strict=True)]
+    return [Chunk(groups, *part) for groups, part in zip(plan, parts, strict=True)]

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from mpo_kernels.ops.chunks import Targets, pair_lengths
+from mpo_kernels.ops.chunks import Targets, group_lengths, pieces_of
 from mpo_kernels.ops.gradients import HeadGrads
-from mpo_kernels.ops.linear_pairs import LinearPairLosses, linear_pair_loss_op
+from mpo_kernels.ops.linear_groups import LinearLosses, early_units
+from mpo_kernels.ops.linear_pairs import linear_pair_loss_op
+from mpo_kernels.ops.linear_sequences import linear_sequence_loss_op
 from mpo_kernels.ops.linear_tokens import (
     LinearTokenResults,
     linear_token_logprobs_grad_op,
@@ -34,6 +36,7 @@ def tell_counters() -> None:
     operators = torch.ops.mpo_kernels
     formulas = {
         operators.linear_pair_loss: linear_pair_loss_op.counted(_pair_loss),
+        operators.linear_sequence_loss: linear_sequence_loss_op.counted(_sequence_loss),
         operators.linear_token_logprobs: linear_token_logprobs_op.counted(_token_logprobs),
         operators.linear_token_logprobs_grad: linear_token_logprobs_grad_op.counted(
             _token_logprobs_grad
@@ -45,18 +48,34 @@ def tell_counters() -> None:
             mode.counter.flop_registry.update(formulas)
 
 
-def _pair_loss(given: Any, found: LinearPairLosses) -> int:
+def _pair_loss(given: Any, found: LinearLosses) -> int:
+    return _group_losses(given, found, size=2, is_one_unit=True)
+
+
+def _sequence_loss(given: Any, found: LinearLosses) -> int:
+    return _group_losses(given, found, size=given.groups.size, is_one_unit=False)
+
+
+def _group_losses(given: Any, found: LinearLosses, *, size: int, is_one_unit: bool) -> int:
+    """`is_one_unit`: the sequences of a group lack one factor while its loss is not known."""
     labels, weight, needs = given.targets.labels, given.head.weight, given.needs
     if not _has_data(labels):
         return _products(labels.numel(), weight, 1 + needs.hidden_grad + needs.weight_grad)
     is_scored = labels != given.targets.ignore_index
     counted = torch.cat([labels.new_zeros(1), is_scored.cumsum(0)]).cpu()
-    lengths = pair_lengths(counted[given.cu_seqlens.cpu().long()].diff().tolist())
+    lengths = counted[given.cu_seqlens.cpu().long()].diff().tolist()
     # else the weight's product is made in backward, where it is seen
     is_made = needs.weight_grad and not found.kept_grads.shape[0]
     budget = given.head.rows_per_chunk(given.hidden, given.options.parallel)
-    in_pieces = [length for length in lengths if length > budget]
-    computed_again = sum(in_pieces[1:]) if needs.weight_grad else 0
+    computed_again, weight_is_empty = 0, True
+    for group, rows in enumerate(group_lengths(lengths, size)):
+        if needs.any and rows > budget:
+            units = [rows] if is_one_unit else lengths[group :: len(lengths) // size]
+            early = early_units(len(units), needs, weight_is_empty)
+            computed_again += sum(
+                piece.stop - piece.start for piece in pieces_of(units, budget, early).again
+            )
+            weight_is_empty = False
     return _products(sum(lengths), weight, 1 + needs.hidden_grad + is_made) + _products(
         computed_again, weight, 1
     )

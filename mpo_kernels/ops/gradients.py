@@ -66,8 +66,9 @@ class HeadGradients:
     is float32 at least where it will be multiplied by a factor that is not known yet, so that it is
     rounded once and not twice; and so is dH.
 
-    The rows of a pair in pieces may come before dL/dgap of the pair is known: between `defer` and
-    `resolve`. Only while dW is empty, since it is scaled as a whole.
+    Rows of a group in pieces may come before a factor of theirs is known: between `defer` and
+    `resolve`. Where dW or db is needed it is one factor, and dW was empty, since it is scaled as a
+    whole.
     """
 
     def __init__(
@@ -161,12 +162,12 @@ class HeadGradients:
             self._pending.index_copy_(0, indices, (1 / boost).expand(indices.shape))
 
     @property
-    def may_defer(self) -> bool:
-        """Whether rows may come before their factor."""
-        return self._needs.any and (self._weight_is_empty or not self._needs.weight_grad)
+    def weight_is_empty(self) -> bool:
+        """Whether no row is in dW yet, so that it can be multiplied as a whole."""
+        return self._weight_is_empty
 
     def defer(self) -> None:
-        """From here on rows lack a factor, the same one for all."""
+        """From here on rows lack a factor."""
         self._settled_bias_grad = self._bias_grad
         self._bias_grad = torch.zeros_like(self._bias_grad)
 

@@ -157,7 +157,7 @@ class _Rows:
 
     def chunks(self, kept_logits: torch.Tensor | None = None) -> Iterator[_Chunk]:
         """Each with its logits: those that were kept of all rows, or computed."""
-        for piece in split_rows(self._indices.numel(), self._budget):
+        for piece in split_rows(0, self._indices.numel(), self._budget):
             hidden = self.projection.rows(self._rows[piece])
             logits = self.projection.logits(hidden) if kept_logits is None else kept_logits[None]
             yield _Chunk(self._indices[piece], self._labels[piece], hidden, logits)

@@ -2,8 +2,8 @@
 
 torch takes an operator's arguments one by one: tensors by place, numbers by keyword. Functions here
 take what belongs together as one object. So an argument whose type is a frozen dataclass is spelled
-out as its fields on one side of torch and made again on the other; a `Parallel`, which holds
-process groups, goes as a number. Several results are a NamedTuple on both sides.
+out as its fields on one side of torch and made again on the other; what holds process groups or is
+a function goes as a number (`_BY_HANDLE`). Several results are a NamedTuple on both sides.
 """
 
 from __future__ import annotations
@@ -17,10 +17,16 @@ from typing import Any
 
 import torch
 
+from mpo_kernels import parallel
+from mpo_kernels.losses import base, handles
 from mpo_kernels.ops.once import refusing_second_derivatives, remember_inputs
-from mpo_kernels.parallel import from_handle, handle_of
 
 _TENSORS = (torch.Tensor, torch.Tensor | None)
+_BY_HANDLE: dict[str, tuple[Callable[[Any], int], Callable[[int], Any]]] = {
+    "parallel": (parallel.handle_of, parallel.from_handle),
+    "loss": (base.handle_of, handles.from_handle),
+}
+"""Arguments that torch has as a number, by name: to the number, and from it."""
 
 
 def operator(name: str, *, strided: Collection[str] = ()) -> Callable[[Callable], Operator]:
@@ -51,6 +57,7 @@ class Operator:
             leaves.update(self._fields[argument] or {argument: kind})
         self._tensors = [n for n, kind in leaves.items() if kind in _TENSORS]
         self._numbers = [n for n in leaves if n not in self._tensors]
+        self._handles = [n for n in leaves if n in _BY_HANDLE]
         assert set(strided) <= set(self._tensors), f"{name} has no tensors {strided}"
 
         def spelled_out(*tensors: torch.Tensor | None, **numbers: Any) -> Any:
@@ -76,8 +83,9 @@ class Operator:
             leaves.update(
                 {argument: value} if fields is None else {f: getattr(value, f) for f in fields}
             )
-        if "parallel" in leaves:
-            leaves["parallel"] = handle_of(leaves["parallel"])
+        for leaf in self._handles:
+            to_handle, _ = _BY_HANDLE[leaf]
+            leaves[leaf] = to_handle(leaves[leaf])
         numbers = {leaf: leaves[leaf] for leaf in self._numbers}
         return self._named(self.definition(*[leaves[leaf] for leaf in self._tensors], **numbers))
 
@@ -133,7 +141,7 @@ class Operator:
         parameters = [
             *(inspect.Parameter(n, by_place, annotation=leaves[n]) for n in self._tensors),
             *(
-                inspect.Parameter(n, by_keyword, annotation=int if n == "parallel" else leaves[n])
+                inspect.Parameter(n, by_keyword, annotation=int if n in _BY_HANDLE else leaves[n])
                 for n in self._numbers
             ),
         ]
@@ -146,8 +154,9 @@ class Operator:
     ) -> SimpleNamespace:
         """The function's arguments by name, of those that torch has."""
         leaves = dict(zip(self._tensors, tensors, strict=True), **numbers)
-        if "parallel" in leaves:
-            leaves["parallel"] = from_handle(leaves["parallel"])
+        for leaf in self._handles:
+            _, from_handle = _BY_HANDLE[leaf]
+            leaves[leaf] = from_handle(leaves[leaf])
         return SimpleNamespace(
             **{
                 name: leaves[name] if fields is None else kind(**{f: leaves[f] for f in fields})

@@ -15,6 +15,7 @@ from cases import INTERPRETED, OtherStrides, labels_of, laid_out
 
 import mpo_kernels
 from mpo_kernels import losses
+from mpo_kernels.ops.groups import GroupLoss, group_losses_op
 
 P, T, V, D = 2, 3, 37, 8
 OFFSETS = torch.arange(0, 2 * P * T + 1, T, dtype=torch.int32)
@@ -80,6 +81,13 @@ CALLS = {
         "row_weights": random(2 * P * T).abs(),
     },
     "linear_sequence_loss": {**HEAD, **GROUPS},
+    "linear_sequence_loss, pieces": {**HEAD, **GROUPS, "chunk_bytes": 1},
+    "linear_sequence_loss, pieces, frozen head": {
+        **HEAD,
+        **GROUPS,
+        "chunk_bytes": 1,
+        "frozen": ("weight", "bias"),
+    },
     "linear_sequence_loss, rows": {
         **HEAD,
         **GATHERED,
@@ -241,9 +249,22 @@ def test_each_tensor_of_each_operator(layout):
             got = results(call, arguments)
         same(got, expected(call))
         seen |= mode.seen
+    with OtherStrides(layout) as mode:
+        got = group_losses()
+    same(got, group_losses())
+    seen |= mode.seen
     assert seen == {
         name for name in torch._C._dispatch_get_all_op_names() if name.startswith("mpo_kernels::")
     }
+
+
+def group_losses():
+    """The operator by which graphs alone call a loss."""
+    sums = random(2 * P).requires_grad_()
+    groups = GroupLoss(losses.DPO(0.3), 2, random(2, P), [2], random(P).abs(), None)
+    found = group_losses_op(sums, random(2 * P).abs(), groups, needs_grad=True)
+    found.losses.backward(torch.linspace(-1, 2, P))
+    return found.losses.detach(), found.coefficients, sums.grad
 
 
 @pytest.mark.parametrize("call", dict(TRIED))
@@ -261,7 +282,10 @@ def test_an_expanded_or_strided_upstream_gradient(call):
 @pytest.mark.skipif(INTERPRETED, reason="torch.compile and the interpreter do not meet")
 @pytest.mark.parametrize(
     "call",
-    ["token_statistics", "mpo_loss", "linear_token_logprobs", "linear_mpo_loss", "retention_loss"],
+    [
+        *("token_statistics", "mpo_loss", "linear_token_logprobs", "linear_mpo_loss"),
+        *("sequence_loss", "linear_sequence_loss", "retention_loss"),
+    ],
 )
 def test_compiled(call):
     """All tensors strided at once, after the graph was traced with contiguous ones."""
