@@ -22,12 +22,12 @@ from rich.table import Table
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import mpo_kernels
-from benchmarks.candidates import from_hidden
-from benchmarks.harness import Comparison, compare, peak_bytes
+from benchmarks.candidates import from_hidden, ours_from_hidden
+from benchmarks.harness import Comparison, compare, matrix_products, peak_bytes
 from benchmarks.instruments import moved_bytes, numerics
 from benchmarks.instruments.accuracy import relative_error
 from benchmarks.instruments.covering import covering
-from benchmarks.instruments.operators import Flops
+from benchmarks.objectives import OBJECTIVES
 from benchmarks.options import RESULTS, Quick, Threads, wide_console
 from benchmarks.output import Machine, Result
 from benchmarks.step import StepResult
@@ -120,21 +120,19 @@ def traffic(quick: bool) -> Iterator[Bar]:
 def work(quick: bool) -> Iterator[Bar]:
     """FLOPs from hidden states, counted."""
     for trainable, gemms in ((True, 3), (False, 2)):
-        workload = FromHidden(2, 64, 64, 1000, trainable=trainable)
-        inputs = workload.inputs()
-        with Flops() as counter:
-            mpo_kernels.linear_mpo_loss(
-                inputs["hidden"], inputs["weight"], workload.labels, *workload.constants
-            ).loss.backward()
-        times = counter.total / (
-            2 * int((workload.labels != -100).sum()) * workload.hidden * workload.vocab
-        )
+        counted = {}
+        for objective in OBJECTIVES:
+            workload = FromHidden(4, 64, 64, 1000, trainable=trainable, objective=objective)
+            for chunk_bytes in (None, 1):  # one chunk, and one for each pair
+                loss = ours_from_hidden(workload, chunk_bytes)
+                counted[objective.name, chunk_bytes] = matrix_products(workload, loss) or 0
+        most = max(counted.values())
         kind = "trainable" if trainable else "frozen"
         yield Bar(
-            f"head FLOPs / (2 x scored x D x V), {kind} head",
+            f"head FLOPs / (2 x scored x D x V), {kind} head, five losses, one chunk and four",
             f"<= {gemms}",
-            f"{times:g}",
-            times <= gemms,
+            f"{most:g}",
+            0 < min(counted.values()) and most <= gemms,
         )
 
 

@@ -1,10 +1,13 @@
-"""The two ways of a loss to its gradient, side by side: `python -m benchmarks.engines [--quick]`.
+"""The ways of a loss to its gradient, side by side: `python -m benchmarks.engines [--quick]`.
 
-    kept logits   `linear_token_logprobs` and autograd: the logits of up to one chunk stay until
-                  backward, where any upstream gradient is known. More rows are computed again.
-    chunk loop    `linear_sequence_loss`: the loss is called in the loop over chunks and gradients
-                  are made in forward. The head's is summed in fp32.
-    fused MPO     `linear_mpo_loss`, the loop with one kernel for the loss
+    kept logits             `linear_token_logprobs` and autograd: the logits of up to one chunk stay
+                            until backward, where any upstream gradient is known. More rows are
+                            computed again.
+    chunk loop              `linear_sequence_loss` held to its loop over chunks, which a compiler
+                            takes at any size: the loss is called in the loop, and gradients are
+                            made in forward.
+    linear_sequence_loss    as it comes: it takes the first way for a single chunk, else the second
+    linear_mpo_loss         the loop with one kernel for the loss
 
 below, at and above one chunk, and where a pair alone is larger than that. All compute MPO.
 """
@@ -12,6 +15,7 @@ below, at and above one chunk, and where a pair alone is larger than that. All c
 from __future__ import annotations
 
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import torch
 import typer
@@ -22,10 +26,11 @@ from benchmarks.candidates import (
     ours_of_tokens,
     plain_on_scored_rows,
 )
-from benchmarks.harness import Candidate, compare
+from benchmarks.harness import Candidate, Inputs, Loss, compare
 from benchmarks.options import Out, Quick, Repetitions, Threads, set_up
 from benchmarks.output import Result, announced, save, show
 from benchmarks.workloads import FromHidden
+from mpo_kernels import sequence_losses
 
 
 @dataclass
@@ -46,11 +51,22 @@ class Chunked(FromHidden):
         return {**super().settings(), "rows": rows, "chunk_rows": self.chunk_rows}
 
 
+def _in_the_loop(workload: Chunked) -> Loss:
+    chosen = ours_of_sequences(workload, workload.chunk_bytes)
+
+    def loss(inputs: Inputs) -> torch.Tensor:
+        with patch.object(sequence_losses, "_is_told_in_the_loop", lambda *_: True):
+            return chosen(inputs)
+
+    return loss
+
+
 CANDIDATES: list[Candidate[Chunked]] = [
     Candidate("plain, scored rows only", plain_on_scored_rows),
     Candidate("kept logits", lambda w: ours_of_tokens(w, w.chunk_bytes), ours=True),
-    Candidate("chunk loop", lambda w: ours_of_sequences(w, w.chunk_bytes), ours=True),
-    Candidate("fused MPO", lambda w: ours_of_mpo(w, w.chunk_bytes), ours=True),
+    Candidate("chunk loop", _in_the_loop, ours=True),
+    Candidate("linear_sequence_loss", lambda w: ours_of_sequences(w, w.chunk_bytes), ours=True),
+    Candidate("linear_mpo_loss", lambda w: ours_of_mpo(w, w.chunk_bytes), ours=True),
 ]
 
 
@@ -79,8 +95,7 @@ def workloads(device: torch.device, quick: bool) -> list[Chunked]:
 def main(
     quick: Quick = False, repetitions: Repetitions = 20, threads: Threads = 2, out: Out = None
 ) -> None:
-    """MPO by kept logits, by a loop over chunks and by its own function: times, memory and matrix
-    products."""
+    """MPO by kept logits, by a loop over chunks and by its own function."""
     device, machine, folder, console = set_up(threads, out)
     comparisons = []
     for workload in announced(workloads(device, quick), console):

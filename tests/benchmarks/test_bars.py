@@ -102,3 +102,7 @@ def test_committed_results_are_read():
     assert list(RESULTS.glob("*/linear.json"))
     (bar,) = bars.products(False)
     assert bar.holds is not None
+
+
+def test_the_head_makes_the_products_that_the_mathematics_needs_for_every_loss():
+    assert [(bar.measured, bar.holds) for bar in bars.work(True)] == [("3", True), ("2", True)]
