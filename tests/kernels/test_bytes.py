@@ -46,6 +46,23 @@ def test_at_most_six_bytes_per_bf16_logit(vocab, inplace, packed):
     assert 6 <= total / (rows * vocab) <= (6.05 if vocab >= 8192 else 6.2)
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["whole rows", "shared rows"])
+def test_moments_and_the_gradient_of_the_entropy_read_no_logit_again(whole):
+    labels = labels_of((2 * P, T), 1000, mask="none")
+    logits = regime("normal", (2 * P, T, 1000), labels).bfloat16().requires_grad_()
+    tile = Tile(1024, 2) if whole else Tile(128, 1)
+    with use_tiles(stats=tile, grad=tile):
+        with Meter() as forward:
+            found = mpo_kernels.token_statistics(logits, labels, moments=True, entropy_grad=True)
+        with Meter() as backward:
+            (found.logprobs + found.entropy).sum().backward()
+    assert forward.clean and backward.clean
+    # the label's logit once more
+    assert forward.loaded["logits_ptr"] == (1000 + 1) * 2 * labels.numel()
+    assert backward.loaded["logits_ptr"] == 1000 * 2 * labels.numel()
+    assert backward.stored["grad_ptr"] == 1000 * 2 * labels.numel()
+
+
 def step(order):
     """All functions forward and backward with split rows and token outputs; the programs of each
     launch run in `order`."""
@@ -61,8 +78,10 @@ def step(order):
         out = mpo_kernels.mpo_loss(logits, labels, gap, softcap=20.0, token_outputs=True)
         linear = mpo_kernels.linear_mpo_loss(hidden, weight, labels, gap, chunk_bytes=1)
         l2 = mpo_kernels.retention_loss(hidden, torch.zeros(2 * P, 16), mask=labels != -100)
-        (out.loss + linear.loss + l2).backward()
-        results += [out.loss, linear.loss, l2, *out.tokens, logits.grad, hidden.grad, weight.grad]
+        found = mpo_kernels.token_statistics(logits, labels, moments=True, entropy_grad=True)
+        (out.loss + linear.loss + l2 + found.entropy.sum()).backward()
+        results += [out.loss, linear.loss, l2, *out.tokens[:3], *found]
+        results += [logits.grad, hidden.grad, weight.grad]
     return meter, results
 
 
