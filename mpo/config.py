@@ -185,8 +185,8 @@ class LossConfig(Section):
     """What a run makes small. Beside these fields a section has those of its loss."""
 
     name: str = Field(default="mpo", min_length=1)
-    """mpo, or one of the others: sft, dpo, ipo, robust_dpo, cpo, orpo, length_dpo, simpo, every
-    other loss of docs/losses.md in small letters, or `package.module:function` for your own.
+    """mpo, or one of the others: sft, dpo, ipo, robust_dpo, cpo, kto, orpo, length_dpo, simpo,
+    every other loss of docs/losses.md in small letters, or `package.module:function` for your own.
     `mpo fields loss=dpo` shows the fields of one."""
     retention_weight: float = Field(default=0.0, ge=0, le=1e6)
     """Weight lambda of L2, which keeps the dominant representation where the reference has it. 1
@@ -248,7 +248,10 @@ class LossConfig(Section):
             for name, value in sorted(self.own().items())
         )
         sides = "target and dominant" if self.pairs == "both" else "target"
-        what = f"chosen {sides} answers" if self.build().sequences == 1 else f"{sides} pairs"
+        loss, what = self.build(), f"{sides} pairs"
+        if loss.sequences == 1:
+            which = "chosen and rejected" if "is_desirable" in loss.constants else "chosen"
+            what = f"{which} {sides} answers"
         l2 = f", dominant pairs for L2 (weight {self.retention_weight:g})"
         return (
             f"{self.name}{f' ({own})' if own else ''}, trains on {what}"

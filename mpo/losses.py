@@ -27,7 +27,7 @@ from mpo.runtime.settings import Section, nearest
 from mpo_kernels import losses
 from mpo_kernels.losses import Scores, SequenceLoss
 
-CONSTANTS = ("reference_gap", "reference_logps", "mean_tokens")
+CONSTANTS = ("reference_gap", "reference_logps", "mean_tokens", "is_desirable", "kl")
 """What a run can give to a loss beside the scores, by the names that losses have for it."""
 TWO_MEANINGS = (
     "has two meanings: robust DPO against wrong labels (arXiv 2403.00409) is robust_dpo here, and"
@@ -72,11 +72,6 @@ def find(name: str) -> SequenceLoss:
         loss = _own(name)
     elif name in ("rdpo", "r_dpo", "r-dpo"):
         raise ValueError(TWO_MEANINGS)
-    elif name == "kto":
-        raise ValueError(
-            "kto is not there yet: it needs the KL of a whole step before its first micro-batch."
-            " mpo_kernels.losses.KTO has the loss itself"
-        )
     elif name in named():
         loss = named()[name]()
     else:
@@ -89,6 +84,12 @@ def find(name: str) -> SequenceLoss:
         )
     if loss.sequences not in (1, 2):
         raise ValueError(f"takes groups of {loss.sequences} sequences; a row has pairs")
+    if "is_desirable" in loss.constants and loss.sequences != 1:
+        raise ValueError(
+            "takes is_desirable, which is said of single answers, but groups of"
+            f" {loss.sequences}. Set sequences = 1, or leave is_desirable out: of a pair the"
+            " first answer is the chosen one"
+        )
     return loss
 
 
@@ -254,6 +255,8 @@ def try_out(loss: SequenceLoss) -> None:
         "reference_gap": torch.tensor([0.5, -0.2]),
         "reference_logps": scores.logps + torch.tensor([[0.5, -0.7], [1.1, 0.2]])[: loss.sequences],
         "mean_tokens": torch.full((2,), 25.0),
+        "is_desirable": torch.tensor([1.0, 0.0]),
+        "kl": torch.full((2,), 0.25),
     }
     constants = [given[name] for name in loss.constants]
     values, gradient = _called(loss, scores, constants)

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -24,6 +24,8 @@ from mpo.data.chat_template import (
 from mpo.data.rows import Finding, Pair, Row, evenly_spaced, settle_bad_rows
 from mpo.data.sources import LOOKED_AT, load_rows
 from mpo.runtime.errors import UserError
+
+Side = Literal["target", "dominant"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,10 @@ class Example:
     def language(self) -> str:
         """Of the target pair."""
         return self.row.language
+
+    def of(self, side: Side) -> Answers:
+        """The answers of one side."""
+        return self.target if side == "target" else self.dominant
 
     def sequences(self) -> tuple[TokenizedResponse, ...]:
         """All four: target chosen, target rejected, dominant chosen, dominant rejected."""

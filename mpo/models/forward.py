@@ -39,7 +39,8 @@ class Outputs(NamedTuple):
     loss: torch.Tensor  # () of weight * (loss's own value + retention_weight * L2), differentiable
     l1: torch.Tensor  # () float32, detached: of weight * loss's own value, which is L1 for MPO
     l2: torch.Tensor  # () float32, detached: of weight * L2
-    reward_gap: torch.Tensor  # (P,) float32, detached; (0,) where groups are single sequences
+    # (P,) float32, detached; of groups of one sequence its mean log-probability
+    reward_gap: torch.Tensor
 
 
 class Scores(NamedTuple):
@@ -179,8 +180,8 @@ class _Forward:
 
 
 def _reward_gap(target: MPOLossOutput | SequenceLossOutput) -> torch.Tensor:
-    """(P,) of pairs, (0,) of single sequences; detached."""
+    """(P,) of pairs; of single sequences their mean log-probability; detached."""
     if isinstance(target, MPOLossOutput):
         return target.reward_gap
     first, *others = target.scores.means()
-    return first - others[0] if others else first[:0]
+    return first - others[0] if others else first

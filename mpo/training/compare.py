@@ -22,7 +22,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from mpo.config import Config, load_config
-from mpo.data.run_date import scored_folder, with_date
+from mpo.data.run_date import mismatched_folder, scored_folder, with_date
 from mpo.evaluation.gaps import GapTable
 from mpo.models.inputs import Inputs, load_inputs
 from mpo.models.scoring import Measurement
@@ -189,6 +189,7 @@ def _lacks_reference(config: Config) -> bool:
     needed = [
         *([store] if objective.takes_dominant else []),
         *([scored_folder(store)] if objective.takes_logps else []),
+        *([mismatched_folder(store, config.train.seed)] if objective.takes_kl else []),
     ]
     return any(not (folder / "manifest.json").is_file() for folder in needed)
 

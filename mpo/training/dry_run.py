@@ -15,6 +15,7 @@ from mpo.models.attention import shares_prompts
 from mpo.models.inputs import load_inputs
 from mpo.training import memory
 from mpo.training.engine import deepspeed_settings
+from mpo.training.kl import mismatched_of
 from mpo.training.micro_batches import Batches
 from mpo.training.schedule import schedule_of
 
@@ -92,7 +93,7 @@ def describe(config: Config) -> DryRun:
     """
     deepspeed_settings(config)  # refuses settings that contradict each other
     inputs = load_inputs(config, lambda line: print(line, file=sys.stderr))
-    examples = inputs.examples.train
+    examples, mismatched = inputs.examples.train, mismatched_of(config, inputs)
     schedule = schedule_of(config, len(examples))
     of_epoch = min(schedule.steps, math.ceil(len(examples) / schedule.pairs_per_step))
     batches = Batches(examples, schedule, config)
@@ -110,7 +111,7 @@ def describe(config: Config) -> DryRun:
         micro_batches_per_step_one_rank=math.ceil(len(parts) / of_epoch),
         tokens_per_micro_batch=Tokens(round(sum(tokens) / len(tokens)), max(tokens)),
         loss=config.loss.in_words(),
-        reference_sequences=len(set(batches.objective.referenced(examples))),
+        reference_sequences=len(set(batches.objective.referenced(examples)).union(*mismatched)),
         size=size,
         zero_stage=config.zero.stage,
         dtype=config.model.dtype,

@@ -32,7 +32,7 @@ class StepSums:
         self, stop_requested: bool, languages: Sequence[str], device: torch.device
     ) -> StepTotals:
         """Sums over all ranks in one collective; its read-back is the step's only wait for the
-        device. Groups of single sequences have no gap."""
+        device. Single answers have a gap where both of a pair are in the loss."""
         sums = torch.zeros(_FIRST_LANGUAGE + 2 * len(languages), dtype=torch.float64)
         sums[_STOP] = float(stop_requested)
         for part, batch, output in self._parts:
@@ -44,8 +44,9 @@ class StepSums:
             for group, gap in zip(part.groups, output.reward_gap.tolist(), strict=False):
                 if group.is_target:
                     place = _FIRST_LANGUAGE + 2 * languages.index(group.example.language)
-                    sums[place] += gap
-                    sums[place + 1] += 1
+                    sign, pairs = group.share_of_gap
+                    sums[place] += sign * gap
+                    sums[place + 1] += pairs
         l1, l2, tokens, padded, stops, *by_language = summed(sums, device).tolist()
         counted = zip(languages, by_language[::2], by_language[1::2], strict=True)
         return StepTotals(
@@ -68,7 +69,7 @@ class StepTotals:
     """Sum over the rows; 0 where no dominant pair goes through the model."""
     gap: Mapping[str, float]
     """Mean reward gap of each language that the step has, in nats per token. Empty where the loss
-    sees no pairs."""
+    sees chosen answers alone."""
     tokens: int
     """Packed; none of them is padding."""
     padded_tokens: int
@@ -87,6 +88,9 @@ class StepMetrics:
     """Passes over the rows that are done."""
     pairs: int
     totals: StepTotals
+    kl: float | None
+    """Mean log-ratio of the step's answers to other prompts, at least 0; None where the loss takes
+    none."""
     objective: LossConfig
     """Which knows the loss of its own value and L2."""
     learning_rate: float
@@ -128,6 +132,7 @@ class StepMetrics:
             "loss": self.loss,
             "l1": self.l1,
             "l2": self.l2,
+            **({} if self.kl is None else {"kl": self.kl}),
             "gap": dict(self.totals.gap),
             "tokens": self.totals.tokens,
             "padding_avoided": self.padding_avoided,
@@ -146,6 +151,7 @@ class StepMetrics:
         return [
             f"loss {self.loss:.4f}",
             *(["SKIPPED: non-finite gradients"] if self.skipped else []),
+            *([] if self.kl is None else [f"KL {self.kl:.3f}"]),
             *([] if self.l2 is None else [f"{label} {self.l1:.4f}", f"L2 {self.l2:.2e}"]),
             f"{self.pairs / self.seconds:.2f} pairs/s",
             *([f"gap {gaps[0]}", *gaps[1:]] if gaps else []),

@@ -205,7 +205,7 @@ class Batches:
 
         def cut(share: Sequence[int]) -> list[MicroBatch]:
             return in_micro_batches(
-                [self._example(p) for p in share],
+                [self._examples[self._row(p)] for p in share],
                 self.objective,
                 pairs=train.pairs_per_micro_batch,
                 tokens=train.tokens_per_micro_batch,
@@ -214,15 +214,15 @@ class Batches:
 
         return of_every_rank(self._schedule, step, rank, world, cut)
 
-    def examples_of(self, step: int) -> list[Example]:
+    def rows_of(self, step: int) -> list[int]:
         """All rows of a step, of every rank."""
-        return [self._example(position) for position in self._schedule.positions(step)]
+        return [self._row(position) for position in self._schedule.positions(step)]
 
-    def _example(self, position: int) -> Example:
+    def _row(self, position: int) -> int:
         epoch, place = divmod(position, len(self._examples))
         if epoch not in self._orders:
             train = self._config.train
             self._orders[epoch] = order_of_rows(
                 self._examples, epoch, train.seed, train.group_by_dominant
             )
-        return self._examples[self._orders[epoch][place]]
+        return self._orders[epoch][place]

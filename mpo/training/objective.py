@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from mpo.config import LossConfig
-from mpo.data.examples import Example, TokenizedResponse
+from mpo.data.examples import Answers, Example, Side, TokenizedResponse
+from mpo.data.mismatched import mismatched_answers
 from mpo.models.packing import Batch
 from mpo.training.reference import ReferenceStore, dominant_sequences
 from mpo_kernels.losses import Scores
@@ -31,6 +32,16 @@ class Group:
     """What its loss is multiplied with; those of a row sum to 1."""
     is_target: bool = True
     """Of the row's target side, not of its dominant one."""
+    is_desirable: bool | None = None
+    """Of a single answer whose pair is in the loss as a whole: whether it is the chosen one."""
+
+    @property
+    def share_of_gap(self) -> tuple[int, int]:
+        """What one adds to the reward gap of a pair: the sign of its own number (the gap, or of a
+        single answer its mean log-probability), and how many pairs it counts for."""
+        if len(self.sequences) == 2:
+            return 1, 1
+        return {True: (1, 1), False: (-1, 0), None: (0, 0)}[self.is_desirable]
 
 
 class Objective:
@@ -41,19 +52,23 @@ class Objective:
     """
 
     def __init__(self, config: LossConfig) -> None:
-        self._both = config.pairs == "both"
+        self._sides: tuple[Side, ...] = (
+            ("target", "dominant") if config.pairs == "both" else ("target",)
+        )
         self.loss = config.build()
         self.pools_dominant = config.pools_dominant
         """Whether dominant sequences go through the model for L2."""
         self.takes_logps = "reference_logps" in self.loss.constants
         """Whether it takes the reference's sums of what it scores."""
+        self.takes_kl = "kl" in self.loss.constants
+        """Whether it takes how far the policy is from the reference on mismatched answers."""
         self.takes_dominant = self.pools_dominant or "reference_gap" in self.loss.constants
         """Whether it takes anything of the reference on dominant sequences."""
 
     @property
     def takes_reference(self) -> bool:
         """Whether a run needs the model before training at all."""
-        return self.takes_dominant or self.takes_logps
+        return self.takes_dominant or self.takes_logps or self.takes_kl
 
     @property
     def size(self) -> int:
@@ -62,10 +77,33 @@ class Objective:
 
     def groups(self, example: Example) -> list[Group]:
         """Those of a row, the target's first."""
-        sides = [example.target, example.dominant] if self._both else [example.target]
+        per_side = [(side, each) for side in self._sides for each in self._split(example.of(side))]
         return [
-            Group(tuple(answers[: self.size]), example, 1 / len(sides), place == 0)
-            for place, answers in enumerate(sides)
+            Group(sequences, example, 1 / len(per_side), side == "target", is_desirable)
+            for side, (sequences, is_desirable) in per_side
+        ]
+
+    def _split(self, answers: Answers) -> list[tuple[tuple[TokenizedResponse, ...], bool | None]]:
+        """The groups of a pair of answers, and whether they are desirable."""
+        if "is_desirable" in self.loss.constants:
+            return [((answers.chosen,), True), ((answers.rejected,), False)]
+        return [(tuple(answers[: self.size]), None)]
+
+    def mismatched(
+        self, examples: Sequence[Example], seed: int, max_length: int
+    ) -> list[list[TokenizedResponse]]:
+        """Of each row its prompts with answers of other rows, as many as it has answers of its own
+        in the loss. Empty where the loss takes no `kl`.
+
+        Raises:
+            UserError: most rows have the same prompt.
+        """
+        if not self.takes_kl:
+            return []
+        sides = [mismatched_answers(examples, side, seed, max_length) for side in self._sides]
+        return [
+            [s for answers in row for sequences, _ in self._split(answers) for s in sequences]
+            for row in zip(*sides, strict=True)
         ]
 
     def scored(self, examples: Sequence[Example]) -> list[TokenizedResponse]:
@@ -82,7 +120,7 @@ class Objective:
 
     def numbers_of_step(self, examples: Sequence[Example]) -> dict[str, float]:
         """The constants that all groups of a step share, by name; from all of its rows, whichever
-        rank has them."""
+        rank has them. `kl`, which takes the model, is in `mpo.training.kl`."""
         if "mean_tokens" not in self.loss.constants:
             return {}
         groups = [group for e in examples for group in self.groups(e)]
@@ -104,6 +142,8 @@ class Objective:
                     if groups
                     else [[0.0]] * self.size
                 )
+            elif name == "is_desirable":
+                values = torch.tensor([float(bool(g.is_desirable)) for g in groups] or [1.0])
             else:
                 values = torch.full((max(len(groups), 1),), of_step[name])
             found.append(values)

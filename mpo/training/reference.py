@@ -6,7 +6,8 @@ on the dominant pairs are constants of the data. They are computed once, kept as
 while training.
 
 Losses of log-ratios take log-probabilities of what they score, too. Those have a store of their own
-beside it, `<output_dir>/reference-scored`, so that runs of any loss may share both.
+beside it, `<output_dir>/reference-scored`, so that runs of any loss may share both. So have answers
+to other prompts, for KTO's KL: `<output_dir>/reference-mismatched-SEED`.
 """
 
 from __future__ import annotations
@@ -83,17 +84,16 @@ class ReferenceStore:
         return cls({sequence: i for i, sequence in enumerate(sequences)}, scores)
 
     @classmethod
-    def joined(
-        cls, dominant: ReferenceStore | None, scored: ReferenceStore | None
-    ) -> ReferenceStore:
-        """Both stores of a run as one, or what it has of them."""
-        if dominant is None or scored is None:
-            return dominant or scored or cls({}, Scores(torch.zeros(0), torch.zeros(0, 0)))
-        more = [sequence for sequence in scored.rows if sequence not in dominant.rows]
-        means = scored.scores.mean_logp[[scored.rows[sequence] for sequence in more]]
+    def joined(cls, *stores: ReferenceStore) -> ReferenceStore:
+        """The stores of a run as one. Where one has pooled states, it is the first."""
+        if not stores:
+            return cls({}, Scores(torch.zeros(0), torch.zeros(0, 0)))
+        means: dict[TokenizedResponse, torch.Tensor] = {}
+        for store in stores:
+            for sequence, mean in zip(store.rows, store.scores.mean_logp, strict=True):
+                means.setdefault(sequence, mean)
         return cls.of(
-            [*dominant.rows, *more],
-            Scores(torch.cat([dominant.scores.mean_logp, means]), dominant.scores.pooled),
+            list(means), Scores(torch.stack(list(means.values())), stores[0].scores.pooled)
         )
 
     @classmethod
@@ -305,7 +305,7 @@ def build(
     are not done again.
 
     Args:
-        sequences: distinct ones of the examples, which errors name.
+        sequences: distinct ones, with prompts of the examples, which errors name.
         pools: keep the pooled hidden states too.
     Raises:
         UserError: the model gives numbers that are not finite, or a part cannot be written.
@@ -331,7 +331,8 @@ def build(
     ].tolist()
     if bad:
         on_main(parts.remove)
-        names = [e.source for e in examples if set(e.sequences()) & {sequences[i] for i in bad}]
+        prompts = {sequences[i].prompt for i in bad}
+        names = [e.source for e in examples if prompts & {s.prompt for s in e.sequences()}]
         raise UserError(
             f"The model gives non-finite log-probabilities or hidden states for {len(bad)}"
             f" sequence(s), e.g. in {names[0]}. Check the model's weights, or train with"
@@ -400,6 +401,10 @@ class Reference(Protocol):
         """Values that hold these sequences. It may run the model, which under ZeRO-3 is a
         collective: every rank looks up as often as the others."""
 
+    def mean_logps(self, sequences: Sequence[TokenizedResponse]) -> torch.Tensor:
+        """(S,) float32 log-probability per token of these sequences, the same ones on every rank,
+        which share the work."""
+
 
 @dataclass(frozen=True)
 class StoredReference:
@@ -410,6 +415,10 @@ class StoredReference:
     def look_up(self, sequences: Sequence[TokenizedResponse]) -> ReferenceStore:
         """The whole store."""
         return self.store
+
+    def mean_logps(self, sequences: Sequence[TokenizedResponse]) -> torch.Tensor:
+        """From the store."""
+        return self.store.scores.mean_logp[[self.store.rows[sequence] for sequence in sequences]]
 
 
 @dataclass(frozen=True)
@@ -432,6 +441,11 @@ class LiveReference:
         return ReferenceStore.of(
             distinct, Scores(scores.mean_logp.float().cpu(), scores.pooled.float().cpu())
         )
+
+    def mean_logps(self, sequences: Sequence[TokenizedResponse]) -> torch.Tensor:
+        """In batches of the scorer's."""
+        with lora.adapters_off(self.scorer.model):
+            return self.scorer.scores(sequences).mean_logp
 
 
 def _differing(stored: dict[str, Any], manifest: dict[str, Any]) -> list[str]:

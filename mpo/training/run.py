@@ -20,7 +20,7 @@ import torch
 
 from mpo.config import Config
 from mpo.data.examples import Example, TokenizedResponse
-from mpo.data.run_date import scored_folder, with_date
+from mpo.data.run_date import mismatched_folder, scored_folder, with_date
 from mpo.models.forward import Scores, bind_mpo_forward
 from mpo.models.inputs import Inputs, load_inputs
 from mpo.models.loading import load_model
@@ -36,6 +36,7 @@ from mpo.training.engine import (
     deepspeed_settings,
     partitioned_loading,
 )
+from mpo.training.kl import mismatched_of
 from mpo.training.objective import Objective
 from mpo.training.reference import (
     LiveReference,
@@ -64,6 +65,9 @@ class Run:
     inputs: Inputs
     identity: dict[str, Any]
     """Of the model, `model_identity`."""
+    mismatched: list[list[TokenizedResponse]]
+    """Of each row that is trained on, its prompts with answers of other rows; empty where the loss
+    takes no KL."""
     folder: OutputFolder
     device: torch.device
     progress: Progress
@@ -102,7 +106,8 @@ def read_run(config: Config, device: torch.device) -> Run:
     inputs = load_inputs(config, progress.log)
     model = on_main(model_identity, inputs.model, inputs.tokenizer)
     folder = OutputFolder(Path(config.output_dir))
-    return Run(config, settings, inputs, model, folder, device, progress)
+    mismatched = mismatched_of(config, inputs)
+    return Run(config, settings, inputs, model, mismatched, folder, device, progress)
 
 
 def claim_folder(run: Run, may_be_finished: bool = False) -> None:
@@ -194,13 +199,17 @@ def open_store(run: Run, scorer: Scorer) -> ReferenceStore:
         UserError: one is of something else or damaged, or the model gives numbers that are not
             finite.
     """
-    objective, dominant, scored = Objective(run.config.loss), None, None
+    objective, root, stores = Objective(run.config.loss), run.store_folder, []
     if objective.takes_dominant:
-        dominant = _open_store(run, scorer, run.store_folder, dominant_sequences(run.examples))
+        stores.append(_open_store(run, scorer, root, dominant_sequences(run.examples)))
     if objective.takes_logps:
-        folder, sequences = scored_folder(run.store_folder), objective.scored(run.examples)
-        scored = _open_store(run, scorer, folder, sequences, pools=False)
-    return ReferenceStore.joined(dominant, scored)
+        scored = objective.scored(run.examples)
+        stores.append(_open_store(run, scorer, scored_folder(root), scored, "what is scored"))
+    if objective.takes_kl:
+        folder = mismatched_folder(root, run.config.train.seed)
+        distinct = list(dict.fromkeys(s for row in run.mismatched for s in row))
+        stores.append(_open_store(run, scorer, folder, distinct, "answers to other prompts"))
+    return ReferenceStore.joined(*stores)
 
 
 def _open_store(
@@ -208,10 +217,11 @@ def _open_store(
     scorer: Scorer,
     folder: Path,
     sequences: Sequence[TokenizedResponse],
-    *,
-    pools: bool = True,
+    only_scored: str | None = None,
 ) -> ReferenceStore:
-    name = "Reference store" if pools else "Reference store of what is scored"
+    """One of them. `only_scored`: what it holds, where that is log-probabilities alone."""
+    name = f"Reference store of {only_scored}" if only_scored else "Reference store"
+    pools = only_scored is None
 
     def build_values(parts: Parts) -> Scores:
         with run.progress.task(name, len(sequences)) as advance:

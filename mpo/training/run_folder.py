@@ -6,6 +6,7 @@ metrics.jsonl         one line a logged step
 dropped_rows.jsonl    rows left out, with reasons (only with data.on_bad_row=drop)
 reference/            the reference store; .reference.lock is held while it is built
 reference-scored/     likewise, of the answers that losses of log-ratios score
+reference-mismatched-SEED/    likewise, of answers to other prompts, for KTO's KL
 gaps_before/          gaps and pooled hidden states of the measured rows before training
 gaps_after/           the same after it
 checkpoints/          step-00000010, ...
@@ -206,7 +207,7 @@ class OutputFolder:
     def _check_kinds(self) -> None:
         """Refuses a file where the run has a folder, and the other way round, before anything is
         computed."""
-        stores = (self.reference, scored_folder(self.reference))
+        stores = (self.reference, scored_folder(self.reference), *self.root.glob("reference-*"))
         gaps = (self.before, self.after)
         folders = (self.root, *stores, *gaps, self.checkpoints, self.model)
         files = (self.root / LOCK, self.config, self.metrics, self.dropped, self.result, self.plot)

@@ -12,16 +12,19 @@ from mpo.models.forward import Outputs
 from mpo.models.packing import Batch
 from mpo.models.scoring import Scorer
 from mpo.runtime.errors import UserError
+from mpo.training.kl import MismatchedAnswers
 from mpo.training.micro_batches import in_micro_batches, make_batch
 from mpo.training.objective import Objective
 from mpo.training.reference import Reference, dominant_sequences
 from mpo.training.run import Run
 
 
-def self_check(run: Run, scorer: Scorer, reference: Reference) -> None:
+def self_check(
+    run: Run, scorer: Scorer, reference: Reference, mismatched: MismatchedAnswers
+) -> None:
     """Before the first step the policy is the reference: L2 must vanish, the dominant gap must
     reproduce the store, and a loss of log-ratios must be what it is where they are 0 (log 2 for
-    DPO).
+    DPO, 1/2 for KTO); those of answers to other prompts must be 0 too.
 
     A difference means that training would pull toward the wrong place: dropout that is on, a store
     of another model, a packed neighbour that leaks. Compared in training mode, packed with other
@@ -41,6 +44,8 @@ def self_check(run: Run, scorer: Scorer, reference: Reference) -> None:
         found.append(_dominant_gap(run, scorer, reference))
     if objective.takes_logps:
         found.append(_loss(run, objective, batch, output))
+    if objective.takes_kl:
+        found.append(_log_ratios(run, mismatched))
     if not all(each.is_right for each in found):
         raise UserError(
             f"Step-0 self-check failed on {run.examples[0].source}: before any training,"
@@ -70,7 +75,7 @@ def _first_batch(
         share_prompts=shares_prompts(config.model.attention),
     )
     store = reference.look_up(part.reference_sequences(objective))
-    of_step = objective.numbers_of_step(probe)
+    of_step = {**objective.numbers_of_step(probe), "kl": 0.0}
     batch = make_batch(part, objective, store, config, of_step).to(run.device)
     with torch.no_grad():
         return batch, scorer.engine(batch=batch)
@@ -100,6 +105,16 @@ def _loss(run: Run, objective: Objective, batch: Batch, output: Outputs) -> _Fou
     return _Found(
         abs(value - from_reference) <= allowed,
         f"{run.config.loss.name} is {value / rows:.6f} (should be {from_reference / rows:.6f})",
+    )
+
+
+def _log_ratios(run: Run, mismatched: MismatchedAnswers) -> _Found:
+    sequences = [sequence for row in run.mismatched[:2] for sequence in row]
+    largest = float(mismatched.log_ratios(sequences).abs().max())
+    return _Found(
+        largest <= _tolerances(run.config)[1],
+        f"answers to other prompts are up to {largest:.4f} nats per token away from the"
+        " reference's (should be 0)",
     )
 
 

@@ -18,6 +18,7 @@ import torch
 
 from mpo.models.packing import Batch
 from mpo.training.engine import OptimizerGuard, learning_rate, peak_memory_gib
+from mpo.training.kl import MismatchedAnswers
 from mpo.training.metrics import StepMetrics, StepSums
 from mpo.training.micro_batches import Batches, MicroBatch, make_batch
 from mpo.training.reference import Reference
@@ -32,6 +33,7 @@ class Stepper:
     engine: deepspeed.DeepSpeedEngine
     guard: OptimizerGuard
     reference: Reference
+    mismatched: MismatchedAnswers
     batches: Batches
 
     def step(self, number: int, stop_requested: Callable[[], bool]) -> StepMetrics:
@@ -61,6 +63,7 @@ class Stepper:
             epoch=positions.stop / schedule.rows,
             pairs=len(positions),
             totals=totals,
+            kl=of_step.get("kl"),
             objective=self.run.config.loss,
             learning_rate=rate,
             grad_norm=self.guard.grad_norm(self.engine),
@@ -71,7 +74,9 @@ class Stepper:
 
     def _numbers_of(self, number: int) -> dict[str, float]:
         """What all groups of a step share, known before its first micro-batch."""
-        return self.batches.objective.numbers_of_step(self.batches.examples_of(number))
+        rows, objective = self.batches.rows_of(number), self.batches.objective
+        numbers = objective.numbers_of_step([self.run.examples[row] for row in rows])
+        return {**numbers, "kl": self.mismatched.kl(rows)} if objective.takes_kl else numbers
 
     def _batch_of(self, part: MicroBatch, of_step: Mapping[str, float]) -> Batch:
         """On this rank's device. Every rank looks up as often as the others."""

@@ -21,6 +21,7 @@ from mpo.training import checkpoint, checkpoint_folder
 from mpo.training.curves import plot_run
 from mpo.training.engine import refuse_attention_without_backward, track
 from mpo.training.export import export_engine
+from mpo.training.kl import MismatchedAnswers
 from mpo.training.metrics import StepMetrics
 from mpo.training.micro_batches import Batches
 from mpo.training.result import RunResult
@@ -73,16 +74,18 @@ def _train(config: Config, interruption: Interruption) -> dict[str, Any]:
     engine, guard = load_engine(run)
     scorer = Scorer(engine, config.loss.pool, device)
     reference = open_reference(run, scorer)
+    mismatched = MismatchedAnswers(scorer, reference, run.mismatched)
     before = measured_before(run, scorer)
 
     # Go on where a checkpoint is, or begin.
     done = _resume(run, engine)
     if done is None:
-        self_check(run, scorer, reference)
+        self_check(run, scorer, reference, mismatched)
     if lost := on_main(run.folder.truncate_metrics, done or 0):
         run.progress.log(f"WARNING: {lost}")
 
-    stepper = Stepper(run, engine, guard, reference, Batches(run.examples, run.schedule, config))
+    batches = Batches(run.examples, run.schedule, config)
+    stepper = Stepper(run, engine, guard, reference, mismatched, batches)
     _take_steps(run, stepper, done or 0, interruption)
     interruption.heed()
 

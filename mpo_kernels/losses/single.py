@@ -37,7 +37,13 @@ class KTO(SequenceLoss):
 
     Kahneman-Tversky optimization, arXiv 2402.01306. r = s - reference_logps (1, P); `is_desirable`
     (P,) is 1 or 0; `kl` (P,) is the same number for all groups, max(0, mean r of answers to
-    mismatched prompts), which the caller computes for the whole batch without gradient.
+    mismatched prompts), which the caller computes without gradient.
+
+    Over which answers `kl` is a mean differs. `mpo train`: all of an optimizer step, whatever
+    micro-batches and ranks it is cut into; each answer is given to a prompt of another row. TRL
+    1.16: those of a micro-batch, then the mean over ranks; each prompt has the answer of the row
+    before it in its batch when the data are tokenised. LLaMA-Factory: the same, with the row before
+    it in a piece of the data set. The row before may hold the other answer to the same prompt.
     """
 
     sequences: ClassVar[int] = 1

@@ -44,6 +44,10 @@ def of_a_parameter(scores):
     return torch.ones(scores.logps.shape[1]) * torch.nn.Parameter(torch.tensor(2.0))
 
 
+def good_pairs(scores, is_desirable):
+    return -scores.logps[0] * is_desirable
+
+
 def fails(scores):
     raise RuntimeError("out of luck")
 

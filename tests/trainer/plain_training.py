@@ -18,7 +18,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mpo.config import Config
-from mpo.data.examples import Answers, Example, TokenizedResponse
+from mpo.data.examples import Answers, Example, Side, TokenizedResponse
+from mpo.data.mismatched import mismatched_answers
 from mpo.models.inputs import load_inputs
 
 
@@ -77,6 +78,8 @@ class Pair(NamedTuple):
     """Of the dominant pair under the reference."""
     tokens: float
     """Mean number of tokens of the step's chosen answers."""
+    kl: float
+    """Of the step, where the loss takes it."""
 
     @property
     def margin(self) -> torch.Tensor:
@@ -109,6 +112,10 @@ FORMULAS: dict[str, Callable[[Pair, Any], torch.Tensor]] = {
     "length_dpo": lambda p, h: negative_log_sigmoid(
         h.beta * p.margin + h.alpha * (p.w.tokens - p.l.tokens)
     ),
+    "kto": lambda p, h: (
+        h.desirable_weight * (1 - torch.sigmoid(h.beta * (p.w.sum - p.w0.sum - p.kl))) / 2
+        + h.undesirable_weight * (1 - torch.sigmoid(h.beta * (p.kl - p.l.sum + p.l0.sum))) / 2
+    ),
     "own_losses:squared": lambda p, h: (p.margin / (p.w.tokens + p.l.tokens) - 0.7) ** 2,
     "own_losses:Lift": lambda p, h: torch.exp(-h.rate * p.w.mean),
 }
@@ -120,11 +127,22 @@ def sides_of(row: Example, config: Config) -> list[Answers]:
     return [row.target, row.dominant] if config.loss.pairs == "both" else [row.target]
 
 
+def answers_to_others(examples: list[Example], config: Config) -> list[list[TokenizedResponse]]:
+    """Of each row the prompts of the pairs that the loss sees, with answers of other rows; as the
+    package deals them."""
+    sides: tuple[Side, ...] = ("target", "dominant") if config.loss.pairs == "both" else ("target",)
+    seed, length = config.train.seed, config.data.max_length
+    dealt = [mismatched_answers(examples, side, seed, length) for side in sides]
+    return [
+        [sequence for answers in row for sequence in answers] for row in zip(*dealt, strict=True)
+    ]
+
+
 def train_plainly(
     config: Config,
 ) -> tuple[list[dict[str, float]], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Returns per step loss, its own value (l1) and l2, means over its rows; AdamW's first moments
-    and the weights after the last step."""
+    """Returns per step loss, its own value (l1) and l2, means over its rows, and kl; AdamW's first
+    moments and the weights after the last step."""
     examples = load_inputs(config, lambda line: None).examples.train
     model = AutoModelForCausalLM.from_pretrained(
         config.model.path, dtype=torch.float32, attn_implementation="eager"
@@ -138,6 +156,8 @@ def train_plainly(
 
     with torch.no_grad():
         reference = {s: look_at(s) for e in examples for s in e.sequences()}
+        others = answers_to_others(examples, config) if config.loss.name == "kto" else []
+        reference |= {s: look_at(s) for row in others for s in row}
     options: dict[str, Any] = {
         "betas": config.train.adam_betas,
         "weight_decay": config.train.weight_decay,
@@ -149,13 +169,20 @@ def train_plainly(
         rows = [examples[i] for i in indices]
         l1 = l2 = torch.zeros(())
         lengths = [len(a.chosen.response) for row in rows for a in sides_of(row, config)]
+        with torch.no_grad():
+            ratios = [
+                float(look_at(s).sum - reference[s].sum)
+                for i in (indices if others else [])
+                for s in others[i]
+            ]
+        kl = max(0.0, sum(ratios) / len(ratios)) if ratios else 0.0
         for row in rows:
             sides = sides_of(row, config)
             for answers in sides:
                 now, then = [look_at(s) for s in answers], [reference[s] for s in answers]
                 gap = reference[row.dominant.chosen].mean - reference[row.dominant.rejected].mean
                 value = FORMULAS[config.loss.name](
-                    Pair(*now, *then, gap, sum(lengths) / len(lengths)),
+                    Pair(*now, *then, gap, sum(lengths) / len(lengths), kl),
                     SimpleNamespace(**config.loss.own()),
                 )
                 l1 = l1 + value / len(sides) / len(rows)
@@ -168,7 +195,7 @@ def train_plainly(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.max_grad_norm)
         optimizer.step()
-        steps.append({"loss": loss.item(), "l1": l1.item(), "l2": l2.item()})
+        steps.append({"loss": loss.item(), "l1": l1.item(), "l2": l2.item(), "kl": kl})
     parameters = dict(model.named_parameters())
     return (
         steps,

@@ -114,6 +114,11 @@ LOSSES: dict[str, list[str]] = {
         *("loss.beta=0.2", "loss.alpha=0.7", "loss.pairs=both", "loss.retention_weight=0.6"),
         *("train.pairs_per_micro_batch=3", *stage(1)),
     ],
+    "kto": [
+        *("loss.beta=0.3", "loss.desirable_weight=1.5", "loss.undesirable_weight=0.7"),
+        *("loss.pairs=both", "loss.retention_weight=0.6", *stage(2)),
+        "train.tokens_per_micro_batch=300",
+    ],
     "orpo": ["loss.beta=0.4", "loss.head=logits", *stage(1), "train.pairs_per_micro_batch=1"],
     "simpo": ["loss.beta=1.5", "loss.gamma=0.4", *stage(3), "train.pairs_per_micro_batch=2"],
     "length_dpo": [
@@ -341,6 +346,11 @@ def test_every_loss_on_two_ranks_is_plain_training(computed_losses, name):
     ours = outcome(computed_losses / loss_folder(name))
     assert [row["l2"] is None for row in ours.steps] == [config.loss.retention_weight == 0] * 4
     assert {row["loss_name"] for row in ours.steps} == {name}
+    if name == "kto":
+        assert [row["kl"] for row in ours.steps] == pytest.approx(
+            [s["kl"] for s in steps], abs=1e-4
+        )
+        assert any(step["kl"] > 0.01 for step in steps)
     check_close(ours, steps, moments, {key: weights[key] for key in ours.weights})
 
 
