@@ -58,7 +58,7 @@ def named() -> dict[str, type[SequenceLoss]]:
         if inspect.isclass(kind)
         and issubclass(kind, SequenceLoss)
         and kind.__call__ is not SequenceLoss.__call__
-        and kind is not losses.Sum
+        and kind not in (losses.Sum, losses.Custom)
     }
 
 
@@ -119,7 +119,7 @@ def _own(name: str) -> SequenceLoss:
             "is no loss. Needed is a function loss(scores, *constants) -> (P,) of pairs, or an"
             " instance or a subclass of mpo_kernels.losses.SequenceLoss"
         )
-    return _OfFunction(found)
+    return _of_function(found)
 
 
 def _imported(module: str) -> Any:
@@ -133,26 +133,16 @@ def _words(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-class _OfFunction(SequenceLoss):
+def _of_function(function: Callable[..., torch.Tensor]) -> SequenceLoss:
     """A function of pairs as a loss. Its parameters behind the scores name the constants."""
-
-    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
-        try:
-            _, *names = inspect.signature(function).parameters
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                "is no function loss(scores, *constants) of pairs, whose constants are named"
-                f" {', '.join(CONSTANTS)}"
-            ) from error
-        object.__setattr__(self, "_function", function)
-        object.__setattr__(self, "_names", tuple(names))
-
-    @property
-    def constants(self) -> tuple[str, ...]:
-        return self._names  # type: ignore[attr-defined]
-
-    def __call__(self, scores: Scores, *constants: torch.Tensor) -> torch.Tensor:
-        return self._function(scores, *constants)  # type: ignore[attr-defined]
+    try:
+        _, *names = inspect.signature(function).parameters
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "is no function loss(scores, *constants) of pairs, whose constants are named"
+            f" {', '.join(CONSTANTS)}"
+        ) from error
+    return losses.Custom(function, constants=tuple(names))
 
 
 @functools.cache

@@ -7,6 +7,7 @@ import pickle
 import re
 import shutil
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -71,7 +72,7 @@ def test_a_section_has_the_fields_of_its_loss_and_their_defaults(load, name):
     loss = load(f"loss.name={name}")
     kind = losses.named()[name]
     assert loss.build() == loss.build() or type(loss.build()) is kind
-    assert vars(loss.build()) == vars(kind()) == loss.own()
+    assert asdict(loss.build()) == asdict(kind()) == loss.own()
     assert loss.retention_weight == 0 and not loss.pools_dominant and loss.gap_scale == 1
     # as config.json keeps it, and as ranks send it to each other
     config = Config.model_validate({**MINIMAL, "loss": loss.model_dump(mode="json")})
@@ -81,7 +82,7 @@ def test_a_section_has_the_fields_of_its_loss_and_their_defaults(load, name):
 
 def test_fields_reach_the_loss(load):
     loss = load("loss.name=cpo", "loss.alpha=2", "loss.per=sequence", "loss.pairs=both")
-    assert vars(loss.build()) == vars(CPO(beta=0.1, alpha=2.0, per="sequence"))
+    assert asdict(loss.build()) == asdict(CPO(beta=0.1, alpha=2.0, per="sequence"))
     assert type(loss.build().alpha) is float  # so that 2 and 2.0 are one run
     assert "alpha 2" in loss.in_words() and "target and dominant pairs" in loss.in_words()
 
@@ -155,7 +156,7 @@ def test_a_loss_of_ones_own(load):
     assert function.build().constants == ("reference_logps",) and function.own() == {}
     assert kind.own() == {"rate": 0.5} and made.own() == {"rate": 0.25}
     assert kind.build().sequences == 1 and isinstance(function.build(), SequenceLoss)
-    assert vars(load("loss.name=mpo_kernels.losses:DPO").build()) == vars(DPO())
+    assert asdict(load("loss.name=mpo_kernels.losses:DPO").build()) == asdict(DPO())
 
 
 def test_a_run_with_a_loss_that_is_gone_can_still_be_read(load, tmp_path, monkeypatch):
