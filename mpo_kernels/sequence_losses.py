@@ -213,6 +213,8 @@ def linear_sequence_loss(
         _check_values(named, weights, row_weights, labels.shape)
     place = torch.device("cpu") if cu_seqlens is None else cu_seqlens.device
     offsets = offsets_of(cu_seqlens, sequences, labels.numel(), labels, place)
+    if not torch.compiler.is_compiling() and has_data(hidden) and not is_wrapped(hidden):
+        groups.rehearse(hidden)
     if reduction != "none" and _is_told_in_the_loop(call, groups, options):
         return _in_the_loop(
             call, offsets, row_weights, groups, options, reduction, token_outputs, labels.shape

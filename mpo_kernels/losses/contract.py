@@ -46,11 +46,11 @@ def size_of(loss: Loss) -> int:
     return loss.sequences if isinstance(loss, SequenceLoss) else 2
 
 
-def is_looked_at(loss: Loss, scores: Scores, validate: bool | None) -> bool:
+def is_looked_at(loss: Loss, device: torch.device, validate: bool | None) -> bool:
     """Whether a call reads data for checks."""
     if validate is not None:
         return validate
-    return scores.logps.device.type == "cpu" or handle_of(loss) not in _PROBED
+    return device.type == "cpu" or handle_of(loss) not in _PROBED
 
 
 def evaluate(loss: Loss, scores: Scores, constants: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -92,6 +92,16 @@ def coefficients(
         losses = evaluate(loss, Scores(sums, scores.tokens.detach().clone()), given)
         (gradient,) = torch.autograd.grad(losses.sum(), sums)
     return losses.detach(), gradient
+
+
+def rehearse(loss: Loss, scores: Scores, constants: Sequence[torch.Tensor]) -> None:
+    """Calls the loss with any numbers.
+
+    Raises:
+        ValueError: it is none, or reads the host.
+    """
+    with _Watched(name_of(loss)):
+        coefficients(loss, scores, *constants)
 
 
 def probe(

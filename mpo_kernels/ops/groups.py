@@ -71,10 +71,17 @@ class GroupLoss:
         """(P,) without their weights."""
         return contract.evaluate(self.loss, scores, self.given())
 
+    def rehearse(self, like: torch.Tensor) -> None:
+        """Calls the loss with sums that nothing was computed for, so that what is wrong with it is
+        said before the head has worked."""
+        ones = like.new_ones(self.size, self.constants.shape[1], dtype=self.constants.dtype)
+        if contract.is_looked_at(self.loss, ones.device, self.validate):
+            contract.rehearse(self.loss, Scores(-ones, ones), self.given())
+
     def probe(self, losses: torch.Tensor, scores: Scores) -> None:
         """Refuses a loss that keeps no contract, where that may be looked at. `losses` (P,) are
         without their weights."""
-        if contract.is_looked_at(self.loss, scores, self.validate):
+        if contract.is_looked_at(self.loss, losses.device, self.validate):
             contract.probe(self.loss, losses, scores, self.given())
 
 

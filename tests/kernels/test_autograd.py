@@ -27,6 +27,13 @@ if INTERPRETED:
     pytest.skip("asks what is done with operators, not what they compute", allow_module_level=True)
 
 P, T, V, D = 2, 3, 11, 3
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch):
+    monkeypatch.setattr("mpo_kernels.ops.chunks.ROW_MULTIPLE", 4)
+
+
 ERROR = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float64: 1e-9}
 REFUSAL = (
     "mpo_kernels computes first derivatives in reverse mode only; mpo_kernels.oracle is plain"
@@ -104,7 +111,7 @@ class Call:
         wide = {name: tensor.double() for name, tensor in self.tensors.items()}
         positional, options = self.arguments({**wide, **tensors}, wide=True)
         ours_alone = ("inplace_backward", "token_outputs", "validate", "moments", "entropy_grad")
-        ours_alone += ("logits_dtype",)
+        ours_alone += ("logits_dtype", "chunk_bytes")
         options = {k: v for k, v in options.items() if k not in ours_alone}
         if self.options.get("entropy_grad"):
             logits = positional[0]
@@ -143,6 +150,7 @@ def calls(dtypes=(torch.float32,)) -> list[Call]:
         ("sequence_loss", {}),
         ("sequence_loss", {"reduction": "none", "inplace_backward": True}),
         ("linear_sequence_loss", {"token_outputs": True}),
+        ("linear_sequence_loss", {"chunk_bytes": 1}),  # more than one chunk
         ("mean_pool", {}),
         ("retention_loss", {}),
     ]

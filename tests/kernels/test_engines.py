@@ -27,7 +27,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from benchmarks.instruments.accuracy import relative_error
 from benchmarks.instruments.operators import Flops
 from mpo_kernels import losses, sequence_losses
-from mpo_kernels.losses import Scores, handles
+from mpo_kernels.losses import Scores
 from mpo_kernels.ops import gradients
 from mpo_kernels.ops.chunks import pieces_of
 from mpo_kernels.ops.projection import Projection
@@ -377,28 +377,7 @@ def test_a_function_made_inside_of_a_graph():
     torch.testing.assert_close(got["weight"].grad, want["weight"].grad)
 
 
-@compiled_only
-def test_a_loss_that_is_gone_is_missed_in_a_sentence():
-    inputs, labels, offsets, constants = batch(losses.DPO(), torch.float32)
-    loss = losses.DPO()
-    assert handles.from_handle(loss.handle) is loss
-
-    def graph_of(loss):
-        number = loss.handle
-
-        class Kept:  # what a graph knows of it
-            pass
-
-        return Kept, number
-
-    _, number = graph_of(loss)
-    del loss
-    with pytest.raises(RuntimeError, match=r"The loss of this call is gone.*Make the loss once"):
-        handles.from_handle(number)
-    assert inputs and labels is not None and offsets is not None and constants
-
-
-def test_groups_of_two_losses_in_inference_mode():
+def test_both_ways_in_inference_mode():
     inputs, labels, offsets, constants = batch(losses.DPO(), torch.float32)
     with torch.inference_mode(), chunks_of(8):
         many = from_hidden(

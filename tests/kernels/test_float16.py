@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mpo_kernels
 from benchmarks.instruments.accuracy import relative_error
-from mpo_kernels import oracle
+from mpo_kernels import losses, oracle
 from mpo_kernels.ops import chunks, gradients
 from mpo_kernels.ops.chunks import Targets
 from mpo_kernels.ops.linear_tokens import linear_token_logprobs_op
@@ -67,6 +67,33 @@ def test_pairs(factor, value, rows, frozen, monkeypatch):
     exact = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
     loss = mpo_kernels.linear_mpo_loss(*ours, labels, GAP, chunk_bytes=1, **options).loss
     wanted = oracle.linear_mpo_loss(*exact, labels, GAP.double(), **options)[0]
+    count = 1 if frozen else 2
+    check(ours[:count], loss, exact[:count], wanted, 1e-3)
+
+
+@pytest.mark.parametrize("value", [1e-8, 1.0, 1e8])
+@pytest.mark.parametrize("factor", ["weights", "row_weights", "logit_scale"])
+@pytest.mark.parametrize(
+    ("rows", "frozen"),
+    [(256, False), (16, False), (5, False), (5, True)],
+    ids=["one chunk", "a chunk a group", "in pieces", "in pieces, frozen"],
+)
+def test_groups(factor, value, rows, frozen, monkeypatch):
+    """A loss with two coefficients per pair, which are not known before its last piece."""
+    if factor == "logit_scale":
+        value = {1e-8: 1e-4, 1e8: 1e4}.get(value, value)
+    monkeypatch.setattr(chunks, "ROW_MULTIPLE", rows)
+    hidden, weight, labels = inputs(1.0)
+    of = {"weights": torch.full((P,), value), "row_weights": torch.full(labels.shape, value)}
+    options = {factor: of.get(factor, value)}
+    scale = value if factor == "logit_scale" else 1.0
+    linear = losses.Custom(lambda s: (s.logps * s.logps.new_tensor([[1.0], [-0.3]])).sum(0))
+    ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)]
+    exact = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
+    loss = mpo_kernels.linear_sequence_loss(*ours, labels, linear, chunk_bytes=1, **options).loss
+    logps = oracle.linear_token_logprobs(*exact, labels, logit_scale=scale)
+    chosen, rejected = logps.sum(1).view(2, P)
+    wanted = (chosen - 0.3 * rejected).mean() * (value if factor != "logit_scale" else 1.0)
     count = 1 if frozen else 2
     check(ours[:count], loss, exact[:count], wanted, 1e-3)
 

@@ -1,20 +1,26 @@
 """Every refused call and what its caller is told."""
 
 import itertools
+from unittest import mock
 
 import pytest
 import torch
+from cases import INTERPRETED
 from test_strides import CALLS, TENSORS, called, function_of, results
 
 from mpo_kernels import (
     Parallel,
     linear_mpo_loss,
+    linear_sequence_loss,
     linear_token_logprobs,
+    losses,
     mean_pool,
     mpo_loss,
     retention_loss,
+    sequence_loss,
     token_logprobs,
 )
+from mpo_kernels.losses import handles
 
 LOGITS = torch.zeros(4, 3, 7)
 LABELS = torch.ones(4, 3, dtype=torch.int64)
@@ -244,6 +250,135 @@ def test_refused(place):
     call, message = REFUSED[place]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def from_logits(logits, labels, loss, *constants, **options):
+    return sequence_loss(logits, labels, loss, *constants, **options)
+
+
+def in_one_chunk(logits, labels, loss, *constants, **options):
+    """Of a head that hands its rows out."""
+    eye = torch.eye(logits.shape[-1])
+    return linear_sequence_loss(logits, eye, labels, loss, *constants, **options)
+
+
+def in_the_loop(*given, **options):
+    with mock.patch("mpo_kernels.ops.chunks.ROW_MULTIPLE", 3):
+        return in_one_chunk(*given, chunk_bytes=1, **options)
+
+
+def compiled(*given, **options):
+    torch._dynamo.reset()
+    function = torch.compile(in_one_chunk, fullgraph=True, backend="eager")
+    return function(*given, **options)
+
+
+SCORED = torch.randn(4, 3, 7, generator=torch.Generator().manual_seed(7))
+REFERENCE = torch.zeros(2, 2)
+LOSSES = (
+    (0.1, (), {}, "needed is one of mpo_kernels.losses, or a function"),
+    (losses.DPO(), (), {}, "DPO takes reference_logps behind the loss, and 0 were given"),
+    (losses.SimPO(), (REFERENCE,), {}, "SimPO takes no constants behind the loss"),
+    (losses.DPO(), (torch.zeros(3),), {}, "needed are numbers of shape (2,) or (2, 2)"),
+    (losses.DPO(), (torch.zeros(2),), {}, "needed is (2, 2), one sum per sequence"),
+    (losses.DPO(), (REFERENCE.to("meta"),), {}, "move it to cpu"),
+    (
+        losses.DPO(),
+        (torch.tensor([[0.0, 1.0], [float("nan"), 0.0]]),),
+        {},
+        "reference_logps[1, 0] is nan",
+    ),
+    (
+        losses.SimPO(),
+        (),
+        {"weights": torch.tensor([1.0, float("inf")])},
+        "weights[1] is inf",
+    ),
+    (
+        losses.SimPO(),
+        (),
+        {"row_weights": torch.full((4, 3), float("nan"))},
+        "row_weights[0, 0] is nan",
+    ),
+    (losses.SimPO(), (), {"weights": torch.ones(3)}, "one value per group"),
+    (losses.SimPO(), (), {"row_weights": torch.ones(3)}, "of the shape of labels, (4, 3)"),
+    (lambda s: s.logps, (), {}, "needed is one loss per group, (2,)"),
+    (lambda s: s.logps.sum(), (), {}, "Leave the mean to reduction"),
+    (lambda s: s.logps[0].detach(), (), {}, "without a gradient"),
+    (lambda s: s.logps[0].long(), (), {}, "without a gradient"),
+    (lambda s: 1.0, (), {}, "needed is one loss per group"),
+    (lambda s: s.logps[0] - s.logps[0].mean(), (), {}, "makes groups depend on each other"),
+    (lambda s: s.logps[0] - s.logps[0].mean().detach(), (), {}, "give it as a constant"),
+    (
+        lambda s: s.logps[0].sort(descending=True).values,
+        (),
+        {},
+        "makes groups depend on each other",
+    ),
+    (lambda s: s.logps[0] * torch.rand(2)[: s.logps.shape[1]], (), {}, "or a random number"),
+    (lambda s: s.logps[0] / 0 * 0, (), {}, "whose scores and constants are finite"),
+    (lambda s: s.logps[0] * s.logps.max().item(), (), {}, "reads a tensor on the host (item)"),
+    (lambda s: s.logps[0] * (2 if s.logps[0, 0] > 0 else 1), (), {}, "on the host (__bool__)"),
+    (lambda s: s.logps[0] * float(s.tokens[0, 0]), (), {}, "on the host (__float__)"),
+    (lambda s: s.logps[0] * s.tokens.tolist()[0][0], (), {}, "Choose with torch.where"),
+    (losses.DPO, (), {}, "needed is one of mpo_kernels.losses, or a function"),
+    (
+        losses.KTO(),
+        (torch.ones(4),),
+        {},
+        "KTO takes reference_logps, is_desirable, kl behind the loss, and 1",
+    ),
+    (losses.DPO(), (REFERENCE.cfloat(),), {}, "reference_logps is torch.complex64 (2, 2)"),
+    (
+        losses.Custom(lambda s: s.logps[0], sequences=3),
+        (),
+        {},
+        "4 sequences cannot be groups of 3, which Custom takes",
+    ),
+    (losses.SimPO(), (), {"reduction": "max"}, "reduction"),
+)
+
+
+@pytest.mark.parametrize("function", [from_logits, in_one_chunk, in_the_loop])
+@pytest.mark.parametrize("place", range(len(LOSSES)))
+def test_a_loss_that_is_none(place, function):
+    """Whichever way it is computed."""
+    loss, constants, options, words = LOSSES[place]
+    with pytest.raises(ValueError) as refusal:
+        function(SCORED.clone().requires_grad_(), LABELS, loss, *constants, **options)
+    assert words in str(refusal.value)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="torch.compile and the interpreter do not meet")
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (lambda s: s.logps, "needed is one loss per group, (2,)"),
+        (lambda s: s.logps[0].detach(), "without a gradient"),
+        (lambda s: s.logps[0] - s.logps[0].mean().detach(), "give it as a constant"),
+        (lambda s: s.logps[0] * s.logps.max().item(), "reads a tensor on the host (item)"),
+        (lambda s: s.logps[0] / 0 * 0, "whose scores and constants are finite"),
+    ],
+)
+def test_a_loss_that_is_none_to_a_graph(loss, words):
+    """Looked at when the graph runs, which does not know what is in it."""
+    with pytest.raises(ValueError) as refusal:
+        compiled(SCORED.clone().requires_grad_(), LABELS, losses.Custom(loss))
+    assert words in str(refusal.value)
+
+
+def test_groups_that_are_coupled_over_chunks_of_one_group():
+    """Each is alone in its chunk: all of them together tell."""
+    with pytest.raises(ValueError, match=r"group 0 alone has .* among the others"):
+        in_the_loop(
+            SCORED.clone().requires_grad_(), LABELS, lambda s: s.logps[0] - s.logps[0].mean()
+        )
+
+
+def test_a_loss_that_is_gone():
+    handle = losses.DPO().handle
+    with pytest.raises(RuntimeError, match=r"The loss of this call is gone.*Make the loss once"):
+        handles.from_handle(handle)
 
 
 class _Same(torch.autograd.Function):

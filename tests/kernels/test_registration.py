@@ -10,10 +10,12 @@ from cases import INTERPRETED, labels_of
 
 import mpo_kernels
 from benchmarks.instruments.accuracy import relative_error
-from mpo_kernels import oracle
+from mpo_kernels import losses, oracle
 from mpo_kernels.ops.divided_rows import gathered_rows_grad_op, gathered_rows_op
 from mpo_kernels.ops.gradients import scaled
+from mpo_kernels.ops.groups import group_losses_op
 from mpo_kernels.ops.linear_pairs import linear_pair_loss_op
+from mpo_kernels.ops.linear_sequences import linear_sequence_loss_op
 from mpo_kernels.ops.linear_tokens import (
     linear_token_logprobs_grad_op,
     linear_token_logprobs_op,
@@ -45,6 +47,10 @@ ALL = dict.fromkeys(WANTED, True)
 STATS = {"keep_stats": True, "may_keep_logits": False, "keep_hidden_grad": False}
 
 
+DPO, SIMPO = losses.DPO(0.3), losses.SimPO()
+LOSS = {"loss": DPO.handle, "size": 2, "constant_rows": [2], "validate": None}
+
+
 def random(*shape, grad=False):
     tensor = torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
     return tensor.requires_grad_(grad)
@@ -54,7 +60,7 @@ def from_hidden(grad):
     return random(2 * P * T, D, grad=grad), random(V, D, grad=grad), random(V, grad=grad)
 
 
-FLAT = LABELS.reshape(-1)
+FLAT, REFERENCE = LABELS.reshape(-1), random(2, P)
 FEW = torch.tensor([-100, 3, -100, V - 1, -100]).repeat(2 * P)  # not more scored rows than D
 OPERATORS = {
     "token_logprobs": (
@@ -169,6 +175,35 @@ OPERATORS = {
             "may_keep_chunk": False,
             **PAIRS,
         },
+    ),
+    "group_losses": (
+        group_losses_op,
+        (random(2 * P, grad=True), torch.ones(2 * P), random(2, P), GAP.abs()),
+        {**LOSS, "needs_grad": True},
+    ),
+    "group_losses, no gradient": (
+        group_losses_op,
+        (random(2 * P), torch.ones(2 * P), random(2, P), None),
+        {**LOSS, "needs_grad": False},
+    ),
+    "linear_sequence_loss": (
+        linear_sequence_loss_op,
+        (*from_hidden(True), FLAT, None, OFFSETS, random(2 * P * T), random(2, P), GAP.abs()),
+        {**LOSS, "hidden_grad": True, "weight_grad": True, "bias_grad": True, **PAIRS},
+    ),
+    "linear_sequence_loss, frozen head, gathered rows": (
+        linear_sequence_loss_op,
+        (
+            random(2 * P * T, D, grad=True),
+            *from_hidden(False)[1:],
+            *(FLAT, FLAT.abs() % 9, OFFSETS, None, random(2, P), None),
+        ),
+        {**LOSS, "hidden_grad": True, "weight_grad": False, "bias_grad": False, **PAIRS},
+    ),
+    "linear_sequence_loss, no gradient": (
+        linear_sequence_loss_op,
+        (*from_hidden(False), FLAT, None, OFFSETS, None, random(2, P), None),
+        {**LOSS, "hidden_grad": False, "weight_grad": False, "bias_grad": False, **PAIRS},
     ),
     "linear_token_logprobs, gathered rows": (
         linear_token_logprobs_op,
@@ -323,6 +358,14 @@ FUNCTIONS = {
             h.bfloat16(), w.bfloat16(), LABELS, GAP, logits_dtype=torch.float32
         ).loss
     ),
+    "sequence_loss": (lambda x, h, w, b: mpo_kernels.sequence_loss(x, LABELS, DPO, REFERENCE).loss),
+    "linear_sequence_loss": (
+        lambda x, h, w, b: (
+            mpo_kernels.linear_sequence_loss(
+                h, w, LABELS, DPO, REFERENCE, bias=b, softcap=3.0, token_outputs=True
+            ).loss
+        )
+    ),
     "retention_loss": lambda x, h, w, b: mpo_kernels.retention_loss(h, torch.zeros(2 * P, D)),
 }
 
@@ -381,6 +424,14 @@ NUMBERS = {
             h, w, LABELS, GAP, reduction="none", **n
         ).loss.sum(),
         ("beta", *HEAD_NUMBERS),
+    ),
+    "sequence_loss": (
+        lambda x, h, w, b, **n: mpo_kernels.sequence_loss(x, LABELS, SIMPO, **n).loss,
+        HEAD_NUMBERS,
+    ),
+    "linear_sequence_loss": (
+        lambda x, h, w, b, **n: mpo_kernels.linear_sequence_loss(h, w, LABELS, SIMPO, **n).loss,
+        HEAD_NUMBERS,
     ),
 }
 GIVEN = {
@@ -443,7 +494,9 @@ def test_every_number_is_asked_whether_it_may_change():
             inspect.signature(getattr(mpo_kernels, name.split()[0])).parameters
         ) == set(asked)
     assert {name.split()[0] for name in NUMBERS} == {
-        name for name in mpo_kernels.__all__ if "logprobs" in name or "mpo_loss" in name
+        name
+        for name in mpo_kernels.__all__
+        if "logprobs" in name or "mpo_loss" in name or "sequence_loss" in name
     } | {
         "token_statistics",
         "linear_token_statistics",
