@@ -199,7 +199,8 @@ def mpo_loss(
         reference_gap: (P,) float, the gap that the reference model has on the dominant pair; in
             nats per token.
         beta: scale of the gap.
-        pair_weights: (P,) float, multiplies each pair's squared error; 0 makes a filler pair.
+        pair_weights: (P,) float, multiplies each pair's squared error; 0 makes a filler pair,
+            which counts 0 even where its error is not finite.
         cu_seqlens: int32 (2P + 1,) for the packed layout, on the CPU or the device of `logits`.
         reduction: "mean" (the sum over P, whatever the weights), "sum" or "none".
         token_outputs: return each token's log-probability, entropy and arg-max too, in the same

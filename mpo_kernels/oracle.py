@@ -97,7 +97,7 @@ def mpo_loss(
     gap = chosen - rejected
     loss = (beta * gap - reference_gap) ** 2
     if pair_weights is not None:
-        loss = loss * pair_weights
+        loss = torch.where(pair_weights == 0, 0, loss * pair_weights)
     loss = {"none": loss, "sum": loss.sum(), "mean": loss.mean()}[reduction]
     return loss, chosen, rejected, gap
 

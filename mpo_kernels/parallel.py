@@ -219,8 +219,8 @@ def refused_together(parallel: Parallel | None) -> Iterator[None]:
         raise refusal
     if others:
         raise ValueError(
-            f"The labels or cu_seqlens of rank(s) {others} of context_group were refused; their own"
-            " errors say why."
+            f"The labels, cu_seqlens or row_weights of rank(s) {others} of context_group were"
+            " refused; their own errors say why."
         )
 
 

@@ -7,6 +7,7 @@ import torch
 
 from mpo_kernels import checks
 from mpo_kernels.calls import reads_data, reduced
+from mpo_kernels.fillers import weighted, without_fillers
 from mpo_kernels.layouts import counts_in, offsets_of
 from mpo_kernels.ops.once import check_mode
 from mpo_kernels.ops.pool import mean_pool_op
@@ -82,7 +83,8 @@ def retention_loss(
     Args:
         hidden, mask, cu_seqlens, validate: see `mean_pool`.
         reference: (S, D) float32, the reference model's pooled hidden states.
-        sequence_weights: (S,) float, multiplies each sequence's mean squared difference.
+        sequence_weights: (S,) float, multiplies each sequence's mean squared difference; one of
+            weight 0 counts 0 even where that is not finite.
         reduction: "mean" (the sum over S, whatever the weights), "sum" or "none" (S,).
     Raises:
         ValueError: shapes, dtypes, devices or values do not fit.
@@ -104,10 +106,11 @@ def retention_loss(
             f"reference is {reference.dtype} {tuple(reference.shape)} on {reference.device}; needed"
             f" is float32 {tuple(pooled.shape)} on {pooled.device}."
         )
-    per_sequence = (pooled - reference.to(pooled.dtype)).square().mean(-1)  # (S,)
     if sequence_weights is not None:
         checks.check_per(
             "sequence_weights", sequence_weights, pooled.shape[0], "sequence", pooled.device
         )
-        per_sequence = per_sequence * sequence_weights.to(pooled.dtype)
-    return reduced(per_sequence, reduction)
+        sequence_weights = sequence_weights.to(pooled.dtype)
+        pooled = without_fillers(pooled, sequence_weights[:, None])
+    per_sequence = (pooled - reference.to(pooled.dtype)).square().mean(-1)  # (S,)
+    return reduced(weighted(per_sequence, sequence_weights), reduction)

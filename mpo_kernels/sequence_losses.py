@@ -24,6 +24,7 @@ from mpo_kernels.calls import (
     reduced,
     token_statistics_of,
 )
+from mpo_kernels.fillers import weighted
 from mpo_kernels.labels import with_one_ignored
 from mpo_kernels.layouts import offsets_of
 from mpo_kernels.losses.base import Scores, SequenceLoss, is_called_at_run_time
@@ -83,7 +84,8 @@ def sequence_loss(
             any function `loss(scores, *constants) -> (P,)` of pairs (of other groups: `Custom`). A
             group's loss may depend on that group alone, and reads nothing on the host.
         constants: what the loss takes beside the scores, (P,) or (k, P) each; they get no gradient.
-        weights: (P,) float, multiplies each group's loss; 0 makes a filler.
+        weights: (P,) float, multiplies each group's loss; 0 makes a filler, which counts 0 even
+            where its loss is not finite.
         row_weights: like labels, float; multiplies the log-probability of each token before the
             sums. The numbers of tokens stay those of scored ones.
         cu_seqlens: int32 (kP + 1,) for the packed layout, on the CPU or the device of `logits`.
@@ -124,7 +126,7 @@ def sequence_loss(
     if reads_data(validate, logits, labels, cu_seqlens, weights, row_weights, *constants):
         vocab = whole_vocab(logits.shape[-1], parallel)
         check_sequences(labels, offsets, ignore_index, vocab, parallel, pairs=False)
-        _check_values(named, weights, row_weights, labels.shape)
+        _check_values(named, weights, row_weights, labels.shape, parallel)
     found = from_logits(
         logits,
         labels,
@@ -210,7 +212,7 @@ def linear_sequence_loss(
     groups = _groups_of(loss, named, weights, sequences, hidden, None)
     row_weights = _of_rows(row_weights, labels, hidden)
     if reads_data(None, hidden, weights, row_weights, *constants):
-        _check_values(named, weights, row_weights, labels.shape)
+        _check_values(named, weights, row_weights, labels.shape, parallel)
     place = torch.device("cpu") if cu_seqlens is None else cu_seqlens.device
     offsets = offsets_of(cu_seqlens, sequences, labels.numel(), labels, place)
     if not torch.compiler.is_compiling() and has_data(hidden) and not is_wrapped(hidden):
@@ -295,8 +297,7 @@ def _from_logprobs(
     parallel: Parallel | None,
 ) -> SequenceLossOutput:
     """logp (N,), differentiable; autograd makes the gradients."""
-    if row_weights is not None:
-        logp = logp * row_weights
+    logp = weighted(logp, row_weights)
     sums, counts = sequence_sums_op(logp, labels, offsets, parallel)
     scores = groups.scores(sums, counts)
     if torch.compiler.is_compiling() and is_called_at_run_time(groups.loss):
@@ -386,10 +387,12 @@ def _check_values(
     weights: torch.Tensor | None,
     row_weights: torch.Tensor | None,
     shape: torch.Size,
+    parallel: Parallel | None,
 ) -> None:
     """Refuses constants and weights that are not finite; row weights are of labels (shape)."""
     for name, values in (*named, ("weights", weights)):
         if values is not None:
             checks.check_finite(name, values)
     if row_weights is not None:
-        checks.check_finite("row_weights", row_weights.view(shape))
+        with refused_together(parallel):
+            checks.check_finite("row_weights", row_weights.view(shape))

@@ -294,8 +294,8 @@ def pair_loss(
     means = total / counts
     chosen, rejected = means.chunk(2)
     gaps = chosen - rejected
-    error = beta * gaps - reference_gap
     weight = torch.ones_like(gaps) if pair_weights is None else pair_weights
+    error = (beta * gaps - reference_gap).where(weight != 0, 0)  # of fillers, too, if not finite
     return PairLosses(
         losses=weight * error * error,
         means=means,

@@ -45,9 +45,9 @@ def log_ratios(scores: Scores, reference_logps: torch.Tensor) -> torch.Tensor:
     """
     if reference_logps.shape != scores.logps.shape:
         raise ValueError(
-            f"reference_logps has shape {tuple(reference_logps.shape)}; needed is"
-            f" {tuple(scores.logps.shape)}, one sum per sequence: of pairs, first those of the"
-            " chosen ones."
+            f"reference_logps has shape {tuple(reference_logps.shape)} and the sums"
+            f" {tuple(scores.logps.shape)}, where groups are computed together; needed are (k, P)"
+            " sums, one per sequence of all P groups: of pairs, first those of the chosen ones."
         )
     return scores.logps - reference_logps
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from mpo_kernels.fillers import weighted
 from mpo_kernels.losses.base import Scores, SequenceLoss, handle_of
 
 Loss = SequenceLoss | Callable[..., torch.Tensor]
@@ -63,15 +64,15 @@ def evaluate(loss: Loss, scores: Scores, constants: Sequence[torch.Tensor]) -> t
     if not isinstance(values, torch.Tensor) or values.shape != (count,):
         shape = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values)
         raise ValueError(
-            f"{name_of(loss)} returned {shape}; needed is one loss per group, ({count},)."
-            " Leave the mean to reduction."
+            f"{name_of(loss)} returned {shape}; needed is one loss per group, ({count},) for the"
+            f" {count} that were computed together. Leave the mean to reduction."
         )
     if not values.is_floating_point() or (scores.logps.requires_grad and not values.requires_grad):
         raise ValueError(
             f"{name_of(loss)} returned {values.dtype} without a gradient; needed are floats that"
             " were computed from scores.logps."
         )
-    return values
+    return values.to(scores.logps.dtype)  # which a graph counts on
 
 
 def coefficients(
@@ -82,7 +83,7 @@ def coefficients(
     It is plain autograd, and works where gradients are switched off around it.
 
     Raises:
-        ValueError: the loss is none.
+        ValueError: the loss is none, or would train a tensor of its own.
     """
     # inference_mode(False) brings the keys of autograd back, which a registered operator is run
     # without
@@ -90,8 +91,25 @@ def coefficients(
         sums = scores.logps.detach().clone().requires_grad_()
         given = [constant.detach().clone() for constant in constants]
         losses = evaluate(loss, Scores(sums, scores.tokens.detach().clone()), given)
+        _check_trains_nothing_else(loss, losses, sums)
         (gradient,) = torch.autograd.grad(losses.sum(), sums)
     return losses.detach(), gradient
+
+
+def _check_trains_nothing_else(loss: Loss, losses: torch.Tensor, sums: torch.Tensor) -> None:
+    """A parameter in the loss would silently get no gradient."""
+    nodes, seen = [losses.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if getattr(node, "variable", sums) is not sums:
+            raise ValueError(
+                f"{name_of(loss)} holds a tensor that requires a gradient, which gets none here."
+                " Detach it, or compute the whole loss from mpo_kernels.linear_token_logprobs."
+            )
+        nodes += [following for following, _ in node.next_functions]
 
 
 def rehearse(loss: Loss, scores: Scores, constants: Sequence[torch.Tensor]) -> None:
@@ -105,20 +123,25 @@ def rehearse(loss: Loss, scores: Scores, constants: Sequence[torch.Tensor]) -> N
 
 
 def probe(
-    loss: Loss, values: torch.Tensor, scores: Scores, constants: Sequence[torch.Tensor]
+    loss: Loss,
+    values: torch.Tensor,
+    scores: Scores,
+    constants: Sequence[torch.Tensor],
+    weights: torch.Tensor | None = None,
 ) -> None:
     """Calls the loss again and compares with what it gave, `values` (P,).
 
     Raises:
-        ValueError: it reads the host, is not finite where its scores are, or its groups depend on
-            each other.
+        ValueError: it reads the host, is not finite where its scores are and its weight is not 0,
+            or its groups depend on each other.
     """
     scores = Scores(*(part.detach() for part in scores))
     with torch.no_grad(), _Watched(name_of(loss)):
         together = evaluate(loss, scores, constants)
     finite = torch.stack([part.isfinite().all() for part in scores]).all()
-    if bool(finite) and not bool(values.isfinite().all()):
-        place = int(torch.nonzero(~values.isfinite())[0])
+    wrong = ~weighted(values, weights).isfinite()
+    if bool(finite) and bool(wrong.any()):
+        place = int(torch.nonzero(wrong)[0])
         raise ValueError(
             f"{name_of(loss)} is {float(values[place])} for group {place}, whose scores and"
             " constants are finite."

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mpo_kernels.fillers import weighted, without_fillers
 from mpo_kernels.losses import contract
 from mpo_kernels.losses.base import Scores
 from mpo_kernels.losses.contract import Loss
@@ -60,7 +61,7 @@ class GroupLoss:
 
     def weighted(self, losses: torch.Tensor) -> torch.Tensor:
         """Losses (P,), or derivatives (k, P), times the weights."""
-        return losses if self.weights is None else losses * self.weights
+        return weighted(losses, self.weights)
 
     def coefficients(self, scores: Scores) -> tuple[torch.Tensor, torch.Tensor]:
         """Losses (P,) without their weights, and dL/dS (kP,)."""
@@ -68,8 +69,9 @@ class GroupLoss:
         return losses, self.weighted(grads).reshape(-1).contiguous()
 
     def losses(self, scores: Scores) -> torch.Tensor:
-        """(P,) without their weights."""
-        return contract.evaluate(self.loss, scores, self.given())
+        """(P,) without their weights; fillers get no gradient."""
+        logps = without_fillers(scores.logps, self.weights)
+        return contract.evaluate(self.loss, Scores(logps, scores.tokens), self.given())
 
     def rehearse(self, like: torch.Tensor) -> None:
         """Calls the loss with sums that nothing was computed for, so that what is wrong with it is
@@ -82,7 +84,7 @@ class GroupLoss:
         """Refuses a loss that keeps no contract, where that may be looked at. `losses` (P,) are
         without their weights."""
         if contract.is_looked_at(self.loss, losses.device, self.validate):
-            contract.probe(self.loss, losses, scores, self.given())
+            contract.probe(self.loss, losses, scores, self.given(), self.weights)
 
 
 class GroupLosses(NamedTuple):

@@ -79,7 +79,7 @@ class LinearLosses(NamedTuple):
     """(n, D) its rows."""
 
 
-class Objective(Protocol):
+class ChunkedLoss(Protocol):
     """A loss as the loop sees it. It takes in the log-probabilities of chunk after chunk.
 
     dL/dlogp of a row is a share, which is known before the logits are, times its unit's factor.
@@ -186,14 +186,14 @@ def linear_losses(
     hidden: torch.Tensor,
     head: Head,
     plan: Plan,
-    objective: Objective,
+    loss: ChunkedLoss,
     options: LogitOptions,
     needs: Needs,
     token_outputs: bool,
 ) -> LinearLosses:
     """The loop over chunks."""
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        loop = _Loop(hidden, head, plan, objective, options, needs, token_outputs)
+        loop = _Loop(hidden, head, plan, loss, options, needs, token_outputs)
         for chunk in plan.chunks:
             loop.add(chunk)
         return loop.result()
@@ -207,12 +207,12 @@ class _Loop:
         hidden: torch.Tensor,
         head: Head,
         plan: Plan,
-        objective: Objective,
+        loss: ChunkedLoss,
         options: LogitOptions,
         needs: Needs,
         token_outputs: bool,
     ) -> None:
-        self._plan, self._objective, self._options, self._needs = plan, objective, options, needs
+        self._plan, self._loss, self._options, self._needs = plan, loss, options, needs
         self._projection, self._token_outputs = Projection(hidden, head), token_outputs
         summed = replace(needs, weight_grad=needs.weight_grad and not plan.keeps_chunk)
         self._gradients = HeadGradients(
@@ -226,7 +226,7 @@ class _Loop:
 
     def add(self, chunk: Chunk) -> None:
         """Logits, statistics, losses and gradients of one chunk."""
-        hidden, units = self._projection.rows(chunk.rows), self._objective.units(chunk)
+        hidden, units = self._projection.rows(chunk.rows), self._loss.units(chunk)
         early = early_units(len(units), self._needs, self._gradients.weight_is_empty)
         pieces = pieces_of(units, self._plan.budget, early)
         stats, boost = self._early(chunk, hidden, pieces) if pieces.early else ({}, None)
@@ -235,12 +235,12 @@ class _Loop:
             logits = self._projection.logits(hidden[piece])
             stats[piece.start] = self._stats(chunk, piece, logits)
         logp = torch.cat([stats[start].logp for start in sorted(stats)])
-        found = self._objective.add(chunk, logp)
+        found = self._loss.add(chunk, logp)
         if pieces.early:
-            self._resolve(chunk, pieces, units, self._objective.factors(found), boost)
+            self._resolve(chunk, pieces, units, self._loss.factors(found), boost)
         if not (self._needs.any and late):
             return
-        upstream = self._boosted(self._objective.row_grads(chunk, found))
+        upstream = self._boosted(self._loss.row_grads(chunk, found))
         for piece in late:
             of_rows = stats[piece.start]
             if piece is not pieces.kept:
@@ -254,7 +254,7 @@ class _Loop:
     def result(self) -> LinearLosses:
         grads = self._gradients.result(self._options.parallel)
         return LinearLosses(
-            *self._objective.results(),
+            *self._loss.results(),
             *self._tokens,
             grads.hidden,
             grads.pending,
@@ -270,7 +270,7 @@ class _Loop:
         """Statistics, by its first row, of each piece that may come early, and its gradients but
         for their factors; what they were multiplied by."""
         stats = {}
-        upstream = self._boosted(self._objective.shares(chunk))
+        upstream = self._boosted(self._loss.shares(chunk))
         self._gradients.defer()
         for piece in pieces.early:
             logits = self._projection.logits(hidden[piece])

@@ -56,12 +56,12 @@ def linear_pair_loss_op(
         pairs=True,
         may_keep_chunk=may_keep_chunk and needs.weight_grad,
     )
-    objective = _Pairs(plan, constants, options.parallel)
-    return linear_losses(hidden, head, plan, objective, options, needs, token_outputs)
+    loss = _Pairs(plan, constants, options.parallel)
+    return linear_losses(hidden, head, plan, loss, options, needs, token_outputs)
 
 
 class _Pairs:
-    """An `Objective`. A unit is a pair."""
+    """A `ChunkedLoss`. A unit is a pair."""
 
     def __init__(self, plan: Plan, constants: PairConstants, parallel: Parallel | None) -> None:
         self._counts, self._constants, self._parallel = plan.counts, constants, parallel

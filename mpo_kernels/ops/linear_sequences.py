@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 
 from mpo_kernels.backends import backend_for
+from mpo_kernels.fillers import weighted
 from mpo_kernels.ops.chunks import Chunk, Targets
 from mpo_kernels.ops.groups import GroupLoss
 from mpo_kernels.ops.linear_groups import (
@@ -54,14 +55,14 @@ def linear_sequence_loss_op(
         may_keep_chunk=False,
     )
     sequences, dtype = cu_seqlens.numel() - 1, statistics_dtype(hidden)
-    objective = _Groups(
+    loss = _Groups(
         groups, row_weights, hidden.new_empty(sequences, 2, dtype=dtype), options.parallel, needs
     )
-    return linear_losses(hidden, head, plan, objective, options, needs, token_outputs)
+    return linear_losses(hidden, head, plan, loss, options, needs, token_outputs)
 
 
 class _Groups:
-    """An `Objective`. A unit is a sequence."""
+    """A `ChunkedLoss`. A unit is a sequence."""
 
     def __init__(
         self,
@@ -86,7 +87,7 @@ class _Groups:
 
     def add(self, chunk: Chunk, logp: torch.Tensor) -> torch.Tensor:
         if self._row_weights is not None:
-            logp = logp * self.shares(chunk)
+            logp = weighted(logp, self.shares(chunk))
         both = backend_for(logp).sequence_sums(logp, chunk.labels, chunk.cu_seqlens)
         if self._parallel is not None:
             both = self._parallel.add_sums(both)
@@ -107,7 +108,7 @@ class _Groups:
     def row_grads(self, chunk: Chunk, found: torch.Tensor) -> torch.Tensor:
         lengths = chunk.cu_seqlens.diff().to(torch.int64)
         of_rows = torch.repeat_interleave(found, lengths, output_size=chunk.labels.numel())
-        return of_rows if self._row_weights is None else of_rows * self.shares(chunk)
+        return of_rows if self._row_weights is None else weighted(of_rows, self.shares(chunk))
 
     def results(self) -> tuple[torch.Tensor, torch.Tensor]:
         scores = self._groups.scores(*self._sequences.T.contiguous())

@@ -280,7 +280,7 @@ LOSSES = (
     (losses.DPO(), (), {}, "DPO takes reference_logps behind the loss, and 0 were given"),
     (losses.SimPO(), (REFERENCE,), {}, "SimPO takes no constants behind the loss"),
     (losses.DPO(), (torch.zeros(3),), {}, "needed are numbers of shape (2,) or (2, 2)"),
-    (losses.DPO(), (torch.zeros(2),), {}, "needed is (2, 2), one sum per sequence"),
+    (losses.DPO(), (torch.zeros(2),), {}, "and the sums (2, 2)"),
     (losses.DPO(), (REFERENCE.to("meta"),), {}, "move it to cpu"),
     (
         losses.DPO(),

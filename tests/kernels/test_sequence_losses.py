@@ -247,3 +247,23 @@ def test_a_sequence_without_a_scored_token_is_refused(function):
     labels[offsets[2] : offsets[3]] = -100
     with pytest.raises(ValueError, match="Sequence 2 has no scored position"):
         function(leaves(inputs), labels, losses.SimPO(), cu_seqlens=offsets)
+
+
+@pytest.mark.parametrize("function", [from_logits, from_hidden])
+def test_a_loss_that_computes_in_float64_is_handed_out_in_float32(function):
+    """A graph has room for no more."""
+    inputs, labels, offsets, _ = of_ragged(losses.SimPO(), torch.Generator().manual_seed(9), 2)
+    loss = losses.Custom(lambda scores: scores.logps.double().square().sum(0))
+    given = leaves(inputs, torch.float32)
+    for reduction in ("mean", "none"):
+        out = function(given, labels, loss, cu_seqlens=offsets, reduction=reduction)
+        assert out.loss.dtype == torch.float32
+
+
+def test_a_loss_with_a_parameter_is_refused_behind_a_head():
+    """The loop over chunks would give it no gradient."""
+    inputs, labels, offsets, _ = of_ragged(losses.SimPO(), torch.Generator().manual_seed(9), 2)
+    factor = torch.ones((), dtype=WIDE, requires_grad=True)
+    loss = losses.Custom(lambda scores: factor * scores.means().sum(0))
+    with pytest.raises(ValueError, match="holds a tensor that requires a gradient"):
+        from_hidden(leaves(inputs), labels, loss, cu_seqlens=offsets)

@@ -111,6 +111,7 @@ def _pair_kernel(
     weight = 1.0
     if HAS_WEIGHTS:
         weight = tl.load(weights_ptr + pair)
+        error = tl.where(weight != 0.0, error, 0.0)  # of a filler, too, if it is not finite
     tl.store(means_ptr + pair, chosen)
     tl.store(means_ptr + P + pair, rejected)
     tl.store(counts_ptr + pair, chosen_count)
