@@ -35,7 +35,8 @@ def _kept(config: Config) -> datetime | None:
     places = [Path(config.output_dir) / "config.json"]
     if config.reference.mode == "stored" and config.reference.store is not None:
         store = Path(os.path.realpath(config.reference.store))
-        stores = (store, scored_folder(store), mismatched_folder(store, config.train.seed))
+        seed = config.train.seed
+        stores = (store, target_folder(store), mismatched_folder(store, "target", seed))
         places += [f / "manifest.json" for s in stores for f in (s, parts_folder(s))]
     for path in places:
         kept = read_object(path).get("date") if path.is_file() else None
@@ -55,14 +56,14 @@ def parts_folder(store: Path) -> Path:
     return store.with_name(f".{store.name}.parts")
 
 
-def scored_folder(store: Path) -> Path:
-    """Where the store of what a loss scores lies, beside that of the dominant sequences."""
-    return store.with_name(f"{store.name}-scored")
+def target_folder(store: Path) -> Path:
+    """Where the store of target pairs lies, beside that of the dominant ones."""
+    return store.with_name(f"{store.name}-target")
 
 
-def mismatched_folder(store: Path, seed: int) -> Path:
-    """Where the store of answers to other prompts lies, as that seed deals them."""
-    return store.with_name(f"{store.name}-mismatched-{seed}")
+def mismatched_folder(store: Path, side: str, seed: int) -> Path:
+    """Where the store of answers to other prompts of that side lies, as that seed deals them."""
+    return store.with_name(f"{store.name}-mismatched-{side}-{seed}")
 
 
 def dated(template: str, date: datetime) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from mpo.config import Config, load_config
-from mpo.data.run_date import mismatched_folder, scored_folder, with_date
+from mpo.data.run_date import with_date
 from mpo.evaluation.gaps import GapTable
 from mpo.models.inputs import Inputs, load_inputs
 from mpo.models.scoring import Measurement
@@ -185,13 +185,9 @@ def _build_reference(runs: Sequence[ComparedRun], launcher: Launcher) -> None:
 
 def _lacks_reference(config: Config) -> bool:
     """Whether a store that its loss takes is not there. Whose it is the run itself finds out."""
-    objective, store = Objective(config.loss), Path(str(config.reference.store))
-    needed = [
-        *([store] if objective.takes_dominant else []),
-        *([scored_folder(store)] if objective.takes_logps else []),
-        *([mismatched_folder(store, config.train.seed)] if objective.takes_kl else []),
-    ]
-    return any(not (folder / "manifest.json").is_file() for folder in needed)
+    root = Path(str(config.reference.store))
+    stores = Objective(config.loss).stores(root, config.train.seed)
+    return any(not (store.folder / "manifest.json").is_file() for store in stores)
 
 
 def _collect(

@@ -111,7 +111,7 @@ def describe(config: Config) -> DryRun:
         micro_batches_per_step_one_rank=math.ceil(len(parts) / of_epoch),
         tokens_per_micro_batch=Tokens(round(sum(tokens) / len(tokens)), max(tokens)),
         loss=config.loss.in_words(),
-        reference_sequences=len(set(batches.objective.referenced(examples)).union(*mismatched)),
+        reference_sequences=len(batches.objective.referenced(examples, mismatched)),
         size=size,
         zero_stage=config.zero.stage,
         dtype=config.model.dtype,

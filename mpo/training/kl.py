@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from mpo.config import Config
-from mpo.data.examples import TokenizedResponse
+from mpo.data.examples import Answers, Side, TokenizedResponse
 from mpo.models.inputs import Inputs
 from mpo.models.loading import positions_of
 from mpo.models.scoring import Scorer
@@ -17,9 +17,9 @@ from mpo.training.objective import Objective
 from mpo.training.reference import Reference
 
 
-def mismatched_of(config: Config, inputs: Inputs) -> list[list[TokenizedResponse]]:
-    """Of each training row its prompts with answers of other rows, cut to data.max_length, and to
-    the model's positions where those are fewer. Empty where the loss takes no KL.
+def mismatched_of(config: Config, inputs: Inputs) -> dict[Side, list[Answers]]:
+    """`Objective.mismatched` of the training rows, cut to data.max_length, and to the model's
+    positions where those are fewer.
 
     Raises:
         UserError: most rows have the same prompt.
@@ -39,8 +39,12 @@ class MismatchedAnswers:
 
     scorer: Scorer
     reference: Reference
-    of_rows: Sequence[Sequence[TokenizedResponse]]
+    of_sides: Mapping[Side, Sequence[Answers]]
     """Of each training row, `Objective.mismatched`."""
+
+    def of_rows(self, rows: Sequence[int]) -> list[TokenizedResponse]:
+        """All answers of these rows."""
+        return [s for row in rows for answers in self.of_sides.values() for s in answers[row]]
 
     def kl(self, rows: Sequence[int]) -> float:
         """max(0, mean of r) over the answers of these rows, the same on every rank; r is the sum of
@@ -52,7 +56,7 @@ class MismatchedAnswers:
         Raises:
             UserError: the mean is not finite.
         """
-        sequences = [sequence for row in rows for sequence in self.of_rows[row]]
+        sequences = self.of_rows(rows)
         lengths = torch.tensor([len(sequence.response) for sequence in sequences])
         mean = (self.log_ratios(sequences) * lengths).mean()
         if not bool(mean.isfinite()):

@@ -11,14 +11,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from mpo.config import LossConfig
 from mpo.data.examples import Answers, Example, Side, TokenizedResponse
 from mpo.data.mismatched import mismatched_answers
+from mpo.data.run_date import mismatched_folder, target_folder
 from mpo.models.packing import Batch
-from mpo.training.reference import ReferenceStore, dominant_sequences
+from mpo.training.reference import ReferenceStore
 from mpo_kernels.losses import Scores
 
 
@@ -44,6 +47,29 @@ class Group:
         return {True: (1, 1), False: (-1, 0), None: (0, 0)}[self.is_desirable]
 
 
+class StoreOf(NamedTuple):
+    """A store of the reference that a loss takes. Its folder says what it holds of the rows,
+    whichever loss: both answers of a pair, also where the loss takes one."""
+
+    folder: Path
+    name: str
+    """What a bar calls it while it is built."""
+    side: Side
+    is_mismatched: bool = False
+
+    @property
+    def pools(self) -> bool:
+        """Whether it has pooled hidden states, for L2; only the dominant pairs do."""
+        return self.side == "dominant" and not self.is_mismatched
+
+    def sequences(
+        self, examples: Sequence[Example], mismatched: Mapping[Side, Sequence[Answers]]
+    ) -> list[TokenizedResponse]:
+        """What it holds, each once, in order of appearance."""
+        pairs = mismatched[self.side] if self.is_mismatched else [e.of(self.side) for e in examples]
+        return list(dict.fromkeys(s for answers in pairs for s in answers))
+
+
 class Objective:
     """The loss of a run, asked for what it needs.
 
@@ -52,9 +78,10 @@ class Objective:
     """
 
     def __init__(self, config: LossConfig) -> None:
-        self._sides: tuple[Side, ...] = (
+        self.sides: tuple[Side, ...] = (
             ("target", "dominant") if config.pairs == "both" else ("target",)
         )
+        """Which pairs of a row it sees."""
         self.loss = config.build()
         self.pools_dominant = config.pools_dominant
         """Whether dominant sequences go through the model for L2."""
@@ -70,6 +97,20 @@ class Objective:
         """Whether a run needs the model before training at all."""
         return self.takes_dominant or self.takes_logps or self.takes_kl
 
+    def stores(self, root: Path, seed: int) -> list[StoreOf]:
+        """Those of the reference that a run opens, beside each other; that of the dominant pairs,
+        `root`, is the first. It has their log-probabilities too."""
+        stores = []
+        if self.takes_dominant or (self.takes_logps and "dominant" in self.sides):
+            stores.append(StoreOf(root, "Reference store", "dominant"))
+        if self.takes_logps:
+            name = "Reference store of target pairs"
+            stores.append(StoreOf(target_folder(root), name, "target"))
+        for side in self.sides if self.takes_kl else ():
+            name = f"Reference store of answers to other {side} prompts"
+            stores.append(StoreOf(mismatched_folder(root, side, seed), name, side, True))
+        return stores
+
     @property
     def size(self) -> int:
         """Sequences of a group."""
@@ -77,7 +118,7 @@ class Objective:
 
     def groups(self, example: Example) -> list[Group]:
         """Those of a row, the target's first."""
-        per_side = [(side, each) for side in self._sides for each in self._split(example.of(side))]
+        per_side = [(side, each) for side in self.sides for each in self._split(example.of(side))]
         return [
             Group(sequences, example, 1 / len(per_side), side == "target", is_desirable)
             for side, (sequences, is_desirable) in per_side
@@ -91,32 +132,22 @@ class Objective:
 
     def mismatched(
         self, examples: Sequence[Example], seed: int, max_length: int
-    ) -> list[list[TokenizedResponse]]:
-        """Of each row its prompts with answers of other rows, as many as it has answers of its own
-        in the loss. Empty where the loss takes no `kl`.
+    ) -> dict[Side, list[Answers]]:
+        """Of each side that the loss sees, and each row, its prompt with both answers of another
+        row. Empty where the loss takes no `kl`.
 
         Raises:
             UserError: most rows have the same prompt.
         """
-        if not self.takes_kl:
-            return []
-        sides = [mismatched_answers(examples, side, seed, max_length) for side in self._sides]
-        return [
-            [s for answers in row for sequences, _ in self._split(answers) for s in sequences]
-            for row in zip(*sides, strict=True)
-        ]
+        sides = self.sides if self.takes_kl else ()
+        return {side: mismatched_answers(examples, side, seed, max_length) for side in sides}
 
-    def scored(self, examples: Sequence[Example]) -> list[TokenizedResponse]:
-        """The distinct sequences whose sums under the reference the loss takes, in order of
-        appearance; none where it takes none."""
-        if not self.takes_logps:
-            return []
-        groups = [group for e in examples for group in self.groups(e)]
-        return list(dict.fromkeys(s for group in groups for s in group.sequences))
-
-    def referenced(self, examples: Sequence[Example]) -> list[TokenizedResponse]:
-        """All sequences that the model before training scores."""
-        return (dominant_sequences(examples) if self.takes_dominant else []) + self.scored(examples)
+    def referenced(
+        self, examples: Sequence[Example], mismatched: Mapping[Side, Sequence[Answers]]
+    ) -> set[TokenizedResponse]:
+        """All sequences that the model before training scores once."""
+        stores = self.stores(Path("reference"), seed=0)
+        return {s for store in stores for s in store.sequences(examples, mismatched)}
 
     def numbers_of_step(self, examples: Sequence[Example]) -> dict[str, float]:
         """The constants that all groups of a step share, by name; from all of its rows, whichever

@@ -5,9 +5,10 @@ on the dominant pairs are constants of the data. They are computed once, kept as
 `<output_dir>/reference/{manifest.json, values.safetensors}`, and no reference model is resident
 while training.
 
-Losses of log-ratios take log-probabilities of what they score, too. Those have a store of their own
-beside it, `<output_dir>/reference-scored`, so that runs of any loss may share both. So have answers
-to other prompts, for KTO's KL: `<output_dir>/reference-mismatched-SEED`.
+Losses of log-ratios take log-probabilities of target pairs, too. Those have a store of their own
+beside it, `<output_dir>/reference-target`. So have answers to other prompts, for KTO's KL:
+`<output_dir>/reference-mismatched-target-SEED` and `-dominant-SEED`. What a store holds follows
+from its name and the rows, and not from the loss, so that runs of any loss may share all of them.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ import deepspeed.comm as dist
 import torch
 
 from mpo.config import Config
-from mpo.data.examples import Example, TokenizedResponse
-from mpo.data.run_date import mismatched_folder, scored_folder, with_date
+from mpo.data.examples import Answers, Example, Side, TokenizedResponse
+from mpo.data.run_date import with_date
 from mpo.models.forward import Scores, bind_mpo_forward
 from mpo.models.inputs import Inputs, load_inputs
 from mpo.models.loading import load_model
@@ -37,7 +37,7 @@ from mpo.training.engine import (
     partitioned_loading,
 )
 from mpo.training.kl import mismatched_of
-from mpo.training.objective import Objective
+from mpo.training.objective import Objective, StoreOf
 from mpo.training.reference import (
     LiveReference,
     Parts,
@@ -45,7 +45,6 @@ from mpo.training.reference import (
     ReferenceStore,
     StoredReference,
     build,
-    dominant_sequences,
     identity,
     model_identity,
     rows_digest,
@@ -65,7 +64,7 @@ class Run:
     inputs: Inputs
     identity: dict[str, Any]
     """Of the model, `model_identity`."""
-    mismatched: list[list[TokenizedResponse]]
+    mismatched: dict[Side, list[Answers]]
     """Of each row that is trained on, its prompts with answers of other rows; empty where the loss
     takes no KL."""
     folder: OutputFolder
@@ -199,37 +198,26 @@ def open_store(run: Run, scorer: Scorer) -> ReferenceStore:
         UserError: one is of something else or damaged, or the model gives numbers that are not
             finite.
     """
-    objective, root, stores = Objective(run.config.loss), run.store_folder, []
-    if objective.takes_dominant:
-        stores.append(_open_store(run, scorer, root, dominant_sequences(run.examples)))
-    if objective.takes_logps:
-        scored = objective.scored(run.examples)
-        stores.append(_open_store(run, scorer, scored_folder(root), scored, "what is scored"))
-    if objective.takes_kl:
-        folder = mismatched_folder(root, run.config.train.seed)
-        distinct = list(dict.fromkeys(s for row in run.mismatched for s in row))
-        stores.append(_open_store(run, scorer, folder, distinct, "answers to other prompts"))
-    return ReferenceStore.joined(*stores)
+    objective = Objective(run.config.loss)
+    stores = objective.stores(run.store_folder, run.config.train.seed)
+    return ReferenceStore.joined(
+        *(
+            _open_store(run, scorer, store, store.sequences(run.examples, run.mismatched))
+            for store in stores
+        )
+    )
 
 
 def _open_store(
-    run: Run,
-    scorer: Scorer,
-    folder: Path,
-    sequences: Sequence[TokenizedResponse],
-    only_scored: str | None = None,
+    run: Run, scorer: Scorer, store: StoreOf, sequences: Sequence[TokenizedResponse]
 ) -> ReferenceStore:
-    """One of them. `only_scored`: what it holds, where that is log-probabilities alone."""
-    name = f"Reference store of {only_scored}" if only_scored else "Reference store"
-    pools = only_scored is None
-
     def build_values(parts: Parts) -> Scores:
-        with run.progress.task(name, len(sequences)) as advance:
-            return build(scorer, sequences, run.examples, parts, advance, pools=pools)
+        with run.progress.task(store.name, len(sequences)) as advance:
+            return build(scorer, sequences, run.examples, parts, advance, pools=store.pools)
 
     return ReferenceStore.open(
-        folder,
-        identity(run.identity, sequences, scorer.pool if pools else None),
+        store.folder,
+        identity(run.identity, sequences, scorer.pool if store.pools else None),
         sequences,
         run.inputs.data.date,
         build_values,

@@ -5,8 +5,8 @@ config.json           the configuration, and digests of the rows and the model: 
 metrics.jsonl         one line a logged step
 dropped_rows.jsonl    rows left out, with reasons (only with data.on_bad_row=drop)
 reference/            the reference store; .reference.lock is held while it is built
-reference-scored/     likewise, of the answers that losses of log-ratios score
-reference-mismatched-SEED/    likewise, of answers to other prompts, for KTO's KL
+reference-target/     likewise, of target pairs, for losses of log-ratios
+reference-mismatched-SIDE-SEED/    likewise, of answers to other prompts, for KTO's KL
 gaps_before/          gaps and pooled hidden states of the measured rows before training
 gaps_after/           the same after it
 checkpoints/          step-00000010, ...
@@ -28,7 +28,6 @@ from pydantic import ValidationError
 
 from mpo.config import Config
 from mpo.data.rows import Finding
-from mpo.data.run_date import scored_folder
 from mpo.runtime.claims import Claim, Difference, differences
 from mpo.runtime.errors import UserError
 from mpo.runtime.files import (
@@ -207,7 +206,7 @@ class OutputFolder:
     def _check_kinds(self) -> None:
         """Refuses a file where the run has a folder, and the other way round, before anything is
         computed."""
-        stores = (self.reference, scored_folder(self.reference), *self.root.glob("reference-*"))
+        stores = (self.reference, *self.root.glob("reference-*"))
         gaps = (self.before, self.after)
         folders = (self.root, *stores, *gaps, self.checkpoints, self.model)
         files = (self.root / LOCK, self.config, self.metrics, self.dropped, self.result, self.plot)

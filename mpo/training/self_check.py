@@ -109,7 +109,7 @@ def _loss(run: Run, objective: Objective, batch: Batch, output: Outputs) -> _Fou
 
 
 def _log_ratios(run: Run, mismatched: MismatchedAnswers) -> _Found:
-    sequences = [sequence for row in run.mismatched[:2] for sequence in row]
+    sequences = mismatched.of_rows(range(len(run.examples[:2])))
     largest = float(mismatched.log_ratios(sequences).abs().max())
     return _Found(
         largest <= _tolerances(run.config)[1],

@@ -137,23 +137,29 @@ def test_stores_and_refusals(project):
     for row in rows[1:6]:
         row["target"]["prompt"] = rows[0]["target"]["prompt"]
     write_rows(project / "alike.jsonl", rows)
+    both = ["train.seed=5", "loss.pairs=both"]
     steps = [
         ["mpo", "precompute", run, *shared[2:]],
         train("first"),
         train("seed", "train.seed=6"),
+        train("both", *both),
         train("dpo", "loss.name=dpo"),
         ["mpo", "train", run, "--dry-run", "--json"],
         train("alike", "data.train=[alike.jsonl]"),
         ["mpo", "train", run, "data.train=[alike.jsonl]", "--dry-run"],
     ]
-    precomputed, first, seed, dpo, dry, *alike = commands(steps, project)
-    for done in (precomputed, first, seed, dpo):
+    precomputed, first, seed, both, dpo, dry, *alike = commands(steps, project)
+    for done in (precomputed, first, seed, both, dpo):
         assert done["status"] == 0, done["text"]
-    places = sorted(path.name for path in store.parent.glob("shared-[ms]*"))
-    assert places == [f"shared-{name}" for name in ("mismatched-5", "mismatched-6", "scored")]
-    assert "Reference store of answers to other prompts" in precomputed["text"]
+    places = sorted(path.name for path in store.parent.glob("shared*") if "gaps" not in path.name)
+    mismatched = [f"mismatched-{of}" for of in ("dominant-5", "target-5", "target-6")]
+    assert places == ["shared", *(f"shared-{name}" for name in (*mismatched, "target"))]
+    assert "Reference store of answers to other target prompts" in precomputed["text"]
     assert "Reference store" not in first["text"] + dpo["text"]
-    assert "answers to other prompts" in seed["text"] and "what is scored" not in seed["text"]
+    assert "answers to other target prompts" in seed["text"]
+    assert "store of target pairs" not in seed["text"] and "loss 0.5500" in both["text"]
+    assert "Reference store:" in both["text"] and "other dominant prompts" in both["text"]
+    assert "target p" not in both["text"].split("Reference store", 1)[1].split("step 1")[0]
     assert "loss 0.5500" in first["text"] and "KL 0.000" in first["text"]
     assert "trains on chosen and rejected target answers" in first["text"]
     assert json.loads(dry["text"].strip().splitlines()[-1])["reference_sequences"] == 32
@@ -163,7 +169,7 @@ def test_stores_and_refusals(project):
             refused["text"].replace(f"{project}/", "")
         )
     assert not (project / "alike").exists()
-    values = store.with_name("shared-mismatched-5") / "values.safetensors"
+    values = store.with_name("shared-mismatched-target-5") / "values.safetensors"
     kept = load_file(values)
     save_file({**kept, "mean_logp": kept["mean_logp"] - 0.5}, values, metadata={"store": ""})
     (planted,) = commands([train("planted")], project)

@@ -98,7 +98,7 @@ def measured(policy, reference, rows):
     scorer = SimpleNamespace(scores=lambda asked: SimpleNamespace(mean_logp=means(policy, asked)))
     of_reference = SimpleNamespace(mean_logps=lambda asked: means(reference, asked))
     pairs = list(zip(sequences[::2], sequences[1::2], strict=True))
-    return MismatchedAnswers(scorer, of_reference, pairs).kl(rows)
+    return MismatchedAnswers(scorer, of_reference, {"target": pairs}).kl(rows)
 
 
 def test_the_kl_is_the_mean_of_sums_over_all_answers_of_the_step():
