@@ -363,8 +363,8 @@ class TrainConfig(Section):
     """Packed tokens of one forward pass at most, instead of `pairs_per_micro_batch`. A row that is
     larger alone goes alone."""
     overfit_batch: bool = False
-    """Train on the first step's rows over and over: the loss must go to 0, or something is wrong.
-    For finding mistakes."""
+    """Train on the first step's rows over and over: the loss must fall, that of mpo to 0, or
+    something is wrong. For finding mistakes."""
     group_by_dominant: bool = False
     """Keep rows that share a dominant pair next to each other in the order: rows of one micro-batch
     then share its forward pass."""

@@ -153,6 +153,7 @@ def section_of(name: str, base: type[Base]) -> type[Base]:
         ValueError: as `find`.
     """
     template = find(name)
+    _refuse_fields(template, base)
     own: dict[str, Any] = {
         field.name: _field(template, field) for field in dataclasses.fields(template) if field.init
     }
@@ -165,6 +166,35 @@ def section_of(name: str, base: type[Base]) -> type[Base]:
     )
     made.template = template  # type: ignore[attr-defined]
     return made
+
+
+def _refuse_fields(template: SequenceLoss, base: type[Section]) -> None:
+    """Those of somebody's own loss that a section cannot have: a name of the section's own would
+    never reach the loss."""
+    for field in dataclasses.fields(template):
+        name, default = field.name, getattr(template, field.name, None)
+        taken = name in base.model_fields or hasattr(base, name) or name == CODE
+        if field.init and (taken or name.startswith("_")):
+            raise ValueError(
+                f"has a field {name}, which the section loss has or cannot have. Give it another"
+                " name"
+            )
+        if field.init and not _is_plain(default):
+            raise ValueError(
+                f"has a field {name} whose default is {_shown(default)}; a configuration holds"
+                " numbers, texts and lists of them. Leave it out of the fields"
+            )
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON and YAML have such a value."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _shown(value: Any) -> str:
+    return " ".join(repr(value).split())[:100]
 
 
 def _field(template: SequenceLoss, field: dataclasses.Field) -> tuple[Any, Any]:

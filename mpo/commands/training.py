@@ -35,7 +35,8 @@ def train(
     overfit_batch: Annotated[
         bool,
         typer.Option(
-            "--overfit-batch", help="Train on the first step's rows only: loss must go to 0."
+            "--overfit-batch",
+            help="Train on the first step's rows only: loss must fall, MPO's to 0.",
         ),
     ] = False,
     as_json: AsJson = False,

@@ -108,6 +108,11 @@ class GapTable:
         """The languages, and `all`."""
         return list(next(iter(self.models.values())))
 
+    @property
+    def scale_in_words(self) -> str:
+        """For a title: what distances are of, unless it is the gaps as they are."""
+        return "" if self.beta == 1 else f", distances of {self.beta:g} x target gap"
+
     def as_dict(self) -> dict[str, Any]:
         """As `mpo gaps --json` prints it."""
         return asdict(self)
@@ -117,7 +122,7 @@ class GapTable:
         apart."""
         table = Table(
             title=(
-                f"Reward gaps (nats per token, beta {self.beta:g}; in brackets {INTERVAL:.0%}"
+                f"Reward gaps (nats per token{self.scale_in_words}; in brackets {INTERVAL:.0%}"
                 " bootstrap intervals)"
             )
         )

@@ -139,7 +139,8 @@ class Comparison:
         if self.gaps is None:
             return "Losses compared: no run is finished"
         rows = self.gaps.models[BEFORE][ALL].n
-        return f"Losses compared on {rows} measured rows (nats per token, beta {self.gaps.beta:g})"
+        scale = self.gaps.scale_in_words
+        return f"Losses compared on {rows} measured rows (nats per token{scale})"
 
     def _cells(self, name: str) -> Iterator[str]:
         row = self.row(name)
@@ -161,9 +162,10 @@ class Comparison:
 
     def _notes(self) -> Iterator[str]:
         if self.gaps is not None:
+            scale = "" if self.gaps.beta == 1 else f"{self.gaps.beta:g} x "
             yield (
-                "Distance: mean |beta x target gap - dominant gap before training|. Seconds: of the"
-                " optimizer steps alone. Peak memory: of rank 0 until the last step."
+                f"Distance: mean |{scale}target gap - dominant gap before training|. Seconds: of"
+                " the optimizer steps alone. Peak memory: of rank 0 until the last step."
             )
         for name, why in self.failures.items():
             yield f"{name} failed: {why}"

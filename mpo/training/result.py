@@ -84,8 +84,8 @@ class RunResult:
         """A line for each language; every pair of numbers is before → after."""
         table = Table(
             title=(
-                f"Reward gaps on the measured rows, before → after {self.loss} (nats per token,"
-                f" beta {self.gaps.beta:g})"
+                f"Reward gaps on the measured rows, before → after {self.loss} (nats per"
+                f" token{self.gaps.scale_in_words})"
             )
         )
         table.add_column("language")

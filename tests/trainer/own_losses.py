@@ -24,6 +24,17 @@ class Lift(SequenceLoss):
         return torch.exp(-self.rate * scores.means()[0])
 
 
+@dataclass(eq=False)
+class Nearer(SequenceLoss):
+    """Of chosen answers too, with their sums under the reference: 1 where nothing has moved."""
+
+    sequences = 1
+    constants = ("reference_logps",)
+
+    def __call__(self, scores, reference_logps):
+        return torch.exp(-(scores.logps - reference_logps)[0] / scores.tokens[0])
+
+
 lift = Lift(rate=0.25)
 
 
@@ -55,5 +66,18 @@ def fails(scores):
 def wants_more(scores, margin_rewards):
     return scores.logps[0] - margin_rewards
 
+
+def of_field(name, default=2.0):
+    """A loss with one field."""
+
+    def call(self, scores):
+        return -scores.logps[0]
+
+    fields = {"__annotations__": {name: object}, name: default, "__call__": call}
+    return dataclass(eq=False)(type("OfField", (SequenceLoss,), fields))
+
+
+Pairs, Weight, Code, Build = map(of_field, ("pairs", "retention_weight", "code_sha256", "build"))
+Hidden, Function = of_field("_scale"), of_field("scale", torch.sigmoid)
 
 nothing = 3

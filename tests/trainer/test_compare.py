@@ -129,7 +129,7 @@ def test_what_runs_share_is_computed_once(both):
     for once in (
         "Gaps before training: 12/12",
         "Reference store: 8/8",
-        "Reference store of what is scored: 16/16",
+        "Reference store of target pairs: 16/16",
     ):
         assert stopped.stdout.count(once) == 1 and once not in result.stderr
         assert stopped.stdout.index(once) < stopped.stdout.index("step 1/54")
@@ -329,6 +329,15 @@ def test_the_table_of_numbers_that_were_worked_out(capsys):
         ["two", "failed", "", "", "", "", ""],
     ]
     assert lines[-1] == "two failed: why"
+
+
+@pytest.mark.parametrize(("beta", "scale"), [(1.0, ""), (1.5, "1.5 x ")])
+def test_the_title_names_a_scale_only_where_distances_have_one(beta, scale):
+    """Of a loss other than MPO they have none, whatever its own beta."""
+    gaps = GapTable.of(EXAMPLES, {"before": BEFORE}, beta)
+    page = Comparison((), gaps, {}, {}).as_markdown("x.png")
+    assert f"mean |{scale}target gap -" in page and "beta" not in page
+    assert ("distances of 1.5 x target gap)" in page) == bool(scale)
 
 
 def test_seconds_are_of_all_steps_also_where_not_each_has_a_line():

@@ -138,6 +138,12 @@ REFUSED = [
     ({"name": "own_losses:squared", "beta": 1}, "loss.beta: unknown field of own_losses:squared"),
     ({"name": "own_losses:Lift", "rate": 0}, "loss.rate: Lift: rate is 0"),
     ({"name": "own_losses:squared", "code_sha256": "0"}, "has other code now"),
+    ({"name": "own_losses:Pairs", "pairs": "both"}, "has a field pairs, which the section loss"),
+    ({"name": "own_losses:Weight"}, "has a field retention_weight, .*Give it another name"),
+    ({"name": "own_losses:Code"}, "has a field code_sha256, which"),
+    ({"name": "own_losses:Build"}, "has a field build, which"),
+    ({"name": "own_losses:Hidden"}, "has a field _scale, which"),
+    ({"name": "own_losses:Function"}, "field scale whose default is <built-in .*numbers, texts"),
 ]
 
 
@@ -211,11 +217,11 @@ def test_what_a_loss_takes_of_rows(load):
     assert [g.sequences for g in sft.groups(rows[0])] == [(rows[0].target.chosen,)]
     assert [g.sequences for g in both.groups(rows[0])] == [rows[0].target, rows[0].dominant]
     assert [g.weight for g in both.groups(rows[0])] == [0.5, 0.5]
-    assert sft.referenced(rows) == [] and not sft.takes_reference
-    assert dpo.referenced(rows) == [s for e in rows for s in e.target]
-    assert set(both.referenced(rows)) == {s for e in rows for s in e.sequences()}
+    assert sft.referenced(rows, {}) == set() and not sft.takes_reference
+    assert dpo.referenced(rows, {}) == {s for e in rows for s in e.target}
+    assert both.referenced(rows, {}) == {s for e in rows for s in e.sequences()}
     kept = Objective(load("loss.name=simpo", "loss.retention_weight=1"))
-    assert kept.referenced(rows) == dominant_sequences(rows) and kept.takes_reference
+    assert kept.referenced(rows, {}) == set(dominant_sequences(rows)) and kept.takes_reference
 
 
 @pytest.mark.parametrize("tokens", [None, 60])
@@ -283,6 +289,7 @@ def test_runs_of_several_losses_share_a_store(project):
         train("dpo", shared),
         train("mpo", shared),
         train("ipo", shared),
+        train("own_losses:Nearer", shared, "loss.pairs=both", f"output_dir={project / 'both'}"),
         train("simpo"),
         ["mpo", "precompute", run, "loss.name=simpo"],
         ["mpo", "train", run, f"output_dir={own}", "loss.name=orpo"],
@@ -298,17 +305,19 @@ def test_runs_of_several_losses_share_a_store(project):
             f"output_dir={project / 'live'}",
         ],
     ]
-    dpo, mpo, ipo, simpo, no_store, other, dry, validated, live = commands(steps, project)
-    for done in (dpo, mpo, ipo, simpo, live):
+    dpo, mpo, ipo, both, simpo, no_store, other, dry, validated, live = commands(steps, project)
+    for done in (dpo, mpo, ipo, both, simpo, live):
         assert done["status"] == 0, done["text"]
-    assert "Reference store of what is scored:" in dpo["text"] and "loss 0.6931" in dpo["text"]
+    assert "Reference store of target pairs:" in dpo["text"] and "loss 0.6931" in dpo["text"]
     assert "Reference store:" not in dpo["text"] and "Reference store:" in mpo["text"]
     assert "Reference store" not in ipo["text"] and "(8 sequences)" in ipo["text"]
+    # both sides, and of each the chosen answer alone: no other stores
+    assert "Reference store" not in both["text"] and "loss 1.0000" in both["text"]
     assert sorted(
         path.name for path in (project / "stores").glob("all*") if "gaps" not in path.name
     ) == [
         "all",
-        "all-scored",
+        "all-target",
     ]
     assert not list(own.glob("reference*"))
     assert no_store["status"] == 2 and "loss.name=simpo takes nothing" in no_store["text"]
@@ -333,7 +342,7 @@ def test_a_store_of_another_model_is_found_before_the_first_step(project):
         [["mpo", "precompute", run, *options, f"output_dir={project / 'a'}"]], project
     )
     assert built["status"] == 0, built["text"]
-    values = store.with_name("wrong-scored") / "values.safetensors"
+    values = store.with_name("wrong-target") / "values.safetensors"
     kept = load_file(values)
     kept["mean_logp"][0] += 0.5
     save_file(kept, values)
