@@ -308,14 +308,15 @@ R = TypeVar("R", Result, StepResult)
 def _newest_full(benchmark: str, kind: type[R]) -> tuple[str, R] | None:
     """A machine's folder and what was written there: of this machine's results at full size the
     newest, or else of all."""
-    here = Machine.here(torch.device("cuda" if torch.cuda.is_available() else "cpu")).folder
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    here = {Machine.here(torch.device(device)).folder for device in devices}
     paths = sorted(
         (
             path
             for root in (RESULTS, Path("runs/benchmarks"))
             for path in root.glob(f"*/{benchmark}.json")
         ),
-        key=lambda path: (path.parent.name == here, path.stat().st_mtime),
+        key=lambda path: (path.parent.name in here, path.stat().st_mtime),
     )
     for path in reversed(paths):
         result = kind.model_validate_json(path.read_text(encoding="utf-8"))

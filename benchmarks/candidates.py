@@ -228,7 +228,7 @@ def _liger_dpo() -> type[torch.autograd.Function]:
 def _liger_of(workload: FromHidden) -> type[torch.autograd.Function]:
     """The objective's formula; its lengths are the same for all sequences, since it is not told of
     which ones a chunk is."""
-    formula, tokens = workload.objective.formula, float((workload.labels[0] != -100).sum())
+    formula, tokens = workload.objective.formula, float(workload.scored_tokens)
 
     def preference_loss(chosen_logps, rejected_logps, full_target, beta):
         sums = torch.stack([chosen_logps, rejected_logps])

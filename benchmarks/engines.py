@@ -72,7 +72,7 @@ CANDIDATES: list[Candidate[Chunked]] = [
 
 def workloads(device: torch.device, quick: bool) -> list[Chunked]:
     """Four places in each dtype; pairs take a quarter of a chunk, or three halves."""
-    if device.type == "cuda":
+    if device.type != "cpu":
         hidden, vocab, rows, dtypes = 4096, 128256, 2048, [torch.bfloat16]
     else:
         hidden, vocab, rows = (128, 8000, 128) if quick else (576, 49152, 512)

@@ -19,7 +19,7 @@ def workloads(device: torch.device, quick: bool) -> list[FromHidden]:
     """MPO at the centre with a trainable and with a frozen head, then with one size changed at a
     time; then other losses at the centre."""
     changes: list[dict] = []
-    if device.type == "cuda":
+    if device.type != "cpu":
         centre = FromHidden(4, 2048, 4096, 128256, dtype=torch.bfloat16, device=device)
         changes = [
             {"tokens": 512},

@@ -34,16 +34,18 @@ def wide_console() -> Console:
     return console
 
 
-def set_up(threads: int, out: Path | None) -> tuple[torch.device, Machine, Path, Console]:
-    """The GPU where there is one; threads fixed; where results go; and a line that says where this
-    runs."""
+def set_up(
+    threads: int, out: Path | None, *, on_cpu: bool = False
+) -> tuple[torch.device, Machine, Path, Console]:
+    """The GPU where there is one, unless the command runs on the CPU wherever it is; threads fixed;
+    where results go, named after the device; and a line that says where this runs."""
     torch.set_num_threads(threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() and not on_cpu else "cpu")
     machine, console = Machine.here(device), wide_console()
     console.print(
         f"[bold]{machine.device}[/], {machine.threads} threads, torch {machine.versions['torch']}"
     )
-    if device.type == "cpu":
+    if device.type == "cpu" and not on_cpu:
         console.print(
             "No GPU here: sizes that fit a laptop, and rows of candidates that need one say absent."
         )

@@ -2,7 +2,8 @@
 
 Bytes per logit from Triton's interpreter, FLOPs and peak allocations of the linear loss, and for
 each GPU what the compiler makes of every kernel of this package and of its peers: registers,
-spills, access width, instructions per logit, occupancy. No times: none is modelled.
+spills, access width, instructions per logit, occupancy. No time is measured; the times that
+`benchmarks.model` predicts are printed last, labelled MODEL.
 
 Peers are compiled as their own launch code specialises them, and read by the same report. One that
 is missing, that changed or that does not compile is shown as absent with the reason.
@@ -23,7 +24,7 @@ from rich.table import Table
 # triton's default until 3.10; it decides about instruction counts
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
-from benchmarks import bars
+from benchmarks import bars, model
 from benchmarks.instruments import moved_bytes, peer_bytes
 from benchmarks.instruments.machine_code import TARGETS
 from benchmarks.instruments.machine_code import Report as CodeReport
@@ -171,7 +172,7 @@ class StaticResult(BaseModel):
 
 def main(quick: Quick = False, threads: Threads = 2, out: Out = None) -> None:
     """Bytes, FLOPs, memory and compiled code of this package's kernels and of their peers."""
-    _, machine, folder, console = set_up(threads, out)
+    _, machine, folder, console = set_up(threads, out, on_cpu=True)
     targets = ("sm_90",) if quick else TARGETS
     with console.status("bytes, in the interpreter"):
         moved = moved_bytes.in_interpreter([8192] if quick else [8192, 20011, 49152])
@@ -194,6 +195,7 @@ def main(quick: Quick = False, threads: Threads = 2, out: Out = None) -> None:
     path.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
     picture(result, path.with_suffix(".png"))
     console.print(f"{path} and static.png")
+    model.main(quick, threads, out)
 
 
 def own_rows(chosen: Iterable[Variant], targets: Sequence[str]) -> Iterator[Row]:

@@ -307,9 +307,8 @@ def compare(
 def main(quick: Quick = False, threads: Threads = 2, out: Out = None, repetitions: int = 3) -> None:
     """One training step, the trainer's against the published recipe, on SmolLM2-135M and on a model
     whose head dominates."""
-    device, machine, folder, console = set_up(threads, out)
-    if device.type == "cuda":
-        console.print("This command measures on the CPU, where both sides fit any machine.")
+    _, machine, folder, console = set_up(threads, out, on_cpu=True)
+    console.print("This command measures on the CPU, where both sides fit any machine.")
     from transformers import AutoModelForCausalLM
 
     from mpo.config import load_config

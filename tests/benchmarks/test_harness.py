@@ -10,15 +10,18 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import engines, linear
+from benchmarks import engines, linear, logits, scaling, workloads
 from benchmarks.candidates import from_hidden, from_logits
-from benchmarks.harness import Absent, Candidate, Comparison, compare, peak_bytes
-from benchmarks.objectives import DPO, OBJECTIVES, ORPO, SIMPO
-from benchmarks.options import RESULTS
+from benchmarks.harness import UPSTREAM, Absent, Candidate, Comparison, compare, peak_bytes
+from benchmarks.instruments import accuracy
+from benchmarks.instruments.accuracy import relative_error
+from benchmarks.instruments.operators import Memory
+from benchmarks.objectives import DPO, MPO, OBJECTIVES, ORPO, SIMPO
+from benchmarks.options import RESULTS, set_up
 from benchmarks.output import Machine, Result, save
 from benchmarks.scaling import exponent
 from benchmarks.workloads import FromHidden, FromLogits
-from mpo_kernels import losses
+from mpo_kernels import losses, oracle
 
 LOGITS = FromLogits(1, 6, 300)
 HIDDEN = FromHidden(1, 6, 16, 300)
@@ -280,3 +283,67 @@ def test_committed_results_validate_and_none_is_wrong(path):
     for comparison in result.comparisons:
         ours = comparison.row("mpo_kernels")
         assert ours.status == "ok" and comparison.times_least_work["mpo_kernels"] >= 1
+
+
+def gpu_workloads():
+    """All that a GPU is given, without their data."""
+    meta = torch.device("meta")
+    yield from linear.workloads(meta, False)
+    yield from logits.workloads(meta, False)
+    yield from engines.workloads(meta, False)
+    for sizes in scaling.workloads(meta, False).values():
+        yield from sizes
+
+
+def test_the_exact_result_of_every_gpu_workload_fits_beside_its_inputs(monkeypatch):
+    """Counted: what lies on the device at once. It is less than half of 80 GB, so that no
+    fragmentation matters."""
+    monkeypatch.setattr(workloads, "_on_host", lambda blocks, shape: [0 for _ in blocks])
+    largest = 0
+    for workload in gpu_workloads():
+        workload.labels = workload.labels.to("meta")
+        given = sum(t.nbytes for t in vars(workload).values() if isinstance(t, torch.Tensor))
+        with Memory() as memory:
+            workload.exact()
+        largest = max(largest, given + memory.peak)
+    assert 20e9 < largest < 40e9
+
+
+@pytest.mark.parametrize("workload", [LOGITS, HIDDEN, replace(HIDDEN, objective=ORPO)])
+@pytest.mark.parametrize("rows", [1, 5, 100])
+def test_the_exact_result_is_that_of_all_rows_at_once(workload, rows, monkeypatch):
+    monkeypatch.setattr(workloads, "EXACT_BYTES", 8 * workload.vocab * rows)
+    inputs = workload.inputs()
+    if "logits" in inputs:
+        leaves = {"logits": inputs["logits"].detach().double().requires_grad_()}
+        logps = oracle.token_logprobs(leaves["logits"], workload.labels)
+        objective = MPO
+    else:
+        leaves = {name: t.detach().double().requires_grad_() for name, t in inputs.items()}
+        logps = oracle.linear_token_logprobs(*leaves.values(), workload.labels)
+        objective = workload.objective
+    loss = objective.of_tokens(logps, workload.labels)
+    (loss * UPSTREAM).backward()
+    exact = workload.exact()
+    assert set(exact) == {"loss", *leaves}
+    for name, want in {"loss": loss, **{name: t.grad for name, t in leaves.items()}}.items():
+        torch.testing.assert_close(exact[name], want.detach(), rtol=1e-12, atol=1e-15)
+
+
+def test_commands_of_the_cpu_are_filed_under_it_on_a_machine_with_a_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Test")
+    device, machine, folder, _ = set_up(torch.get_num_threads(), None, on_cpu=True)
+    assert device.type == "cpu" and "nvidia" not in folder.name and machine.device.startswith("CPU")
+    device, machine, folder, _ = set_up(torch.get_num_threads(), None)
+    assert device.type == "cuda" and folder.name.startswith("nvidia-test-")
+
+
+def test_an_error_is_one_number_however_many_parts_it_is_found_in(monkeypatch):
+    exact = torch.randn(50, 3, generator=torch.Generator().manual_seed(0)).double()
+    found = exact + 0.1
+    want = relative_error(found, exact)
+    assert want == pytest.approx(float((found - exact).norm() / exact.norm()))
+    monkeypatch.setattr(accuracy, "AT_ONCE", 7)
+    assert relative_error(found, exact) == pytest.approx(want)
+    assert relative_error(torch.zeros(0, 3), torch.zeros(0, 3)) == 0
