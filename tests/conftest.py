@@ -4,6 +4,9 @@ which inherit it.
 No test then depends on the machine's threads, its terminal, language or time zone, and both sides
 of a comparison run alike: the number of threads changes the order of a CPU's sums, and so the last
 bits of a run. What a test is about it sets itself, on top of this.
+
+GPUs are for the tests that ask for one (devices.py): DeepSpeed sees none unless such a test says
+so.
 """
 
 import os
@@ -28,6 +31,9 @@ FIXED = {
     "LC_ALL": "C.UTF-8",
     "TZ": "UTC",
     "MPLBACKEND": "agg",
+    "DS_ACCELERATOR": "cpu",
+    # read once, at a process's first product on a GPU
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
 }
 UNSET = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),

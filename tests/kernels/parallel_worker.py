@@ -1,7 +1,8 @@
 """One rank of a vocabulary-parallel and context-parallel run; compares every function with the
 whole, computed alone.
 
-Started by test_parallel.py: rank, world size, rendezvous file. Exits with 1 where anything differs;
+Started by test_parallel.py: rank, world size, rendezvous file, backend of the collectives. With
+nccl all tensors are on a GPU of the rank's own. Exits with 1 where anything differs;
 a collective that a rank does not take part in ends the others after two minutes.
 """
 
@@ -54,7 +55,7 @@ class Layout:
 
 
 def problem(dtype: torch.dtype, ignore_index: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     labels = torch.randint(0, V, (2 * P, T), generator=generator)
     labels[labels == ignore_index] = (ignore_index + 1) % V
     scored = torch.rand(labels.shape, generator=generator) < 0.7
@@ -80,6 +81,11 @@ def problem(dtype: torch.dtype, ignore_index: int) -> dict[str, torch.Tensor]:
         ),
         "upstream": torch.randn(2 * P, T, generator=generator),
     }
+
+
+def seeded(seed: int) -> torch.Generator:
+    """Of the device that tensors are made on."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
 def slices(total: int, ranks: int) -> list[slice]:
@@ -466,9 +472,7 @@ def check_unknown_label(parallel: Parallel) -> None:
     in no other."""
     labels = torch.tensor([V, 1, -7, V + 2**40])
     wrong = torch.tensor([True, False, True, True])
-    logits = torch.randn(
-        4, parallel.vocab_slice, generator=torch.Generator().manual_seed(1)
-    ).requires_grad_()
+    logits = torch.randn(4, parallel.vocab_slice, generator=seeded(1)).requires_grad_()
     got = mpo_kernels.token_statistics(logits, labels, parallel=parallel, validate=False)
     got.logprobs.sum().backward()
     for what in (got.logprobs, got.entropy, logits.grad.sum(-1), logits.grad.amax(-1)):
@@ -531,7 +535,9 @@ def check_refused_together(layout: Layout, rank: int) -> None:
             )
     logits = data["hidden"] @ data["weight"].T
     with pytest.raises(ValueError, match=message):
-        mpo_kernels.mpo_loss(logits, data["labels"], data["gap"], parallel=layout.parallel)
+        mpo_kernels.mpo_loss(
+            logits, data["labels"], data["gap"], parallel=layout.parallel, validate=True
+        )
 
 
 def check_refusals(rank: int, parallel: Parallel) -> None:
@@ -583,10 +589,13 @@ def layouts_of(rank: int, ranks: int) -> dict[str, Layout]:
     return layouts
 
 
-def main(rank: int, ranks: int, rendezvous: str) -> None:
+def main(rank: int, ranks: int, rendezvous: str, backend: str) -> None:
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+        torch.set_default_device(torch.device("cuda", rank))
     dist.init_process_group(
-        "gloo", f"file://{rendezvous}", timedelta(seconds=120), rank=rank, world_size=ranks
+        backend, f"file://{rendezvous}", timedelta(seconds=120), rank=rank, world_size=ranks
     )
     layouts, ignored = layouts_of(rank, ranks), itertools.cycle(IGNORED)
     for name, layout in layouts.items():
@@ -629,7 +638,7 @@ def main(rank: int, ranks: int, rendezvous: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:5])
     sys.stdout.flush()
     # All is checked. Now and then an interpreter that takes gloo's threads down aborts.
     os._exit(0)

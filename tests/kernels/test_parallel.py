@@ -16,10 +16,13 @@ from mpo_kernels.parallel import from_handle
 WORKER = Path(__file__).with_name("parallel_worker.py")
 
 
-def run(ranks, tmp_path, **environment):
+def run(ranks, tmp_path, backend="gloo", **environment):
     processes = [
         subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), str(ranks), str(tmp_path / "rendezvous")],
+            [
+                *(sys.executable, str(WORKER), str(rank), str(ranks)),
+                *(str(tmp_path / "rendezvous"), backend),
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

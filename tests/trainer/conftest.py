@@ -127,10 +127,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _one_thread_of_a_cpu():
-    """No GPU for the trainer's tests and their commands; and one thread, which other tests of this
-    process may have changed."""
+def _one_thread_of_a_cpu(request):
+    """One thread, which other tests of this process may have changed. And no GPU, in this process
+    and in those that it starts, but for modules that say SEES_GPUS."""
     torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.MonkeyPatch.context() as patch:
+        if not getattr(request.module, "SEES_GPUS", False):
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+            # which a process that has looked for GPUs no longer reads
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+            patch.setattr(torch.cuda, "device_count", lambda: 0)
         yield
