@@ -385,6 +385,10 @@ class TrainConfig(Section):
     as they were."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seeds the order of the rows and the random state."""
+    deterministic: bool = False
+    """The same bits from the same run on GPUs too: sums in one order in attention's backward, in
+    products and between ranks. Costs time, most of it in attention's backward. On a CPU they are
+    the same anyway."""
 
 
 class ZeroConfig(Section):

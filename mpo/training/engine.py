@@ -37,9 +37,10 @@ def deepspeed_settings(config: Config) -> dict[str, Any]:
         )
     zero: dict[str, Any] = {
         "stage": config.zero.stage,
-        "overlap_comm": config.zero.stage == 2 and torch.cuda.is_available(),
+        # A stream of its own for what gradients travel on. Under stage 1 DeepSpeed refuses it.
+        "overlap_comm": config.zero.stage >= 2 and _is_on_a_gpu(),
     }
-    in_host_memory = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    in_host_memory = {"device": "cpu", "pin_memory": _is_on_a_gpu()}
     if config.zero.offload_optimizer:
         zero["offload_optimizer"] = dict(in_host_memory)
     if config.zero.offload_parameters:
@@ -69,8 +70,14 @@ def deepspeed_settings(config: Config) -> dict[str, Any]:
     return settings
 
 
-def refuse_attention_without_backward(config: Config, device: torch.device) -> None:
-    """Raises UserError where the model's attention cannot be trained on the device."""
+def refuse_attention(config: Config, device: torch.device) -> None:
+    """Raises UserError where the model's attention cannot be trained on the device, or not with the
+    same bits each time."""
+    if config.model.attention == "flex_attention" and config.train.deterministic:
+        raise UserError(
+            "train.deterministic=true is not promised by model.attention=flex_attention, whose"
+            " kernels are chosen by their time. Set model.attention=packed."
+        )
     if config.model.attention == "flex_attention" and device.type == "cpu":
         raise UserError(
             "model.attention=flex_attention has no backward pass on a CPU. Set"
@@ -172,13 +179,17 @@ def peak_memory_gib(device: torch.device) -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
 
 
+FREE = (("overlap_comm", False),)
+"""Settings that change no result, so a user may have them otherwise."""
+
+
 def _merge(settings: dict[str, Any], extra: dict[str, Any], where: str) -> None:
     """Adds the user's settings; one that this file already implies is refused instead of silently
     changing the run's arithmetic."""
     for key, value in extra.items():
         if isinstance(value, dict) and isinstance(settings.get(key), dict):
             _merge(settings[key], value, f"{where}.{key}")
-        elif key in settings and settings[key] != value:
+        elif key in settings and settings[key] != value and (key, value) not in FREE:
             raise UserError(
                 f"{where}.{key}={value!r} contradicts {settings[key]!r}, which follows from the"
                 " other fields of the configuration. Remove it and set the field it belongs to"
@@ -227,6 +238,11 @@ def build_engine(
 def _steps_on_a_gpu() -> bool:
     """There one kernel steps all of a partition: 28 bytes are moved for each parameter, where a
     call per operation moves about 90 and needs room for what lies between."""
+    return _is_on_a_gpu()
+
+
+def _is_on_a_gpu() -> bool:
+    """Whether this process's ranks compute on GPUs, which a machine may have without that."""
     return bool(get_accelerator().device_name() == "cuda")
 
 

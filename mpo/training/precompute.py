@@ -13,6 +13,7 @@ from mpo.config import Config
 from mpo.models.forward import bind_mpo_forward
 from mpo.models.loading import load_model
 from mpo.models.scoring import Scorer
+from mpo.runtime.determinism import deterministic
 from mpo.runtime.errors import UserError
 from mpo.runtime.ranks import start
 from mpo.training.engine import partitioned_loading
@@ -29,6 +30,11 @@ def precompute(config: Config) -> Path:
         UserError: bad configuration, data or model; a loss without a reference; or a store of
             something else is there.
     """
+    with deterministic(config.train.deterministic):
+        return _precompute(config)
+
+
+def _precompute(config: Config) -> Path:
     run = read_run(config, start())
     if not Objective(config.loss).takes_reference:
         raise UserError(

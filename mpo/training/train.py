@@ -13,13 +13,14 @@ from transformers import set_seed
 
 from mpo.config import Config
 from mpo.models.scoring import Scorer
+from mpo.runtime.determinism import deterministic
 from mpo.runtime.errors import UserError
 from mpo.runtime.files import write_json
 from mpo.runtime.interruption import Interrupted, Interruption, interruptions
 from mpo.runtime.ranks import is_main, launcher_is_gone, on_main, start
 from mpo.training import checkpoint, checkpoint_folder
 from mpo.training.curves import plot_run
-from mpo.training.engine import refuse_attention_without_backward, track
+from mpo.training.engine import refuse_attention, track
 from mpo.training.export import export_engine
 from mpo.training.kl import MismatchedAnswers
 from mpo.training.metrics import StepMetrics
@@ -53,7 +54,7 @@ def train(config: Config) -> dict[str, Any]:
         KeyboardInterrupt: SIGTERM or Ctrl-C before, when nothing is lost, or after, when the last
             step's checkpoint is written.
     """
-    with interruptions() as interruption:
+    with deterministic(config.train.deterministic), interruptions() as interruption:
         return _train(config, interruption)
 
 
@@ -62,7 +63,7 @@ def _train(config: Config, interruption: Interruption) -> dict[str, Any]:
     set_seed(config.train.seed)
 
     # Refuse and open: before the weights are loaded.
-    refuse_attention_without_backward(config, device)
+    refuse_attention(config, device)
     run = read_run(config, device)
     claim_folder(run)
     if run.inputs.examples.dropped:
