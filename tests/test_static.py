@@ -21,6 +21,12 @@ def test_linted_and_typed(command):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+def test_no_two_test_files_have_one_name():
+    """pytest imports each by its name alone, and collects neither of two that share one."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_kernels_import_without_the_trainer_or_triton():
     """`import mpo_kernels` loads torch, and triton only once a kernel is launched."""
     script = (

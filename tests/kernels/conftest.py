@@ -24,3 +24,13 @@ def backend(monkeypatch):
     name = "triton" if INTERPRETED else "torch"
     monkeypatch.setenv("MPO_KERNELS_BACKEND", name)
     return name
+
+
+@pytest.fixture(scope="module")
+def only_rank():
+    """A process group to divide rows over."""
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()

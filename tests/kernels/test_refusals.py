@@ -475,7 +475,7 @@ def test_memory_that_several_logits_share_is_not_overwritten():
     assert refused > 100
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def divided():
     """Makes a DTensor over two ranks; the process group is torch's fake one, which starts no thread
     and sends nothing."""
@@ -515,6 +515,7 @@ def test_what_is_no_plain_tensor(call, name, divided):
 
 @pytest.mark.parametrize(("call", "name"), [(c, n) for c, n in TENSORS if n in SIDES], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.usefixtures("only_rank")
 def test_side_inputs_of_another_precision_do_not_change_the_results_dtype(call, name, dtype):
     """The problem's own dtype says in what is computed."""
     tensors = {

@@ -110,16 +110,7 @@ CALLS = {
     },
 }
 TRAINED = ("logits", "hidden", "weight", "bias")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def only_rank():
-    """To divide rows over."""
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
-    yield
-    torch.distributed.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("only_rank")
 
 
 def function_of(call):
