@@ -3,7 +3,7 @@
     MODEL. Nothing here was measured, and nothing here is a measurement.
 
 Of every pass of a call, FLOPs and bytes are counted (`benchmarks.instruments.passes`), and the pass
-takes what the slower of the data sheet's two rates allows: MODEL seconds = sum over passes of
+takes what the slower of two published rates allows: MODEL seconds = sum over passes of
 max(FLOPs / rate of products, bytes / bandwidth). The bound is the same for the three products
 alone. No GPU reaches its data sheet; a measured run is held against the model by ratios: a
 candidate's time over the time of `least work`, and one candidate's over another's. Launches, waits
@@ -49,9 +49,10 @@ class Rates(NamedTuple):
 
 
 GPUS = {
-    "H100 SXM": Rates(989.4e12, 3.35e12, True, "NVIDIA H100 Tensor Core GPU data sheet, SXM5"),
-    "A100 SXM 80GB": Rates(312e12, 2.039e12, True, "NVIDIA A100 Tensor Core GPU data sheet, SXM4"),
-    "MI300X": Rates(1307.4e12, 5.3e12, False, "AMD Instinct MI300X data sheet"),
+    # the data sheet has the rate with sparsity, 1979 TFLOP/s; the white paper has both
+    "H100 SXM": Rates(989.4e12, 3.35e12, True, "NVIDIA H100 white paper and data sheet, SXM5"),
+    "A100 SXM 80GB": Rates(312e12, 2.039e12, True, "NVIDIA A100 data sheet, 80 GB SXM"),
+    "MI300X": Rates(1307.4e12, 5.3e12, False, "AMD ROCm documentation, MI300 series"),
 }
 HEADS = {
     "Llama-3.1-8B": (4096, 128256),
@@ -209,12 +210,18 @@ def result_of(quick: bool) -> ModelResult:
 Cell = Callable[[Modelled], str]
 
 
+def _digits(number: float) -> str:
+    """Three of them."""
+    return f"{number:#.3g}".rstrip(".")
+
+
 def _time(row: Modelled) -> str:
-    return f"{row.model_seconds * 1e3:.3g} ({row.bound_seconds / row.model_seconds:.0%})"
+    share = row.bound_seconds / row.model_seconds
+    return f"{_digits(row.model_seconds * 1e3)} ({share:.0%})"
 
 
 def _counts(row: Modelled) -> str:
-    return f"{row.flops / 1e12:.3g}, {row.bytes / 1e9:.3g}"
+    return f"{_digits(row.flops / 1e12)}, {_digits(row.bytes / 1e9)}"
 
 
 def tables(result: ModelResult) -> Iterator[tuple[str, list[str], list[list[str]]]]:
@@ -225,12 +232,12 @@ def tables(result: ModelResult) -> Iterator[tuple[str, list[str], list[list[str]
             here = [row for row in result.rows if (row.head, row.gpu) == (head, gpu)]
             columns, lines = _table(here, _time)
             bounds = {row.rows: row.bound_seconds for row in here if not row.reason}
-            lines.insert(0, ["three products", *(f"{t * 1e3:.3g}" for t in bounds.values())])
+            lines.insert(0, ["three products", *(_digits(t * 1e3) for t in bounds.values())])
             title = f"MODEL, not measured: {head} on {gpu} ({rates}); ms (share of the bound)"
             yield title, columns, lines
         some = next(iter(result.rates))
         here = [row for row in result.rows if (row.head, row.gpu) == (head, some)]
-        yield f"Counted: {head} on {some}; TFLOP, GB moved", *_table(here, _counts)
+        yield f"MODEL, counted: {head} on {some}; TFLOP, GB moved", *_table(here, _counts)
 
 
 def _table(rows: list[Modelled], cell: Cell) -> tuple[list[str], list[list[str]]]:
@@ -272,8 +279,8 @@ def save(result: ModelResult, folder: Path) -> Path:
 
 def main(quick: Quick = False, threads: Threads = 2, out: Out = None) -> None:
     """MODEL: what ours, plain PyTorch, torch.compile, TRL and Liger should take on three GPUs, from
-    counted FLOPs and bytes."""
-    _, _, folder, console = set_up(threads, out, on_cpu=True)
+    counted FLOPs and bytes. They go to runs/benchmarks/model, for they are of no machine."""
+    _, _, folder, console = set_up(threads, out or Path("runs/benchmarks/model"), on_cpu=True)
     with console.status("counting"):
         result = result_of(quick)
     show(result, console)

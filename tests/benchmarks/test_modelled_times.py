@@ -18,6 +18,7 @@ from rich.console import Console
 from benchmarks import candidates, model
 from benchmarks.harness import matrix_products
 from benchmarks.instruments.passes import counted
+from benchmarks.options import RESULTS
 from benchmarks.workloads import FromHidden
 
 N, D, V = 512, 4096, 128256
@@ -151,9 +152,38 @@ def test_every_figure_is_labelled(result, tmp_path):
     path = model.save(result, tmp_path)
     assert model.ModelResult.model_validate_json(path.read_text()) == result
     for title, columns, lines in model.tables(result):
-        assert title.startswith(("MODEL, not measured", "Counted"))
+        assert title.startswith(("MODEL, not measured", "MODEL, counted"))
         assert all(len(line) == len(columns) for line in lines)
     assert path.with_suffix(".md").read_text().startswith("# MODEL")
+
+
+@pytest.fixture(scope="module")
+def filed():
+    text = (RESULTS / "model" / "model.json").read_text(encoding="utf-8")
+    return model.ModelResult.model_validate_json(text)
+
+
+def test_what_is_filed_is_what_is_counted_now(result, filed):
+    """Of ours and plain PyTorch: peers come in other versions. If not: `python -m benchmarks.model
+    --out benchmarks/results/model`, with the peers installed."""
+
+    def counts(of):
+        return {
+            (row.head, row.gpu, row.rows, row.candidate): (row.flops, row.bytes, row.model_seconds)
+            for row in of.rows
+            if row.candidate.startswith(("mpo_kernels", "plain"))
+        }
+
+    before, now = counts(filed), counts(result)
+    assert now and {key: before[key] for key in now} == now
+    assert not any(row.reason for row in filed.rows) and not filed.quick
+
+
+def test_the_results_page_shows_what_is_filed(filed):
+    page = (RESULTS / "README.md").read_text(encoding="utf-8")
+    _, columns, lines = next(model.tables(filed))
+    for line in (["MODEL, scored rows", *columns[1:]], *lines):
+        assert f"| {' | '.join(line)} |" in page
 
 
 def test_a_peer_that_is_absent_is_shown_so(monkeypatch, capsys):
