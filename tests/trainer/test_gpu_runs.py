@@ -2,13 +2,17 @@
 pytest -m gpu`. What does for any device runs on the CPU too."""
 
 import contextlib
-import statistics
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import flash
 import pytest
 import torch
 import yaml
-from devices import A_GPU, EVERYWHERE, needs
+from devices import EVERYWHERE, needs
 from test_attention import plain_attention
 from tiny import mpo_command, native_rows, save_model, write_rows
 
@@ -40,20 +44,17 @@ def project(tmp_path_factory, tokenizer):
     return root
 
 
+def on(device):
+    """Environment of a process that computes there."""
+    return {"DS_ACCELERATOR": device, **({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})}
+
+
 def run(project, name, device, *overrides, ranks=1):
     """The rows of metrics of a run in its own folder on a device."""
-    chosen = {"DS_ACCELERATOR": device}
-    if device == "cpu":
-        chosen["CUDA_VISIBLE_DEVICES"] = ""
     out = project / name
+    options = (f"output_dir={out}", *overrides)
     result = mpo_command(
-        "train",
-        str(project / "run.yaml"),
-        f"output_dir={out}",
-        *overrides,
-        ranks=ranks,
-        timeout=600,
-        **chosen,
+        "train", str(project / "run.yaml"), *options, ranks=ranks, timeout=600, **on(device)
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return read_metrics(out / "metrics.jsonl")
@@ -82,10 +83,10 @@ RUNS = [
 @pytest.mark.parametrize("ranks", [pytest.param(n, marks=needs(n)) for n in (1, 2)])
 @pytest.mark.parametrize(("dtype", "stage", "how"), [r for _, r in RUNS], ids=[n for n, _ in RUNS])
 def test_losses_are_the_cpus(project, on_the_cpu, ranks, dtype, stage, how):
-    """float32 to rounding; bfloat16 as far as it rounds."""
+    """To half of the dtype's digits: the others are what sums in other orders may cost."""
     more = (f"model.dtype={dtype}", f"zero.stage={stage}", f"model.attention={how}")
     found = run(project, f"{dtype}-{stage}-{how}-{ranks}", "cuda", *more, ranks=ranks)
-    assert apart(found, on_the_cpu) < (1e-3 if dtype == "float32" else 0.1)
+    assert apart(found, on_the_cpu) < torch.finfo(getattr(torch, dtype)).eps ** 0.5
 
 
 @pytest.mark.parametrize("device", EVERYWHERE)
@@ -96,24 +97,31 @@ def test_deterministic_runs_are_the_same_bit_for_bit(project, device):
     assert [[a[n] for n in names] for a in one] == [[b[n] for n in names] for b in two]
 
 
-def slowest(seconds):
-    """The longest step from the fourth on, in multiples of the median."""
-    return max(seconds[3:]) / statistics.median(seconds[3:])
+ROW_BY_ROW = ("train.pairs_per_step=1", "train.pairs_per_micro_batch=1")
 
 
-def test_what_slowest_sees():
-    """Steps that build plans for new shapes take ten times as long."""
-    assert slowest([9.0, 1.0, 0.1, 0.1, 0.12, 0.11, 0.1]) < 2
-    assert slowest([9.0, 1.0, 0.1, 0.1, 0.12, 1.1, 0.1]) > 9
-
-
-@pytest.mark.parametrize("dtype", [pytest.param(d, marks=A_GPU) for d in ("float32", "bfloat16")])
-def test_steps_take_as_long_as_each_other(project, dtype):
-    """No kernel is compiled, and no plan built, for each new shape. The one test that looks at a
-    clock: nothing else shows it."""
-    more = ("train.pairs_per_step=1", "train.epochs=8", "zero.stage=1", f"model.dtype={dtype}")
-    rows = run(project, f"flat-{dtype}", "cuda", *more)
-    assert slowest([row["seconds"] for row in rows]) < 10
+@pytest.mark.parametrize("device", EVERYWHERE)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_does_and_keeps_what_every_other_does(project, device, dtype):
+    """Whatever its row's length: operators, values that the host reads, bytes; and no kernel is
+    compiled for a new shape."""
+    out, counts = project / f"steps-{device}-{dtype}", project / f"steps-{device}-{dtype}.json"
+    worker = str(Path(__file__).with_name("steps_worker.py"))
+    # a gradient is multiplied only where it is clipped
+    more = ("zero.stage=1", "train.max_grad_norm=1e30", *ROW_BY_ROW)
+    result = subprocess.run(
+        [
+            *(sys.executable, worker, str(counts), str(project / "run.yaml")),
+            *(f"output_dir={out}", f"model.dtype={dtype}", *more),
+        ],
+        **{"capture_output": True, "text": True, "check": False, "timeout": 600},
+        env={**os.environ, **on(device)},
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    _, _, third, *later = json.loads(counts.read_text())
+    assert len(later) == 5 and len({step["tokens"] for step in later}) == 3
+    for step in later:
+        assert {**step, "tokens": 0} == {**third, "tokens": 0, "compiled": 0}
 
 
 SHAPES = Documents.of([(3, 2, 4), (20, 130, 7), (1, 1), (64, 64, 65)])
@@ -121,20 +129,29 @@ FLASHES = ((flash.PYTORCHS, None), (flash.FLASH_ATTN, None), (flash.FLASH_ATTN, 
 CASES = [("SDPA, span by span", None), ("SDPA, span by span", 1.5), *FLASHES]
 
 
+def plainly(tensors, upstream, softcap, window):
+    """The output and the gradients of plain attention in the tensors' own precision."""
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
+    out = plain_attention(*leaves, SHAPES, softcap, window)
+    return out.detach(), *torch.autograd.grad(out, leaves, upstream)
+
+
 @pytest.mark.parametrize("device", EVERYWHERE)
 @pytest.mark.parametrize(("kernel", "softcap"), CASES)
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_attention_equals_float64(device, kernel, softcap, window, dtype, monkeypatch):
-    """On a CPU the kernels' definitions stand in for them."""
+    """To what plain attention in that dtype is off, and a rounding of the result more. On a CPU the
+    kernels' definitions stand in for them."""
     if device == "cuda" and kernel == flash.FLASH_ATTN and attention.flash_attn() is None:
         pytest.skip("flash-attn is not installed")
     generator, rows = torch.Generator().manual_seed(0), sum(map(sum, SHAPES.lengths))
     tensors = [torch.randn(h, rows, 16, generator=generator).to(dtype) for h in (4, 2, 2)]
     upstream = torch.randn(rows, 4, 16, generator=generator).to(dtype)
-    exact = [x.double().requires_grad_() for x in tensors]
-    out = plain_attention(*exact, SHAPES, softcap, window)
-    wanted = (out.detach(), *torch.autograd.grad(out, exact, upstream.double()))
+    wanted, plain = (
+        plainly([x.to(precision) for x in tensors], upstream.to(precision), softcap, window)
+        for precision in (torch.float64, dtype)
+    )
     given = [x.to(device).requires_grad_() for x in tensors]
     monkeypatch.setattr(attention, "kernel_of", lambda *_, **__: kernel)
     with flash.standing_in(kernel) if device == "cpu" else contextlib.nullcontext():
@@ -147,5 +164,6 @@ def test_attention_equals_float64(device, kernel, softcap, window, dtype, monkey
             sliding_window=window,
         )[0][0]
         found = (got.detach(), *torch.autograd.grad(got, given, upstream.to(device)))
-    for one, want in zip(found, wanted, strict=True):
-        assert float((one.cpu().double() - want).norm() / want.norm()) < 2e-2
+    for one, rounded, want in zip(found, plain, wanted, strict=True):
+        allowed = (rounded.double() - want).norm() / want.norm() + torch.finfo(dtype).eps / 2
+        assert (one.cpu().double() - want).norm() / want.norm() <= allowed
