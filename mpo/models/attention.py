@@ -99,6 +99,11 @@ class _Rule(NamedTuple):
     window: int | None
     """Positions that a query sees, itself among them."""
 
+    @property
+    def keys_before(self) -> int:
+        """That a query sees, as kernels count them: -1 for all."""
+        return -1 if self.window is None else self.window - 1
+
 
 def packed_attention(
     module: torch.nn.Module,
@@ -151,15 +156,12 @@ def _by_pytorch(
         q,
         k,
         v,
-        documents.query_offsets,
-        documents.key_offsets,
-        documents.longest_query,
-        documents.longest_key,
+        *_lengths(documents),
         rule.dropout,
         True,  # causal, aligned at the end
         False,
         scale=rule.scaling,
-        window_size_left=-1 if rule.window is None else rule.window - 1,
+        window_size_left=rule.keys_before,
         window_size_right=0,
     )
     return out
@@ -175,17 +177,20 @@ def _by_flash_attn(
         q,
         k,
         v,
-        documents.query_offsets,
-        documents.key_offsets,
-        documents.longest_query,
-        documents.longest_key,
+        *_lengths(documents),
         dropout_p=rule.dropout,
         softmax_scale=rule.scaling,
         causal=True,  # aligned at the end
-        window_size=(-1 if rule.window is None else rule.window - 1, 0),
+        window_size=(rule.keys_before, 0),
         softcap=rule.softcap or 0.0,
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
+
+
+def _lengths(documents: Documents) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+    """Of spans, of queries and of keys, as kernels take them."""
+    longest = documents.longest_query, documents.longest_key
+    return documents.query_offsets, documents.key_offsets, *longest
 
 
 def _span_by_span(

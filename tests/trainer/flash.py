@@ -112,35 +112,8 @@ def _aten_backward(
     return backward(grad, q, k, v, q_offsets, k_offsets, scale, window_size_left)
 
 
-@torch.library.custom_op("flash_attn::_flash_attn_varlen_forward", mutates_args=())
-def _of_flash_attn(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    q_offsets: torch.Tensor,
-    k_offsets: torch.Tensor,
-    longest_q: int,
-    longest_k: int,
-    scale: float,
-    window: int,
-    softcap: float,
-) -> torch.Tensor:
-    return forward(q, k, v, q_offsets, k_offsets, longest_q, longest_k, scale, window, softcap)
-
-
-@torch.library.custom_op("flash_attn::_flash_attn_varlen_backward", mutates_args=())
-def _of_flash_attn_backward(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    q_offsets: torch.Tensor,
-    k_offsets: torch.Tensor,
-    scale: float,
-    window: int,
-    softcap: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return backward(grad, q, k, v, q_offsets, k_offsets, scale, window, softcap)
+for _name, _function in (("forward", forward), ("backward", backward)):
+    torch.library.custom_op(f"flash_attn::_flash_attn_varlen_{_name}", _function, mutates_args=())
 
 
 class _FlashAttn(torch.autograd.Function):
