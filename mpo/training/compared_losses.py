@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mpo.config import Config, load_config
 from mpo.runtime.errors import UserError
+from mpo.training.objective import Objective
 
 SECTIONS = ("loss", "train")
 """What may differ between runs that are compared: they start from the same model and rows."""
@@ -97,8 +98,8 @@ def runs_of(path: Path, losses: Sequence[str], overrides: Sequence[str]) -> list
     runs_of(Path("demo"), ["mpo", "dpo,beta=0.05"], ["output_dir=runs/losses"])[1].folder
 
     Raises:
-        UserError: no loss is named, a field is unknown or has a wrong value, or two losses are one
-            run.
+        UserError: no loss is named, a field is unknown or has a wrong value, two losses are one
+            run, or two want one reference store with different pooling.
     """
     if not losses:
         raise UserError(
@@ -116,7 +117,29 @@ def runs_of(path: Path, losses: Sequence[str], overrides: Sequence[str]) -> list
                     f" {choice.loss},train.learning_rate=1e-6."
                 )
         runs[run.name] = run
+    _refuse_two_pools(list(runs.values()))
     return list(runs.values())
+
+
+def _refuse_two_pools(runs: Sequence[ComparedRun]) -> None:
+    """One store holds the pooled states of all: the second run would find it built for another."""
+    pooling = [run for run in runs if _keeps_pooled(run.config)]
+    for other in pooling[1:]:
+        (first, pool), another = (pooling[0].name, pooling[0].config.loss.pool), other.config.loss
+        if another.pool != pool:
+            raise UserError(
+                f"--loss {other.name!r} has loss.pool={another.pool} and {first} has {pool}, but"
+                " runs that are compared share one reference store, whose hidden states are pooled"
+                " in one way. Give all of them the same pool, or compare them in two folders."
+            )
+
+
+def _keeps_pooled(config: Config) -> bool:
+    """Whether pooled hidden states are in the store that it opens."""
+    if config.reference.mode != "stored":
+        return False
+    stores = Objective(config.loss).stores(Path(str(config.reference.store)), config.train.seed)
+    return any(store.pools for store in stores)
 
 
 def _run_of(path: Path, choice: Choice, overrides: Sequence[str]) -> ComparedRun:

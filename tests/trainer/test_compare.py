@@ -261,6 +261,8 @@ REFUSED = [
     (["mpo,data.max_length=9"], "sets data.max_length, but runs that are compared"),
     (["mpo,output_dir.x=9"], "differ in fields of loss and train alone"),
     (["mpo,name=dpo"], "sets name"),
+    (["sft", "mpo", "dpo,pool=all", "mpo,pool=all"], "'mpo,pool=all' has loss.pool=all and mpo"),
+    (["mpo", "dpo,pairs=both,pool=all"], "share one reference store"),
 ]
 
 
@@ -289,6 +291,7 @@ def test_each_run_has_a_name_a_folder_and_its_own_fields(project):  # noqa: F811
     assert len({each.config.reference.store for each in runs}) == 1
     assert Choice.of("a_b:c.d,x=/etc/a b").name == "a_b:c.d,x=_etc_a_b"
     own = runs_of(project / "run.yaml", ["mpo"], ["reference.store=elsewhere"])
+    assert len(runs_of(project / "run.yaml", ["mpo", "dpo,pool=all"], [])) == 2
     assert own[0].config.reference.store.endswith("elsewhere")
 
 
