@@ -206,6 +206,10 @@ def test_other_code_or_another_loss_is_another_run(load, tmp_path, monkeypatch):
         begin(code.format(2), "loss.name=mine:loss")
     with pytest.raises(UserError, match=r"loss.name is 'mine:loss' there and 'dpo' here"):
         begin(code.format(1), "loss.name=dpo")
+    (tmp_path / "run" / "config.json").unlink()
+    assert not begin(code, "loss.name=dpo") and begin(code, "loss.name=dpo", "loss.beta=0.1")
+    with pytest.raises(UserError, match=r"holds another run: loss.beta is 0.1 there and 0.2 here"):
+        begin(code, "loss.name=dpo", "loss.beta=0.2")
 
 
 def test_what_a_loss_takes_of_rows(load):

@@ -63,6 +63,17 @@ def test_every_answer_is_used_once_and_never_with_its_own_prompt(prompts, seed):
     assert mismatched == mismatched_answers(examples, "target", seed, 512)
 
 
+def test_rows_that_an_epoch_has_twice_take_other_rows_answers():
+    """data.weights=[2]; of one prompt alone they are too many."""
+    examples = examples_of(range(4)) * 2
+    mismatched = mismatched_answers(examples, "target", 0, 512)
+    given_by = sources(examples, mismatched)
+    assert sorted(given_by) == sorted([*range(4)] * 2)
+    assert all(i % 4 != j for i, j in enumerate(given_by))
+    with pytest.raises(UserError, match="4 of 6 training rows have the same target prompt"):
+        mismatched_answers(examples_of([0]) * 4 + examples_of([1, 2]), "target", 0, 512)
+
+
 def test_seeds_differ_and_rows_are_dealt_evenly():
     """With distinct prompts every other row is as likely to be the one."""
     examples = examples_of(range(6))
