@@ -1,4 +1,5 @@
-"""The cases of the numerics matrix, and what one of them is compared with."""
+"""The cases of the numerics matrix, and what one of them is compared with; and what float32 logits
+change."""
 
 from __future__ import annotations
 
@@ -206,3 +207,36 @@ def check(case: Mapping) -> dict[str, tuple[float, float]]:
 def ratios(errors: Mapping[str, tuple[float, float]]) -> list[float]:
     """Error over plain autograd's error, where both are above fp32 rounding."""
     return [ours / theirs for ours, theirs in errors.values() if min(ours, theirs) > FP32_BAR]
+
+
+@dataclass
+class LogprobErrors:
+    """Of log-probabilities from half-precision hidden states, against float64."""
+
+    logprob: float
+    """Mean absolute error, nats."""
+    gradient: float
+    """The larger relative error of dH and dW."""
+
+
+def logprob_errors(
+    dtype: torch.dtype, logits_dtype: torch.dtype | None, *, rows: int, hidden: int, vocab: int
+) -> LogprobErrors:
+    """Random logits of standard deviation 3; the upstream gradients are random too."""
+    generator = torch.Generator().manual_seed(0)
+    given = [
+        torch.randn(rows, hidden, generator=generator).to(dtype),
+        torch.randn(vocab, hidden, generator=generator).mul_(3 * hidden**-0.5).to(dtype),
+    ]
+    labels = torch.randint(0, vocab, (rows,), generator=generator)
+    upstream = torch.randn(rows, generator=generator)
+    ours = [t.requires_grad_() for t in given]
+    exact = [t.detach().double().requires_grad_() for t in given]
+    got = mpo_kernels.linear_token_logprobs(*ours, labels, logits_dtype=logits_dtype)
+    want = oracle.linear_token_logprobs(*exact, labels)
+    got.backward(upstream)
+    want.backward(upstream.double())
+    return LogprobErrors(
+        float((got.detach() - want.detach()).abs().mean()),
+        max(relative_error(one.grad, of.grad) for one, of in zip(ours, exact, strict=True)),
+    )

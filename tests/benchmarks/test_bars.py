@@ -56,10 +56,19 @@ def nowhere(tmp_path, monkeypatch):
 
 
 def test_the_newest_full_result_counts(nowhere):
-    written(nowhere / "results" / "old", quick=False, measured=1.0, age=20)
-    written(nowhere / "runs" / "benchmarks" / "new", quick=False, measured=1.914, age=10)
-    written(nowhere / "runs" / "benchmarks" / "hasty", quick=True, measured=0.5, age=0)
-    assert list(bars.step(False)) == [("step, speed, mpo (new)", ">= 1.8", "1.91", True)]
+    here = HERE.folder
+    written(nowhere / "results" / here, quick=False, measured=1.0, age=20)
+    written(nowhere / "runs" / "benchmarks" / here, quick=False, measured=1.914, age=10)
+    assert list(bars.step(False)) == [(f"step, speed, mpo ({here})", ">= 1.8", "1.91", True)]
+
+
+@pytest.mark.parametrize("measured", [1.0, 1.914])
+def test_another_machines_result_is_shown_and_not_judged(nowhere, measured):
+    written(nowhere / "results" / "older", quick=False, measured=1.5, age=20)
+    written(nowhere / "results" / "another", quick=False, measured=measured, age=10)
+    written(nowhere / "runs" / "benchmarks" / HERE.folder, quick=True, measured=0.5, age=0)
+    (bar,) = bars.step(False)
+    assert bar == ("step, speed, mpo (another)", ">= 1.8", f"{measured:.2f}", None)
 
 
 def test_nothing_measured_is_neither_held_nor_missed(nowhere):
@@ -83,9 +92,9 @@ def test_the_worst_panel_of_more_than_64_scored_rows_counts(nowhere, worst, hold
         *(panel(150.0, tokens=51), panel(200.0, loss="DPO")),  # 64 rows; another function
     ]
     result = Result(benchmark="linear", machine=HERE, quick=False, comparisons=panels)
-    write(nowhere / "results" / "some" / "linear.json", result, age=0)
+    write(nowhere / "results" / HERE.folder / "linear.json", result, age=0)
     (bar,) = bars.products(False)
-    assert bar.holds is holds and bar.what.endswith("(some)")
+    assert bar.holds is holds and bar.what.endswith(f"({HERE.folder})")
     assert bar.measured == (
         f"{worst / 100:.2f} at tokens 256, hidden 8, vocab 9, scored 0.625, head trainable;"
         f" {1 + holds} of 2 panels hold"
@@ -101,8 +110,20 @@ def test_committed_results_are_read():
     """Those of before a panel named its loss too."""
     assert list(RESULTS.glob("*/linear.json"))
     (bar,) = bars.products(False)
-    assert bar.holds is not None
+    assert bar.measured.endswith("panels hold")
 
 
 def test_the_head_makes_the_products_that_the_mathematics_needs_for_every_loss():
     assert [(bar.measured, bar.holds) for bar in bars.work(True)] == [("3", True), ("2", True)]
+
+
+def test_float32_logits_are_known_to_float32_and_their_gradients_are_rounded_once():
+    assert [bar.holds for bar in bars.float32_logits(True)] == [True, True]
+
+
+def test_rounded_logits_would_miss_that_bar(monkeypatch):
+    measure = bars.numerics.logprob_errors
+    monkeypatch.setattr(
+        bars.numerics, "logprob_errors", lambda dtype, _, **sizes: measure(dtype, None, **sizes)
+    )
+    assert [bar.holds for bar in bars.float32_logits(True)] == [False, False]
