@@ -12,6 +12,7 @@ import itertools
 import os
 import statistics
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
@@ -327,7 +328,8 @@ def step(quick: bool) -> Iterator[Bar]:
 R = TypeVar("R", Result, StepResult)
 
 
-class Found(NamedTuple, Generic[R]):
+@dataclass(frozen=True)
+class Found(Generic[R]):
     """What a command wrote."""
 
     machine: str

@@ -224,19 +224,20 @@ def logprob_errors(
 ) -> LogprobErrors:
     """Random logits of standard deviation 3; the upstream gradients are random too."""
     generator = torch.Generator().manual_seed(0)
-    given = [
-        torch.randn(rows, hidden, generator=generator).to(dtype),
-        torch.randn(vocab, hidden, generator=generator).mul_(3 * hidden**-0.5).to(dtype),
-    ]
+    states = torch.randn(rows, hidden, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(vocab, hidden, generator=generator).mul_(3 * hidden**-0.5).to(dtype)
+    weight.requires_grad_()
     labels = torch.randint(0, vocab, (rows,), generator=generator)
     upstream = torch.randn(rows, generator=generator)
-    ours = [t.requires_grad_() for t in given]
-    exact = [t.detach().double().requires_grad_() for t in given]
-    got = mpo_kernels.linear_token_logprobs(*ours, labels, logits_dtype=logits_dtype)
-    want = oracle.linear_token_logprobs(*exact, labels)
+    wide = [t.detach().double().requires_grad_() for t in (states, weight)]
+    got = mpo_kernels.linear_token_logprobs(states, weight, labels, logits_dtype=logits_dtype)
+    want = oracle.linear_token_logprobs(wide[0], wide[1], labels)
     got.backward(upstream)
     want.backward(upstream.double())
     return LogprobErrors(
         float((got.detach() - want.detach()).abs().mean()),
-        max(relative_error(one.grad, of.grad) for one, of in zip(ours, exact, strict=True)),
+        max(
+            relative_error(one.grad, of.grad)
+            for one, of in zip((states, weight), wide, strict=True)
+        ),
     )
