@@ -174,6 +174,17 @@ def test_a_block_is_few_calls_however_many_sequences_there_are(architecture, ker
     assert sum(n for op, n in fifty[0].items() if op.name() in ATTENTION_OPERATORS) == 1
 
 
+def test_the_operators_that_the_documentation_counts():
+    """docs/training.md, of Llama; another version of transformers may differ by a few."""
+    fifty = Documents.of([(3, 2, 4)] * 25)
+    counts = [
+        calls.total()
+        for kernel in (flash.PYTORCHS, SPANS)
+        for calls in calls_per_block("llama", kernel, fifty)
+    ]
+    assert counts == pytest.approx([80, 148, 631, 721], rel=0.05)
+
+
 def test_no_span_meets_a_backend_that_builds_a_plan_per_shape(monkeypatch):
     seen = []
     sdpa = torch.nn.functional.scaled_dot_product_attention
