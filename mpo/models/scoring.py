@@ -99,12 +99,19 @@ class Scorer:
         self,
         sequences: Sequence[TokenizedResponse],
         advance: Callable[[int], None] = lambda count: None,
+        *,
+        pools: bool = True,
     ) -> Scores:
         """Mean log-probability and pooled hidden state of each sequence, on the CPU in fp32, on
         every rank.
 
         The ranks share the work: rank r takes every world-th batch, and all run the same number of
-        passes. `advance` is called with the number of sequences done since its last call.
+        passes.
+
+        Args:
+            advance: called with the number of sequences done since its last call.
+            pools: whether the pooled states are wanted; else they stay on the device, and the
+                result has (S, 0) of them.
         """
         batches = _batches(sequences)
         rank, world = dist.get_rank(), dist.get_world_size()
@@ -117,16 +124,18 @@ class Scorer:
             with torch.no_grad():
                 scores = self.engine(batch=self.pack([sequences[i] for i in mine]))
             if pooled is None:
-                pooled = torch.zeros(len(sequences), scores.pooled.shape[1])
+                pooled = torch.zeros(len(sequences), scores.pooled.shape[1] if pools else 0)
             # a rank without a batch of its own repeats the last one and drops the result
             if start + rank < len(batches):
                 mean_logp[mine] = scores.mean_logp.float().cpu()
-                pooled[mine] = scores.pooled.float().cpu()
+                if pools:
+                    pooled[mine] = scores.pooled.float().cpu()
             advance(sum(len(batch) for batch in batches[start : start + world]))
         self.engine.train(was_training)
         assert pooled is not None, "there is at least one sequence"
         # each row is non-zero on one rank only, so the sums are exact
-        return Scores(summed(mean_logp, self.device), summed(pooled, self.device))
+        mean_logp = summed(mean_logp, self.device)
+        return Scores(mean_logp, summed(pooled, self.device) if pools else pooled)
 
     def measure(
         self, examples: Sequence[Example], advance: Callable[[int], None] = lambda count: None

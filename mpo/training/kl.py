@@ -70,7 +70,7 @@ class MismatchedAnswers:
     def log_ratios(self, sequences: Sequence[TokenizedResponse]) -> torch.Tensor:
         """(S,) float64 r of each sequence, per token."""
         distinct = list(dict.fromkeys(sequences))
-        policy = self.scorer.scores(distinct).mean_logp.double()
+        policy = self.scorer.scores(distinct, pools=False).mean_logp.double()
         difference = policy - self.reference.mean_logps(distinct).double()
         places = {sequence: i for i, sequence in enumerate(distinct)}
         return difference[[places[sequence] for sequence in sequences]]

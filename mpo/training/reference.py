@@ -319,27 +319,32 @@ def build(
             part = done[number]
             advance(len(mine))
         else:
-            part = scorer.scores(mine, advance)
-            if not pools:
-                part = Scores(part.mean_logp, part.pooled[:, :0])
+            part = scorer.scores(mine, advance, pools=pools)
             on_main(parts.keep, number, part)
         scores.append(part)
     whole = Scores(
         torch.cat([part.mean_logp for part in scores]), torch.cat([part.pooled for part in scores])
     )
-    bad = torch.nonzero(~(whole.mean_logp.isfinite() & whole.pooled.isfinite().all(1)))[
-        :, 0
-    ].tolist()
-    if bad:
+    if (bad := _not_finite(whole, sequences, examples)) is not None:
         on_main(parts.remove)
-        prompts = {sequences[i].prompt for i in bad}
-        names = [e.source for e in examples if prompts & {s.prompt for s in e.sequences()}]
-        raise UserError(
-            f"The model gives non-finite log-probabilities or hidden states for {len(bad)}"
-            f" sequence(s), e.g. in {names[0]}. Check the model's weights, or train with"
-            " model.dtype=float32."
-        )
+        raise UserError(bad)
     return whole
+
+
+def _not_finite(
+    scores: Scores, sequences: Sequence[TokenizedResponse], examples: Sequence[Example]
+) -> str | None:
+    """What is wrong with the scores of these sequences, or None."""
+    finite = scores.mean_logp.isfinite() & scores.pooled.isfinite().all(1)
+    bad = [sequence for sequence, good in zip(sequences, finite.tolist(), strict=True) if not good]
+    if not bad:
+        return None
+    prompts = {sequence.prompt for sequence in bad}
+    first = next(e.source for e in examples if prompts & {s.prompt for s in e.sequences()})
+    return (
+        f"The model gives non-finite log-probabilities or hidden states for {len(bad)} sequence(s),"
+        f" e.g. in {first}. Check the model's weights, or train with model.dtype=float32."
+    )
 
 
 class Parts:
@@ -446,7 +451,7 @@ class LiveReference:
     def mean_logps(self, sequences: Sequence[TokenizedResponse]) -> torch.Tensor:
         """In batches of the scorer's."""
         with lora.adapters_off(self.scorer.model):
-            return self.scorer.scores(sequences).mean_logp
+            return self.scorer.scores(sequences, pools=False).mean_logp
 
 
 def _differing(stored: dict[str, Any], manifest: dict[str, Any]) -> list[str]:

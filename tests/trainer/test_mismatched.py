@@ -106,7 +106,11 @@ def measured(policy, reference, rows):
         assert len(set(asked)) == len(asked)
         return torch.tensor([of[sequences.index(sequence)] for sequence in asked])
 
-    scorer = SimpleNamespace(scores=lambda asked: SimpleNamespace(mean_logp=means(policy, asked)))
+    def scores(asked, pools):
+        assert not pools  # only log-probabilities travel between ranks
+        return SimpleNamespace(mean_logp=means(policy, asked))
+
+    scorer = SimpleNamespace(scores=scores)
     of_reference = SimpleNamespace(mean_logps=lambda asked: means(reference, asked))
     pairs = list(zip(sequences[::2], sequences[1::2], strict=True))
     return MismatchedAnswers(scorer, of_reference, {"target": pairs}).kl(rows)
