@@ -66,7 +66,7 @@ def _refuse_environment() -> None:
             f"unset it, or set it to {' or '.join(WORKSPACES)}",
         ),
         (
-            "nvls" in algorithms.lower() and not algorithms.startswith("^"),
+            _may_add_in_a_switch(algorithms),
             f"NCCL_ALGO={algorithms}",
             f"unset it, or set it to Ring, Tree or {NO_SWITCH_SUMS}",
         ),
@@ -82,3 +82,12 @@ def _refuse_environment() -> None:
                 f"train.deterministic=true and {what} contradict each other: {remedy}, or set"
                 " train.deterministic=false."
             )
+
+
+def _may_add_in_a_switch(algorithms: str) -> bool:
+    """Whether NCCL may choose NVLS or NVLSTree: such a list names what it may, or behind ^ what it
+    may not."""
+    if algorithms.startswith("^"):
+        left_out = {name.strip() for name in algorithms[1:].lower().split(",")}
+        return not {"nvls", "nvlstree"} <= left_out
+    return "nvls" in algorithms.lower()

@@ -28,7 +28,14 @@ def plain(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.mark.parametrize("given", [{}, {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "NCCL_ALGO": "Ring"}])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "NCCL_ALGO": "Ring"},
+        {"NCCL_ALGO": "^nvlstree,CollNetDirect,nvls"},
+    ],
+)
 def test_applied_and_given_back(given, monkeypatch):
     for name, value in given.items():
         monkeypatch.setenv(name, value)
@@ -66,6 +73,8 @@ def test_runs_are_in_it_before_the_ranks_meet(module, monkeypatch):
         ("CUBLAS_WORKSPACE_CONFIG", ":0:0"),
         ("NCCL_ALGO", "NVLS"),
         ("NCCL_ALGO", "Ring,nvlstree"),
+        ("NCCL_ALGO", "^CollNetDirect"),
+        ("NCCL_ALGO", "^NVLS"),
         ("PYTORCH_TUNABLEOP_ENABLED", "1"),
     ],
 )
