@@ -40,17 +40,17 @@ class GapRow:
     dominant_gap: float
     """Mean reward gap of their dominant pairs."""
     distance: float
-    """Mean |beta * target gap - dominant gap of the first model|: what L1 brings down."""
+    """Mean |gap_scale * target gap - dominant gap of the first model|: what L1 brings down."""
     distance_interval: tuple[float, float]
     sign_accuracy: float
     """Share of target pairs whose chosen answer is the likelier one."""
 
     @classmethod
     def of(
-        cls, target: torch.Tensor, dominant: torch.Tensor, anchor: torch.Tensor, beta: float
+        cls, target: torch.Tensor, dominant: torch.Tensor, anchor: torch.Tensor, gap_scale: float
     ) -> GapRow:
         """Means over rows of reward gaps, (n,) each; `anchor` is what L1 pulls the target to."""
-        distance = (beta * target - anchor).abs()
+        distance = (gap_scale * target - anchor).abs()
         return cls(
             n=target.numel(),
             target_gap=float(target.mean()),
@@ -66,17 +66,19 @@ class GapRow:
 class GapTable:
     """Rows of any models, per language and over all.
 
-    table = GapTable.of(examples, {"before": before, "after": after}, beta=1.0)
+    table = GapTable.of(examples, {"before": before, "after": after}, gap_scale=1.0)
     table.models["after"]["sw"].target_gap
     """
 
-    beta: float
+    gap_scale: float
+    """What a target gap is multiplied with where its distance is told: beta of a run of mpo, 1 of
+    any other."""
     models: dict[str, dict[str, GapRow]]
     """By model, then by language in the order of the alphabet, `all` last."""
 
     @classmethod
     def of(
-        cls, examples: Sequence[Example], measured: dict[str, Measurement], beta: float
+        cls, examples: Sequence[Example], measured: dict[str, Measurement], gap_scale: float
     ) -> GapTable:
         """The table of what each model measured on the examples.
 
@@ -84,7 +86,7 @@ class GapTable:
             examples: R measured rows.
             measured: gaps (R,) by the model's name. The first model's dominant gap is what every
                 distance is from.
-            beta: scale of the target gap.
+            gap_scale: `LossConfig.gap_scale`.
         """
         places = {
             language: [i for i, e in enumerate(examples) if e.language == language]
@@ -93,10 +95,10 @@ class GapTable:
         places[ALL] = list(range(len(examples)))
         anchor = next(iter(measured.values())).dominant
         return cls(
-            beta,
+            gap_scale,
             {
                 name: {
-                    key: GapRow.of(gaps.target[of], gaps.dominant[of], anchor[of], beta)
+                    key: GapRow.of(gaps.target[of], gaps.dominant[of], anchor[of], gap_scale)
                     for key, of in places.items()
                 }
                 for name, gaps in measured.items()
@@ -111,7 +113,7 @@ class GapTable:
     @property
     def scale_in_words(self) -> str:
         """For a title: what distances are of, unless it is the gaps as they are."""
-        return "" if self.beta == 1 else f", distances of {self.beta:g} x target gap"
+        return "" if self.gap_scale == 1 else f", distances of {self.gap_scale:g} x target gap"
 
     def as_dict(self) -> dict[str, Any]:
         """As `mpo gaps --json` prints it."""

@@ -191,7 +191,7 @@ def _lacks_reference(config: Config) -> bool:
 
 
 def _collect(
-    runs: Sequence[ComparedRun], failures: dict[str, str], inputs: Inputs, beta: float
+    runs: Sequence[ComparedRun], failures: dict[str, str], inputs: Inputs, gap_scale: float
 ) -> Comparison:
     """What lies in the folders of the runs."""
     examples = inputs.examples.measured
@@ -213,7 +213,7 @@ def _collect(
         measured.setdefault(BEFORE, before)
         measured[each.name] = after
         trainings[each.name] = _training(each, folder, len(inputs.examples.train))
-    table = GapTable.of(examples, measured, beta) if measured else None
+    table = GapTable.of(examples, measured, gap_scale) if measured else None
     return Comparison(tuple(each.name for each in runs), table, trainings, failures)
 
 

@@ -90,7 +90,7 @@ class Comparison:
     def as_dict(self) -> dict[str, Any]:
         """As `compare.json` has it."""
         return {
-            "beta": None if self.gaps is None else self.gaps.beta,
+            "gap_scale": None if self.gaps is None else self.gaps.gap_scale,
             BEFORE: None if self.gaps is None else self._gaps_of(BEFORE),
             "losses": {name: self._loss_as_dict(name) for name in self.losses},
         }
@@ -162,7 +162,7 @@ class Comparison:
 
     def _notes(self) -> Iterator[str]:
         if self.gaps is not None:
-            scale = "" if self.gaps.beta == 1 else f"{self.gaps.beta:g} x "
+            scale = "" if self.gaps.gap_scale == 1 else f"{self.gaps.gap_scale:g} x "
             yield (
                 f"Distance: mean |{scale}target gap - dominant gap before training|. Seconds: of"
                 " the optimizer steps alone. Peak memory: of rank 0 until the last step."

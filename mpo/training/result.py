@@ -43,7 +43,7 @@ class RunResult:
         examples: Sequence[Example],
         before: Measurement,
         after: Measurement,
-        beta: float,
+        gap_scale: float,
         loss: str,
     ) -> RunResult:
         """The result of a run on R measured examples.
@@ -53,7 +53,7 @@ class RunResult:
         change = (after.pooled - before.pooled).square().mean()
         return cls(
             loss,
-            GapTable.of(examples, {"before": before, "after": after}, beta),
+            GapTable.of(examples, {"before": before, "after": after}, gap_scale),
             float(change),
             float(change / before.pooled.square().mean()),
         )
@@ -63,7 +63,7 @@ class RunResult:
         rows = {language: self._row(language) for language in self.gaps.languages}
         return {
             "loss": self.loss,
-            "beta": self.gaps.beta,
+            "gap_scale": self.gaps.gap_scale,
             "languages": {name: row for name, row in rows.items() if name != ALL},
             ALL: rows[ALL],
             "l2": self.l2,

@@ -82,7 +82,7 @@ def test_the_table_says_what_the_runs_did(both):
     out, _, result = both
     report = json.loads(result.stdout)
     assert report == json.loads((out / "compare.json").read_text())
-    assert list(report["losses"]) == ["mpo", OTHER] and report["beta"] == 1.0
+    assert list(report["losses"]) == ["mpo", OTHER] and report["gap_scale"] == 1.0
     before = Measurement.load(out / "mpo" / "gaps_before", 4)
     for name, loss in report["losses"].items():
         folder = out / name

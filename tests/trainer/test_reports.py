@@ -73,7 +73,7 @@ def test_the_result_of_a_run():
     made = RunResult.of(EXAMPLES, BEFORE, AFTER, BETA, "mpo")
     result = made.as_dict()
     rows = {**result["languages"], "all": result["all"]}
-    assert list(rows) == ["sw", "zh", "all"] and result["beta"] == BETA
+    assert list(rows) == ["sw", "zh", "all"] and result["gap_scale"] == BETA
     assert result["loss"] == "mpo"
     for language, expected in WORKED_OUT.items():
         assert rows[language]["n"] == expected["n"]
@@ -104,7 +104,7 @@ def test_a_gap_that_is_no_number_makes_no_number():
 def test_the_report_of_models_side_by_side():
     table = GapTable.of(EXAMPLES, {"one": BEFORE, "two": AFTER}, BETA)
     made = table.as_dict()
-    assert made["beta"] == BETA and list(made["models"]) == ["one", "two"]
+    assert made["gap_scale"] == BETA and list(made["models"]) == ["one", "two"]
     for place, rows in enumerate(made["models"].values()):
         assert list(rows) == ["sw", "zh", "all"]
         for language, row in rows.items():
