@@ -125,13 +125,15 @@ InHome = Annotated[Name, in_a_file(lambda folder, name: home(name))]
 OneOrSeveral = BeforeValidator(one_or_several)
 
 Checked = TypeVar("Checked", bound=Section)
+Kept = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
+"""What of a file's own tree stands beside that of the overrides."""
 
 
 def read_settings(
     path: Path,
     overrides: list[str] | None,
     kind: type[Checked],
-    beside: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] = lambda file, given: file,
+    beside: Kept = lambda file, given: file,
 ) -> Checked:
     """Reads, overrides and checks a YAML file.
 
@@ -146,6 +148,14 @@ def read_settings(
         UserError: the file is missing or no YAML mapping, an override is malformed, or a field is
             unknown or has a wrong value.
     """
+    values = _overridden(path, _read(path), overrides or [], beside)
+    try:
+        return kind.model_validate(values, context=path.parent)
+    except ValidationError as error:
+        raise UserError(_explain(path, error, kind)) from error
+
+
+def _read(path: Path) -> DictConfig:
     try:
         tree: Any = OmegaConf.load(path)
     # of many kinds: no YAML, no text, no number that Python reads, nested too deeply
@@ -153,26 +163,29 @@ def read_settings(
         raise UserError(f"{path} is no readable YAML: {_words(error)}") from error
     if not isinstance(tree, DictConfig):
         raise UserError(f"{path} holds no mapping of sections such as 'model:' and 'data:'.")
-    for override in overrides or []:
+    return tree
+
+
+def _overridden(path: Path, tree: DictConfig, overrides: list[str], beside: Kept) -> Any:
+    """The tree with the overrides over what of it stands beside them."""
+    for override in overrides:
         if "=" not in override or override.startswith("="):
             raise UserError(
                 f"Override {override!r} is not of the form section.field=value, e.g. loss.beta=1.5."
             )
     try:
         if overrides:
-            given = OmegaConf.from_dotlist(list(overrides))
+            given = OmegaConf.from_dotlist(overrides)
             own: Any = OmegaConf.to_container(tree)
             over: Any = OmegaConf.to_container(given)
-            tree = OmegaConf.merge(OmegaConf.create(beside(own, over)), given)
-        values = OmegaConf.to_container(tree, resolve=True)
+            return OmegaConf.to_container(
+                OmegaConf.merge(OmegaConf.create(beside(own, over)), given), resolve=True
+            )
+        return OmegaConf.to_container(tree, resolve=True)
     except Exception as error:  # of many kinds, as above
         raise UserError(
-            f"{path} with overrides {list(overrides or [])} does not resolve: {_words(error)}"
+            f"{path} with overrides {overrides} does not resolve: {_words(error)}"
         ) from error
-    try:
-        return kind.model_validate(values, context=path.parent)
-    except ValidationError as error:
-        raise UserError(_explain(path, error, kind)) from error
 
 
 def _words(error: Exception) -> str:
