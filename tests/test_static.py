@@ -83,7 +83,8 @@ ROOMS = {
     "data_build": {"models"},
     "models": {"data"},
     "data": {"config"},
-    "config": {"languages", "losses"},
+    "config": {"languages", "loss_config"},
+    "loss_config": {"losses"},
     "losses": {"runtime"},
     "languages": {"runtime"},
     "runtime": set(),
@@ -93,7 +94,7 @@ MORE_ARROWS = {
     ("models.forward", "mpo_kernels"): "the head's losses take the place of the model's forward",
     ("models.environment", "mpo_kernels.backends"): "`mpo env` says which of them computes",
     ("losses", "mpo_kernels.losses"): "names of a configuration mean losses",
-    ("config", "mpo_kernels.losses"): "MPO's section is read without the others",
+    ("loss_config", "mpo_kernels.losses"): "MPO's section is read without the others",
     ("training.objective", "mpo_kernels.losses"): "a loss known before training is checked",
     ("training.memory", "mpo_kernels.ops.chunks"): "the bytes of a chunk of logits have one home",
 }

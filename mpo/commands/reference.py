@@ -84,7 +84,7 @@ def _chosen(wanted: str | None) -> list[SectionText]:
 
 def _loss_section(name: str) -> type[Section]:
     """The section that loss.name makes it. Raises UserError where it means no loss."""
-    from mpo.config import LossConfig, MPOLoss
+    from mpo.loss_config import LossConfig, MPOLoss
     from mpo.losses import section_of
 
     try:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from mpo.config import LossConfig
+from mpo.loss_config import LossConfig
 from mpo.models import attention
 from mpo.models.packing import Batch, PackedSequences
 from mpo_kernels import (

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mpo.config import LossConfig
+from mpo.loss_config import LossConfig
 from mpo.models.forward import Outputs
 from mpo.models.packing import Batch
 from mpo.runtime.ranks import summed

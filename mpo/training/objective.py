@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 import torch
 
-from mpo.config import LossConfig
 from mpo.data.examples import Answers, Example, Side, TokenizedResponse
 from mpo.data.mismatched import mismatched_answers
 from mpo.data.run_date import mismatched_folder, target_folder
+from mpo.loss_config import LossConfig
 from mpo.models.packing import Batch
 from mpo.training.reference import ReferenceStore
 from mpo_kernels.losses import Scores

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from test_model import Count, model_of, mpo_batch, plain_scores, some_sequences
 from tiny import save_model
 
-from mpo.config import ModelConfig, MPOLoss
+from mpo.config import ModelConfig
+from mpo.loss_config import MPOLoss
 from mpo.models import attention
 from mpo.models.documents import Documents
 from mpo.models.forward import bind_mpo_forward

@@ -11,8 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import example_of
 
-from mpo.config import Config, MPOLoss, TrainConfig
+from mpo.config import Config, TrainConfig
 from mpo.data.examples import TokenizedResponse
+from mpo.loss_config import MPOLoss
 from mpo.models.forward import Scores
 from mpo.models.packing import Batch, pack, pack_for_scoring, tokens_of
 from mpo.training.engine import learning_rate

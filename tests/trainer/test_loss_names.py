@@ -16,8 +16,9 @@ from conftest import make_tokenizer
 from tiny import commands, example_of, native_rows, save_model, write_rows
 
 from mpo import losses
-from mpo.config import Config, KeptLoss, load_config
+from mpo.config import Config, load_config
 from mpo.data.examples import TokenizedResponse
+from mpo.loss_config import RecordedLoss
 from mpo.models.forward import Scores
 from mpo.runtime.errors import UserError
 from mpo.training.micro_batches import in_micro_batches, make_batch
@@ -175,7 +176,7 @@ def test_a_run_with_a_loss_that_is_gone_can_still_be_read(load, tmp_path, monkey
     monkeypatch.delitem(sys.modules, "gone")
     losses.section_of.cache_clear()
     loss = Config.model_validate(kept).loss
-    assert isinstance(loss, KeptLoss) and loss.model_dump(mode="json") == kept["loss"]
+    assert isinstance(loss, RecordedLoss) and loss.model_dump(mode="json") == kept["loss"]
     with pytest.raises(UserError, match="gone:loss: cannot be imported"):
         loss.build()
 
@@ -332,7 +333,7 @@ def test_runs_of_several_losses_share_a_store(project):
     assert "loss 0.6931" in live["text"] and not list((project / "live").glob("reference*"))
     for path in (project / "dpo", project / "ipo"):
         result = json.loads((path / "result.json").read_text())
-        assert result["loss"] == path.name and result["beta"] == 1
+        assert result["loss"] == path.name and result["gap_scale"] == 1
 
 
 def test_a_store_of_another_model_is_found_before_the_first_step(project):

@@ -9,8 +9,9 @@ from tiny import ARCHITECTURES, build_model, save_model
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mpo.config import ModelConfig, MPOLoss
+from mpo.config import ModelConfig
 from mpo.data.examples import TokenizedResponse
+from mpo.loss_config import MPOLoss
 from mpo.models import attention
 from mpo.models.forward import bind_mpo_forward
 from mpo.models.loading import check_model, load_model
