@@ -136,14 +136,14 @@ def _head(
     return _log_softmax(F.linear(hidden, weight), labels, objective)
 
 
-def _plain_hidden(workload: FromHidden, head: Callable[..., torch.Tensor] = _head) -> Loss:
+def plain_hidden(workload: FromHidden, head: Callable[..., torch.Tensor] = _head) -> Loss:
     return lambda inputs: head(
         inputs["hidden"], inputs["weight"], workload.labels, workload.objective
     )
 
 
 def _compiled_hidden(workload: FromHidden) -> Loss:
-    return _plain_hidden(workload, torch.compile(_head))
+    return plain_hidden(workload, torch.compile(_head))
 
 
 def plain_on_scored_rows(workload: FromHidden) -> Loss:
@@ -163,7 +163,7 @@ def plain_on_scored_rows(workload: FromHidden) -> Loss:
     return loss
 
 
-def _liger_hidden(workload: FromHidden, chunk: int) -> Loss:
+def liger_hidden(workload: FromHidden, chunk: int) -> Loss:
     """Its own DPO, SimPO and ORPO; of another loss its base class, as its own are made of it."""
     from liger_kernel import chunked_loss
 
@@ -249,7 +249,7 @@ def _trl_whole_logits(workload: FromHidden) -> Loss:
     )
 
 
-def _trl_hidden(workload: FromHidden) -> Loss:
+def trl_hidden(workload: FromHidden) -> Loss:
     """As the fused head of its DPO trainer calls it: scored positions only on a GPU, all
     elsewhere."""
     from trl.kernels import ChunkedLogProbFunction
@@ -352,13 +352,13 @@ def ours_of_tokens(workload: FromHidden, chunk_bytes: int | None = None) -> Loss
 def from_hidden() -> list[Candidate[FromHidden]]:
     """Everything that starts from hidden states."""
     return [
-        Candidate("plain PyTorch", _plain_hidden),
+        Candidate("plain PyTorch", plain_hidden),
         Candidate("torch.compile", _compiled_hidden),
         Candidate("plain, scored rows only", plain_on_scored_rows),
-        Candidate("Liger fused, chunk 1", functools.partial(_liger_hidden, chunk=1)),
-        Candidate("Liger fused, chunk 16", functools.partial(_liger_hidden, chunk=16)),
+        Candidate("Liger fused, chunk 1", functools.partial(liger_hidden, chunk=1)),
+        Candidate("Liger fused, chunk 16", functools.partial(liger_hidden, chunk=16)),
         Candidate("TRL whole logits", _trl_whole_logits),
-        Candidate("TRL chunked log-probs", _trl_hidden),
+        Candidate("TRL chunked log-probs", trl_hidden),
         Candidate("cut-cross-entropy", _cut_cross_entropy),
         Candidate("torch linear_cross_entropy", _torch_linear_cross_entropy),
         Candidate("mpo_kernels", ours_from_hidden, ours=True),

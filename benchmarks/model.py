@@ -78,11 +78,11 @@ WAYS = {
     "mpo_kernels": Way(candidates.ours_of_mpo, reads_labels=True),
     "mpo_kernels, any loss": Way(candidates.ours_of_sequences, reads_labels=True),
     "plain, scored rows only": Way(candidates.plain_on_scored_rows),
-    "plain PyTorch": Way(candidates._plain_hidden, drops=False),
-    "torch.compile": Way(candidates._plain_hidden, drops=False, compiled=True),
-    "TRL chunked log-probs": Way(candidates._trl_hidden),
+    "plain PyTorch": Way(candidates.plain_hidden, drops=False),
+    "torch.compile": Way(candidates.plain_hidden, drops=False, compiled=True),
+    "TRL chunked log-probs": Way(candidates.trl_hidden),
     "Liger fused, chunk 1": Way(
-        functools.partial(candidates._liger_hidden, chunk=1), drops=False, compiled=True
+        functools.partial(candidates.liger_hidden, chunk=1), drops=False, compiled=True
     ),
 }
 
@@ -124,7 +124,7 @@ def seconds(passes: list[Pass], rates: Rates) -> float:
 def workload(rows: int, hidden: int, vocab: int, *, drops: bool = True) -> FromHidden:
     """`rows` scored rows in pairs of at most 512; with `drops` the others are gone already."""
     tokens = min(rows // 2, 256)
-    found = FromHidden(
+    return FromHidden(
         rows // (2 * tokens),
         tokens if drops else round(tokens / SCORED),
         hidden,
@@ -133,7 +133,6 @@ def workload(rows: int, hidden: int, vocab: int, *, drops: bool = True) -> FromH
         dtype=torch.bfloat16,
         device=torch.device("meta"),
     )
-    return found
 
 
 def passes_of(way: Way, of: FromHidden, float32_products: bool) -> list[Pass]:
@@ -165,25 +164,27 @@ def modelled(
     heads: dict[str, tuple[int, int]] = HEADS, all_rows: tuple[int, ...] = ROWS
 ) -> Iterator[Modelled]:
     """Every candidate, row by row."""
-    for head, (hidden, vocab) in heads.items():
+    for head, sizes in heads.items():
         for rows in all_rows:
-            bound = bound_of(workload(rows, hidden, vocab))
+            bound = bound_of(workload(rows, *sizes))
             for name, way in WAYS.items():
-                yield from _of_way(name, way, head, rows, bound)
+                of = workload(rows, *sizes, drops=way.drops)
+                empty = Modelled(head=head, rows=rows, gpu="", candidate=name)
+                yield from _of_way(way, of, empty, bound)
 
 
-def _of_way(name: str, way: Way, head: str, rows: int, bound: list[Pass]) -> Iterator[Modelled]:
+def _of_way(way: Way, of: FromHidden, empty: Modelled, bound: list[Pass]) -> Iterator[Modelled]:
+    """A row for each GPU."""
     found: dict[bool, list[Pass] | str] = {}
     for gpu, rates in GPUS.items():
         kind = rates.float32_products
         if kind not in found:
-            of = workload(rows, *HEADS[head], drops=way.drops)
             try:
                 found[kind] = passes_of(way, of, kind)
             except Exception as reason:  # a peer may fail in any way; its row says how
                 found[kind] = f"{type(reason).__name__}: {reason}".splitlines()[0]
         passes = found[kind]
-        row = Modelled(head=head, rows=rows, gpu=gpu, candidate=name)
+        row = empty.model_copy(update={"gpu": gpu})
         if isinstance(passes, str):
             yield row.model_copy(update={"reason": passes})
             continue

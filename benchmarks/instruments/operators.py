@@ -24,7 +24,7 @@ _IMPLEMENTATIONS = {
 }
 
 
-def _implementation(func):
+def implementation_of(func):
     return _IMPLEMENTATIONS.get(func.name()) if func.namespace == "mpo_kernels" else None
 
 
@@ -57,7 +57,7 @@ class _Opener(TorchDispatchMode):
     one."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return (_implementation(func) or func)(*args, **(kwargs or {}))
+        return (implementation_of(func) or func)(*args, **(kwargs or {}))
 
 
 class Memory(TorchDispatchMode):
@@ -70,7 +70,7 @@ class Memory(TorchDispatchMode):
         self._known: dict[int, int] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        implementation = _implementation(func)
+        implementation = implementation_of(func)
         if implementation is not None:
             with self:
                 return implementation(*args, **(kwargs or {}))
@@ -112,7 +112,7 @@ class Moved(TorchDispatchMode):
         self.total = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        implementation = _implementation(func)
+        implementation = implementation_of(func)
         if implementation is not None:
             with self:
                 return implementation(*args, **(kwargs or {}))

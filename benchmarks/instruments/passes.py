@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.instruments.launch import recorded
-from benchmarks.instruments.operators import _implementation
+from benchmarks.instruments.operators import implementation_of
 
 OVERWRITTEN = {"_backward_kernel": "mm_ptr"}
 """Arguments that a peer's kernel reads and writes in one, by kernel; ours take two."""
@@ -50,7 +50,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        implementation = _implementation(func)
+        implementation = implementation_of(func)
         if implementation is not None:
             with self:
                 return implementation(*args, **kwargs)

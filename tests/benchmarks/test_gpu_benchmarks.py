@@ -19,7 +19,11 @@ def ours_that_failed(result):
     return [f"{row.candidate}: {row.reason}" for row in rows if row.status != "ok"]
 
 
-@pytest.mark.parametrize("file", sorted(RESULTS.glob("*/l*.json")), ids=lambda f: f.stem)
+@pytest.mark.parametrize(
+    "file",
+    [file for name in TABLES for file in sorted(RESULTS.glob(f"*/{name}.json"))],
+    ids=lambda file: f"{file.parent.name}/{file.stem}",
+)
 def test_filed_results_are_right(file):
     assert not ours_that_failed(Result.model_validate_json(file.read_text()))
 
