@@ -25,6 +25,7 @@ RUNS = {  # by the number of ranks
         "zero3-tokens": [*stage(3), "train.tokens_per_micro_batch=500", *RECOMPUTE["recomputed"]],
         "logits": [*stage(1), "loss.head=logits", "train.pairs_per_micro_batch=3"],
         "adapters": [*ADAPTERS, *stage(0)],
+        "row-by-row": [*stage(2), "train.pairs_per_step=1"],
     },
     2: {
         "zero2": [*stage(2), *RECOMPUTE["selective"]],
@@ -66,10 +67,10 @@ def computed(project):
     return project
 
 
-def check_close(ours, steps, moments, weights):
+def check_close(ours, steps, moments, weights, pairs=(3, 3, 3, 1)):
     """Loss and KL of every step, first moments in the norm of each parameter, and what training
     added to the weights."""
-    assert [row["pairs"] for row in ours.steps] == [3, 3, 3, 1]
+    assert [row["pairs"] for row in ours.steps] == [*pairs]
     for one, two in zip(ours.steps, steps, strict=True):
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-4), one["step"]
         assert one["kl"] == pytest.approx(two["kl"], rel=1e-3, abs=1e-4), one["step"]
@@ -86,6 +87,16 @@ def test_the_plainest_run_is_plain_training(computed):
     # known before training; and the KL of later steps is none that could as well be left out
     assert plain.steps[0]["loss"] == pytest.approx((1.5 + 0.7) / 4, rel=1e-5)
     assert max(row["kl"] for row in plain.steps) > 0.5
+
+
+def test_a_step_of_one_row_is_plain_training(computed):
+    """Its KL is of that row's two answers to other prompts."""
+    steps, moments, weights = train_plainly(
+        load_config(computed / "run.yaml", RUNS[1]["row-by-row"])
+    )
+    ours = outcome(computed / "row-by-row")
+    check_close(ours, steps, moments, {name: weights[name] for name in ours.weights}, [1] * 10)
+    assert len({round(row["kl"], 4) for row in ours.steps}) > 3
 
 
 @pytest.mark.parametrize(
