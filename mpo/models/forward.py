@@ -43,7 +43,7 @@ class Outputs(NamedTuple):
     reward_gap: torch.Tensor
 
 
-class Scores(NamedTuple):
+class SequenceScores(NamedTuple):
     """What the reference store and the evaluation keep of a sequence."""
 
     mean_logp: torch.Tensor  # (S,) float32: log-probability per token of the response
@@ -53,8 +53,8 @@ class Scores(NamedTuple):
 def bind_mpo_forward(model: PreTrainedModel, loss: LossConfig) -> PreTrainedModel:
     """Replaces `forward` of this instance and of its LM head. Calls take one keyword:
 
-    model(batch=Batch) -> Outputs            losses of a micro-batch, differentiable
-    model(batch=PackedSequences) -> Scores   of sequences; call it under no_grad
+    model(batch=Batch) -> Outputs                    losses of a micro-batch, differentiable
+    model(batch=PackedSequences) -> SequenceScores   of sequences; call it under no_grad
     """
     bound = _Forward(model, loss)
     model.forward = bound.forward
@@ -70,7 +70,7 @@ class _Forward:
         self._softcap = getattr(model.config, "final_logit_softcapping", None)
         self._takes_documents = model.config._attn_implementation == attention.NAME
 
-    def forward(self, *, batch: Batch | PackedSequences) -> Outputs | Scores:
+    def forward(self, *, batch: Batch | PackedSequences) -> Outputs | SequenceScores:
         """In the place of the model's own."""
         return self._losses(batch) if isinstance(batch, Batch) else self._scores(batch)
 
@@ -158,14 +158,14 @@ class _Forward:
         total = self._config.total(target.loss, l2)
         return Outputs(total, target.loss.detach(), l2.detach(), _reward_gap(target))
 
-    def _scores(self, packed: PackedSequences) -> Scores:
+    def _scores(self, packed: PackedSequences) -> SequenceScores:
         hidden = self._hidden_states(packed)
         logps = self._model.lm_head(hidden, packed)
         # The mean log-probability of a response is the mean of its rows, which is what pooling a
         # column computes.
         mean_logp = mean_pool(logps[:, None], cu_seqlens=packed.scored_cu_seqlens)[:, 0]
         pooled = mean_pool(hidden[packed.pooled_rows], cu_seqlens=packed.pooled_cu_seqlens)
-        return Scores(mean_logp, pooled)
+        return SequenceScores(mean_logp, pooled)
 
     def _hidden_states(self, packed: PackedSequences) -> torch.Tensor:
         """(N, D), after the final norm."""

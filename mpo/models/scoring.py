@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from mpo.data.examples import Example, TokenizedResponse
 from mpo.models.attention import shares_prompts_of
-from mpo.models.forward import Scores
+from mpo.models.forward import SequenceScores
 from mpo.models.packing import PackedSequences, Pool, pack_for_scoring
 from mpo.runtime.files import new_folder
 from mpo.runtime.ranks import summed
@@ -101,7 +101,7 @@ class Scorer:
         advance: Callable[[int], None] = lambda count: None,
         *,
         pools: bool = True,
-    ) -> Scores:
+    ) -> SequenceScores:
         """Mean log-probability and pooled hidden state of each sequence, on the CPU in fp32, on
         every rank.
 
@@ -135,7 +135,7 @@ class Scorer:
         assert pooled is not None, "there is at least one sequence"
         # each row is non-zero on one rank only, so the sums are exact
         mean_logp = summed(mean_logp, self.device)
-        return Scores(mean_logp, summed(pooled, self.device) if pools else pooled)
+        return SequenceScores(mean_logp, summed(pooled, self.device) if pools else pooled)
 
     def measure(
         self, examples: Sequence[Example], advance: Callable[[int], None] = lambda count: None

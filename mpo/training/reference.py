@@ -32,7 +32,7 @@ from mpo.config import ModelConfig
 from mpo.data.examples import Example, TokenizedResponse
 from mpo.data.run_date import parts_folder
 from mpo.models import lora
-from mpo.models.forward import Scores
+from mpo.models.forward import SequenceScores
 from mpo.models.packing import FILLER, Pool
 from mpo.models.scoring import Scorer
 from mpo.runtime.claims import Claim
@@ -63,7 +63,7 @@ class ReferenceStore:
     of the dominant ones, which come first."""
 
     rows: dict[TokenizedResponse, int]
-    scores: Scores  # mean_logp (K,), pooled (K', D); of what is only scored (K, 0)
+    scores: SequenceScores  # mean_logp (K,), pooled (K', D); of what is only scored (K, 0)
 
     def gap(self, example: Example) -> float:
         """RG of the example's dominant pair under the reference: the constant of L1."""
@@ -80,7 +80,7 @@ class ReferenceStore:
         return float(self.scores.mean_logp[self.rows[sequence]]) * len(sequence.response)
 
     @classmethod
-    def of(cls, sequences: Sequence[TokenizedResponse], scores: Scores) -> ReferenceStore:
+    def of(cls, sequences: Sequence[TokenizedResponse], scores: SequenceScores) -> ReferenceStore:
         """The scores of these sequences, in their order."""
         return cls({sequence: i for i, sequence in enumerate(sequences)}, scores)
 
@@ -88,13 +88,13 @@ class ReferenceStore:
     def joined(cls, *stores: ReferenceStore) -> ReferenceStore:
         """The stores of a run as one. Where one has pooled states, it is the first."""
         if not stores:
-            return cls({}, Scores(torch.zeros(0), torch.zeros(0, 0)))
+            return cls({}, SequenceScores(torch.zeros(0), torch.zeros(0, 0)))
         means: dict[TokenizedResponse, torch.Tensor] = {}
         for store in stores:
             for sequence, mean in zip(store.rows, store.scores.mean_logp, strict=True):
                 means.setdefault(sequence, mean)
         return cls.of(
-            list(means), Scores(torch.stack(list(means.values())), stores[0].scores.pooled)
+            list(means), SequenceScores(torch.stack(list(means.values())), stores[0].scores.pooled)
         )
 
     @classmethod
@@ -104,7 +104,7 @@ class ReferenceStore:
         manifest: dict[str, Any],
         sequences: Sequence[TokenizedResponse],
         date: datetime | None,
-        build_values: Callable[[Parts], Scores],
+        build_values: Callable[[Parts], SequenceScores],
         log: Callable[[str], None],
     ) -> ReferenceStore:
         """The store at `folder`, built where there is none. Of several processes that want it at
@@ -301,7 +301,7 @@ def build(
     advance: Callable[[int], None],
     *,
     pools: bool,
-) -> Scores:
+) -> SequenceScores:
     """Scores every sequence with the model as it is now, the ranks sharing the work; finished parts
     are not done again.
 
@@ -322,7 +322,7 @@ def build(
             part = scorer.scores(mine, advance, pools=pools)
             on_main(parts.keep, number, part)
         scores.append(part)
-    whole = Scores(
+    whole = SequenceScores(
         torch.cat([part.mean_logp for part in scores]), torch.cat([part.pooled for part in scores])
     )
     if (bad := _not_finite(whole, sequences, examples)) is not None:
@@ -332,7 +332,7 @@ def build(
 
 
 def _not_finite(
-    scores: Scores, sequences: Sequence[TokenizedResponse], examples: Sequence[Example]
+    scores: SequenceScores, sequences: Sequence[TokenizedResponse], examples: Sequence[Example]
 ) -> str | None:
     """What is wrong with the scores of these sequences, or None."""
     finite = scores.mean_logp.isfinite() & scores.pooled.isfinite().all(1)
@@ -361,7 +361,7 @@ class Parts:
             json.dumps({**manifest, "date": None}, sort_keys=True, allow_nan=False)
         )
 
-    def finished(self, lengths: Sequence[int]) -> dict[int, Scores]:
+    def finished(self, lengths: Sequence[int]) -> dict[int, SequenceScores]:
         """Pieces of an interrupted build of the same store, of so many sequences each; those of
         another and damaged ones are removed."""
         if not self._are_of_this_store():
@@ -383,7 +383,7 @@ class Parts:
             return False
         return isinstance(kept, dict) and not _differing(kept, self._manifest)
 
-    def keep(self, number: int, scores: Scores) -> None:
+    def keep(self, number: int, scores: SequenceScores) -> None:
         """Writes one piece, whole or not at all."""
         place = self._place_of(number)
         temporary = unfinished(place)
@@ -445,7 +445,7 @@ class LiveReference:
             scores = engine(batch=self.scorer.pack(distinct))
         engine.train(was_training)
         return ReferenceStore.of(
-            distinct, Scores(scores.mean_logp.float().cpu(), scores.pooled.float().cpu())
+            distinct, SequenceScores(scores.mean_logp.float().cpu(), scores.pooled.float().cpu())
         )
 
     def mean_logps(self, sequences: Sequence[TokenizedResponse]) -> torch.Tensor:
@@ -465,7 +465,7 @@ class _Damaged(Exception):
     """A file of values that is not what was written."""
 
 
-def _write_scores(path: Path, scores: Scores, store: str = "") -> None:
+def _write_scores(path: Path, scores: SequenceScores, store: str = "") -> None:
     save_file(
         {"mean_logp": scores.mean_logp.contiguous(), "pooled": scores.pooled.contiguous()},
         path,
@@ -473,7 +473,7 @@ def _write_scores(path: Path, scores: Scores, store: str = "") -> None:
     )
 
 
-def _read_scores(path: Path, length: int, store: str | None = None) -> Scores:
+def _read_scores(path: Path, length: int, store: str | None = None) -> SequenceScores:
     """The scores of so many sequences, of that store. Raises _Damaged where the file does not hold
     them."""
     try:
@@ -495,7 +495,7 @@ def _read_scores(path: Path, length: int, store: str | None = None) -> Scores:
         )
     if not all(bool(value.isfinite().all()) for value in values.values()):
         raise _Damaged(f"{path.name} holds numbers that are not finite")
-    return Scores(values["mean_logp"], values["pooled"])
+    return SequenceScores(values["mean_logp"], values["pooled"])
 
 
 def _sha256(text: str) -> str:

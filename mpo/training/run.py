@@ -21,7 +21,7 @@ import torch
 from mpo.config import Config
 from mpo.data.examples import Answers, Example, Side, TokenizedResponse
 from mpo.data.run_date import with_date
-from mpo.models.forward import Scores, bind_mpo_forward
+from mpo.models.forward import SequenceScores, bind_mpo_forward
 from mpo.models.inputs import Inputs, load_inputs
 from mpo.models.loading import load_model
 from mpo.models.scoring import Measurement, Scorer, distinct_sequences
@@ -211,7 +211,7 @@ def open_store(run: Run, scorer: Scorer) -> ReferenceStore:
 def _open_store(
     run: Run, scorer: Scorer, store: StoreOf, sequences: Sequence[TokenizedResponse]
 ) -> ReferenceStore:
-    def build_values(parts: Parts) -> Scores:
+    def build_values(parts: Parts) -> SequenceScores:
         with run.progress.task(store.name, len(sequences)) as advance:
             return build(scorer, sequences, run.examples, parts, advance, pools=store.pools)
 

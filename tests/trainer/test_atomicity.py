@@ -24,7 +24,7 @@ from test_train import project  # noqa: F401  (a fixture)
 from tiny import example_of, native_rows, save_model, write_rows
 
 from mpo.config import load_config
-from mpo.models.forward import Scores
+from mpo.models.forward import SequenceScores
 from mpo.models.scoring import Measurement
 from mpo.runtime.errors import UserError
 from mpo.runtime.files import new_folder, remove_incomplete, write_json
@@ -189,7 +189,7 @@ def example(i):
 
 @both
 def test_a_store_is_there_whole_or_not_at_all(tmp_path, how):
-    scores = Scores(torch.arange(2.0), torch.ones(2, 3))
+    scores = SequenceScores(torch.arange(2.0), torch.ones(2, 3))
     store = ReferenceStore({}, scores)
 
     def check(folder, done):
@@ -211,7 +211,7 @@ def test_a_store_is_there_whole_or_not_at_all(tmp_path, how):
 
 @both
 def test_parts_of_a_store_are_whole_or_not_there(tmp_path, how):
-    manifest, scores = {"weights": "a"}, Scores(torch.arange(2.0), torch.ones(2, 3))
+    manifest, scores = {"weights": "a"}, SequenceScores(torch.arange(2.0), torch.ones(2, 3))
 
     def prepare(folder):
         parts = reference.Parts(folder / ".store.parts", manifest)

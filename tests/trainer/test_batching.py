@@ -14,7 +14,7 @@ from tiny import example_of
 from mpo.config import Config, TrainConfig
 from mpo.data.examples import TokenizedResponse
 from mpo.loss_config import MPOLoss
-from mpo.models.forward import Scores
+from mpo.models.forward import SequenceScores
 from mpo.models.packing import Batch, pack, pack_for_scoring, tokens_of
 from mpo.training.engine import learning_rate
 from mpo.training.micro_batches import (
@@ -249,7 +249,7 @@ def test_an_empty_micro_batch_runs_on_the_filler():
     config = Config.model_validate(
         {"output_dir": "-", "model": {"path": "-"}, "data": {"train": ["-"]}}
     )
-    store = ReferenceStore({}, Scores(torch.zeros(0), torch.zeros(0, 4)))
+    store = ReferenceStore({}, SequenceScores(torch.zeros(0), torch.zeros(0, 4)))
     batch = make_batch(MicroBatch(), OF_MPO, store, config, {})
     assert batch.packed.documents.lengths == ((1, 1, 1),)
     assert batch.packed.input_ids.tolist() == [[0, 0, 0]]

@@ -19,7 +19,7 @@ from mpo import losses
 from mpo.config import Config, load_config
 from mpo.data.examples import TokenizedResponse
 from mpo.loss_config import RecordedLoss
-from mpo.models.forward import Scores
+from mpo.models.forward import SequenceScores
 from mpo.runtime.errors import UserError
 from mpo.training.micro_batches import in_micro_batches, make_batch
 from mpo.training.objective import Objective
@@ -252,7 +252,7 @@ def test_a_batch_has_the_constants_in_the_order_of_the_loss(load):
     (part,) = in_micro_batches(rows, objective, pairs=2, tokens=None, share_prompts=True)
     sequences = part.reference_sequences(objective)
     means = torch.arange(len(sequences)).float()
-    store = ReferenceStore.of(sequences, Scores(means, torch.zeros(len(sequences), 0)))
+    store = ReferenceStore.of(sequences, SequenceScores(means, torch.zeros(len(sequences), 0)))
     config = Config.model_validate(MINIMAL)
     batch = make_batch(part, objective, store, config, {})
     sides = list(zip(*(e.target for e in rows), strict=True))  # chosen, rejected

@@ -16,7 +16,7 @@ from tiny import build_model, example_of, save_model
 
 from mpo.config import ModelConfig
 from mpo.data.examples import TokenizedResponse
-from mpo.models.forward import Scores
+from mpo.models.forward import SequenceScores
 from mpo.models.loading import load_tokenizer
 from mpo.runtime import claims
 from mpo.runtime.claims import Claim
@@ -34,7 +34,7 @@ def example(i=0):
 
 def store_of(examples):
     sequences = reference.dominant_sequences(examples)
-    scores = Scores(torch.arange(len(sequences)).float(), torch.randn(len(sequences), 5))
+    scores = SequenceScores(torch.arange(len(sequences)).float(), torch.randn(len(sequences), 5))
     return ReferenceStore({s: i for i, s in enumerate(sequences)}, scores)
 
 
@@ -98,7 +98,7 @@ class SmallScorer:
         if self._fails_at == len(self._calls):
             raise KeyboardInterrupt
         ids = torch.tensor([float(s.input_ids[-1]) for s in sequences]) + self._adds
-        return Scores(ids, ids[:, None].clone() if pools else ids.new_zeros(len(ids), 0))
+        return SequenceScores(ids, ids[:, None].clone() if pools else ids.new_zeros(len(ids), 0))
 
 
 @pytest.fixture
@@ -291,7 +291,7 @@ def test_of_two_that_want_one_store_one_builds_and_the_other_waits_and_finds_it(
         said.append(line)
         if "Waiting" in line:  # now the other one finishes
             scores = torch.arange(8.0)
-            store = ReferenceStore({}, Scores(scores, scores[:, None].clone()))
+            store = ReferenceStore({}, SequenceScores(scores, scores[:, None].clone()))
             store.save(tmp_path / "store", MANIFEST)
             other.release()
 
